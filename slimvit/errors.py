@@ -1,0 +1,35 @@
+"""What can go wrong through input, each with one clear line that names the thing, the rule and the value."""
+
+from __future__ import annotations
+
+
+class SlimvitError(ValueError):
+    """Anything a user's input can cause; the message is one line. The commands end with status 1 on it."""
+
+
+class UsageError(SlimvitError):
+    """The call itself is wrong (an unknown model, a number out of range); the commands end with status 2."""
+
+
+class MasksError(SlimvitError):
+    """A masks file or a set of masks that breaks a rule (nesting, prefix tokens, shape, format)."""
+
+
+class UnsupportedModelError(SlimvitError):
+    """A model that cannot be slimmed; the message says which part of it and why."""
+
+
+class CheckpointError(SlimvitError):
+    """Weights that do not fit the model, or a file that cannot be read as weights."""
+
+
+class DataError(SlimvitError):
+    """Images or a class map that cannot be used."""
+
+
+class ExportError(SlimvitError):
+    """A model that could not be exported, or a file that could not be written."""
+
+
+class MismatchError(SlimvitError):
+    """Two models that should answer alike do not."""
