@@ -1,0 +1,42 @@
+"""slimvit: vision transformers that compute only the patches that matter.
+
+    masks = slimvit.prune(model, loader, tolerance=0.02)   # Algorithm 1 of Patch Slimming
+    slim = slimvit.apply_masks(model, masks)               # trainable, plain PyTorch, exportable
+    fast = slimvit.accelerate(model, masks)                # inference: same call, same outputs
+
+Names load on first use, so that `import slimvit` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Masks": "slimvit.masks",
+    "SlimvitError": "slimvit.errors",
+    "accelerate": "slimvit.runtime",
+    "apply_masks": "slimvit.runtime",
+    "prune": "slimvit.search",
+}
+__all__ = ["Masks", "SlimvitError", "__version__", "accelerate", "apply_masks", "prune"]
+
+if TYPE_CHECKING:
+    from slimvit.errors import SlimvitError
+    from slimvit.masks import Masks
+    from slimvit.runtime import accelerate, apply_masks
+    from slimvit.search import prune
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'slimvit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

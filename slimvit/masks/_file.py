@@ -1,0 +1,102 @@
+"""The masks file: safetensors, bool [L, N] with optional scores and errors, string metadata."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
+from slimvit.errors import MasksError
+from slimvit.files import atomic_write
+from slimvit.masks._masks import Masks
+
+FORMAT = "slimvit-masks"
+VERSION = 1
+
+
+def save(masks: Masks, path: str | os.PathLike[str]) -> None:
+    tensors = {"keep": masks.keep.contiguous()}
+    if masks.scores is not None:
+        tensors["scores"] = masks.scores.float().contiguous()
+    if masks.errors is not None:
+        tensors["errors"] = masks.errors.float().contiguous()
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "model": masks.model,
+        "grid": json.dumps(list(masks.grid)),
+        "prefix": str(masks.prefix),
+        "semantics": masks.semantics,
+        "data": masks.data,
+    }
+    if masks.image_size is not None:
+        metadata["image_size"] = json.dumps(list(masks.image_size))
+    if masks.tolerance is not None:
+        metadata["tolerance"] = repr(float(masks.tolerance))
+    atomic_write(path, to_bytes(tensors, metadata))
+
+
+def load(path: str | os.PathLike[str]) -> Masks:
+    if not Path(path).is_file():
+        raise MasksError(f"masks file not found: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise MasksError(f"{path} is not a readable safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT or "keep" not in tensors:
+        raise MasksError(
+            f"{path} is not a masks file: metadata 'format' must be {FORMAT!r}, "
+            f"got {metadata.get('format')!r}"
+        )
+    if metadata.get("version") != str(VERSION):
+        raise MasksError(
+            f"{path} has masks format version {metadata.get('version')!r}, "
+            f"this slimvit reads version {VERSION}"
+        )
+    unknown = set(tensors) - {"keep", "scores", "errors"}
+    if unknown:
+        raise MasksError(f"{path} holds unknown tensors: {', '.join(sorted(unknown))}")
+    try:
+        return Masks(
+            keep=tensors["keep"],
+            prefix=int(metadata["prefix"]),
+            grid=_pair(metadata["grid"]),
+            semantics=metadata["semantics"],
+            model=metadata["model"],
+            image_size=_pair(metadata["image_size"]) if "image_size" in metadata else None,
+            tolerance=_finite(metadata["tolerance"]) if "tolerance" in metadata else None,
+            scores=_floats(tensors.get("scores")),
+            errors=_floats(tensors.get("errors")),
+            data=metadata["data"],
+        )
+    except KeyError as error:
+        raise MasksError(f"{path} lacks the metadata {error}") from error
+    except MasksError as error:
+        raise MasksError(f"{path}: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise MasksError(f"{path} has unreadable metadata: {error}") from error
+
+
+def _pair(text: str) -> tuple[int, int]:
+    first, second = json.loads(text)
+    return int(first), int(second)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"tolerance must be finite, got {text}")
+    return value
+
+
+def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    if tensor is not None and not tensor.is_floating_point():
+        raise MasksError(f"scores and errors must be floating point, got {tensor.dtype}")
+    return tensor

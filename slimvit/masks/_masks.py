@@ -1,0 +1,249 @@
+"""The kept sets S_1 … S_L of a vision transformer, as booleans, with their provenance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from slimvit.errors import MasksError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SEMANTICS = ("drop", "zero", "idle")
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """Kept sets of the L blocks: `keep[l - 1, i]` is true where block l computes token i.
+
+    Nested, S_L ⊆ … ⊆ S_1, and every prefix token (class, distillation, register) that the last
+    block keeps is kept by all; tokens are in the model's order, prefix tokens first.
+
+    Attributes:
+        keep: bool [L, N] on the CPU; N counts all tokens, prefix included.
+        prefix: number of prefix tokens; blocks 1 … L-1 keep them all.
+        grid: patches down and across; grid[0] * grid[1] + prefix == N.
+        semantics: what a pruned token is to later blocks: "drop" (gone), "zero" (a zero row;
+            Patch Slimming, footnote 1) or "idle" (stays as it was; Patch Slimming, Eq. 2).
+        model: timm name of the model that the masks belong to, or "" if unknown.
+        image_size: height and width in pixels, or None if unknown.
+        tolerance: the error tolerance of the search, or None.
+        scores: float32 [L, N], the score of each token at each block, or None.
+        errors: float32 [L], the relative error that each block reached, or None.
+        data: fingerprint of the calibration images, or "".
+
+    Raises:
+        MasksError: a shape, a dtype, the nesting or a prefix token is wrong.
+
+    Source: Patch Slimming (Tang et al., CVPR 2022), section 3.
+    """
+
+    keep: Tensor
+    prefix: int
+    grid: tuple[int, int]
+    semantics: str = "drop"
+    model: str = ""
+    image_size: tuple[int, int] | None = None
+    tolerance: float | None = None
+    scores: Tensor | None = None
+    errors: Tensor | None = None
+    data: str = ""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __repr__(self) -> str:
+        name = f"{self.model}, " if self.model else ""
+        return f"Masks({name}{self.semantics}, kept {','.join(map(str, self.counts))})"
+
+    @property
+    def depth(self) -> int:
+        """L, the number of blocks."""
+        return self.keep.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """N, all tokens, prefix included."""
+        return self.keep.shape[1]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """n_1 … n_L: the tokens that each block computes."""
+        return tuple(self.keep.sum(1).tolist())
+
+    @property
+    def alive(self) -> tuple[int, ...]:
+        """n_0 … n_{L-1}: the tokens that each block receives (n_0 = N)."""
+        return (self.tokens, *self.counts[:-1])
+
+    @property
+    def order(self) -> Tensor:
+        """Lifetime order, int64 [N]: tokens by how deep they are kept, longest first.
+
+        Ties keep the model's order, so prefix tokens stand first. With x[:, order], the kept set
+        of every block is a prefix.
+        """
+        return torch.argsort(self.keep.sum(0), descending=True, stable=True)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; it appears whole or not at all."""
+        from slimvit.masks._file import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Masks:
+        """Read and validate a masks file.
+
+        Raises:
+            MasksError: the file is missing, truncated, not a masks file, or its masks are wrong.
+        """
+        from slimvit.masks._file import load
+
+        return load(path)
+
+    def plot(self, image: object = None) -> Figure:
+        """Draw the kept patches block by block over an image (array [H, W, 3], PIL or tensor)."""
+        from slimvit.masks._plot import plot_layers
+
+        return plot_layers(self, image)
+
+    def plot_pyramid(self) -> Figure:
+        """Draw the kept counts of the blocks (Patch Slimming, Figure 5)."""
+        from slimvit.masks._plot import plot_pyramid
+
+        return plot_pyramid(self)
+
+    def replace(self, **changes: object) -> Masks:
+        """A copy with other attributes, validated again."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    @staticmethod
+    def dense(depth: int, grid: tuple[int, int], prefix: int = 1, **info: object) -> Masks:
+        """Masks that keep every token in every block."""
+        keep = torch.ones(depth, grid[0] * grid[1] + prefix, dtype=torch.bool)
+        return Masks(keep, prefix, grid, **info)  # type: ignore[arg-type]
+
+    @staticmethod
+    def from_counts(
+        counts: Sequence[int],
+        grid: tuple[int, int],
+        prefix: int = 1,
+        *,
+        scores: Tensor | None = None,
+        **info: object,
+    ) -> Masks:
+        """Masks with given kept counts n_1 … n_L, prefix tokens included.
+
+        Args:
+            counts: non-increasing, each between 1 and N.
+            grid: patches down and across.
+            prefix: number of prefix tokens; they are kept before any patch.
+            scores: [N], higher is kept longer; without it the patches kept at any count are
+                spread evenly over the image.
+            info: other attributes of Masks.
+        """
+        tokens = grid[0] * grid[1] + prefix
+        if not counts or any(not 1 <= n <= tokens for n in counts):
+            raise MasksError(f"kept counts must lie in [1, N] = [1, {tokens}], got {list(counts)}")
+        if any(b > a for a, b in zip(counts, counts[1:], strict=False)):
+            raise MasksError(f"kept counts must not grow with depth, got {list(counts)}")
+        if scores is None:
+            ranking = torch.cat([torch.arange(prefix), prefix + even_spread(grid)])
+        else:
+            if tuple(scores.shape) != (tokens,):
+                raise MasksError(f"scores must be [N] = [{tokens}], got {list(scores.shape)}")
+            first = scores.double().clone().cpu()
+            first[:prefix] = torch.inf
+            ranking = torch.argsort(first, descending=True, stable=True)
+        keep = torch.zeros(len(counts), tokens, dtype=torch.bool)
+        for layer, n in enumerate(counts):
+            keep[layer, ranking[:n]] = True
+        return Masks(keep, prefix, grid, **info)  # type: ignore[arg-type]
+
+    @staticmethod
+    def uniform(
+        depth: int,
+        keep_ratio: float,
+        grid: tuple[int, int],
+        prefix: int = 1,
+        *,
+        head_tokens: int = 1,
+        scores: Tensor | None = None,
+        **info: object,
+    ) -> Masks:
+        """The same patches kept in every block but the last, which keeps what the head reads.
+
+        Args:
+            depth: L.
+            keep_ratio: kept patches over all patches, in [0, 1].
+            grid: patches down and across.
+            prefix: number of prefix tokens.
+            head_tokens: leading tokens that the head reads: all that the last block computes.
+            scores: [N], as in `from_counts`.
+            info: other attributes of Masks.
+
+        Source: the uniform baseline of Patch Slimming, Table 3.
+        """
+        if not 0 <= keep_ratio <= 1:
+            raise MasksError(f"keep_ratio must lie in [0, 1], got {keep_ratio}")
+        kept = prefix + round(keep_ratio * grid[0] * grid[1])
+        counts = [kept] * (depth - 1) + [min(head_tokens, kept)]
+        return Masks.from_counts(counts, grid, prefix, scores=scores, **info)
+
+
+def even_spread(grid: tuple[int, int]) -> Tensor:
+    """Patches ranked so that any first k of them are spread evenly: int64 [grid area].
+
+    The R2 low-discrepancy sequence visits the cells; each patch stands where it is first visited.
+    """
+    height, width = grid
+    wanted = height * width
+    ranking: dict[int, None] = {}
+    step = 0
+    plastic = 1.32471795724474602596
+    while len(ranking) < wanted:
+        row = int((0.5 + step / plastic) % 1 * height)
+        column = int((0.5 + step / plastic**2) % 1 * width)
+        ranking[row * width + column] = None
+        step += 1
+    return torch.tensor(list(ranking))
+
+
+def _check(masks: Masks) -> None:
+    keep, prefix, grid = masks.keep, masks.prefix, masks.grid
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.dim() != 2:
+        got = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise MasksError(f"keep must be [L, N] booleans, got {got}")
+    if keep.device.type != "cpu":
+        raise MasksError(f"keep must be on the CPU, got {keep.device}")
+    if masks.semantics not in SEMANTICS:
+        raise MasksError(f"semantics must be one of {', '.join(SEMANTICS)}, got {masks.semantics!r}")
+    if len(grid) != 2 or prefix < 0 or grid[0] * grid[1] + prefix != keep.shape[1]:
+        raise MasksError(
+            f"tokens must be grid {grid} plus {prefix} prefix tokens, got N = {keep.shape[1]}"
+        )
+    if keep.shape[0] == 0 or not keep[-1].any():
+        raise MasksError("every block must keep at least one token, the last keeps none")
+    grown = (keep[1:] & ~keep[:-1]).nonzero()
+    if len(grown):
+        layer, token = grown[0].tolist()
+        raise MasksError(
+            f"masks must be nested: block {layer + 2} keeps token {token}, block {layer + 1} does not"
+        )
+    missing = (~keep[:-1, :prefix]).nonzero()
+    if len(missing):
+        layer, token = missing[0].tolist()
+        raise MasksError(f"prefix tokens must be kept: block {layer + 1} prunes token {token}")
+    for name, value, shape in (
+        ("scores", masks.scores, tuple(keep.shape)),
+        ("errors", masks.errors, (keep.shape[0],)),
+    ):
+        if value is not None and tuple(value.shape) != shape:
+            raise MasksError(f"{name} must be {list(shape)}, got {list(value.shape)}")
