@@ -1,0 +1,75 @@
+#include "cpu/isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace slimvit {
+namespace {
+
+constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+
+bool offers(Isa isa) {
+#if defined(__x86_64__)
+  // Each set includes the ones before it, so that a kernel may fall back on their instructions.
+  switch (isa) {
+    case Isa::portable:
+      return true;
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::avx512:
+      return offers(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
+    case Isa::avx512_bf16:
+      return offers(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+  }
+#endif
+  return isa == Isa::portable;
+}
+
+template <typename Sets>
+std::string join(const Sets& sets) {
+  std::string text;
+  for (Isa isa : sets) text += (text.empty() ? "" : ", ") + std::string(name(isa));
+  return text;
+}
+
+}  // namespace
+
+const char* name(Isa isa) {
+  switch (isa) {
+    case Isa::portable:
+      return "portable";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
+  }
+  return "unknown";
+}
+
+std::vector<Isa> offered() {
+  std::vector<Isa> sets;
+  for (Isa isa : kAll)
+    if (offers(isa)) sets.push_back(isa);
+  return sets;
+}
+
+Isa chosen() {
+  const std::vector<Isa> here = offered();
+  const char* forced = std::getenv("SLIMVIT_ISA");
+  if (forced == nullptr || *forced == '\0') return here.back();
+  for (Isa isa : kAll) {
+    if (name(isa) != std::string(forced)) continue;
+    if (offers(isa)) return isa;
+    throw std::invalid_argument("SLIMVIT_ISA=" + std::string(forced) +
+                                ": this processor offers only " + join(here));
+  }
+  throw std::invalid_argument("SLIMVIT_ISA must be one of " + join(kAll) + ", got '" + forced +
+                              "'");
+}
+
+}  // namespace slimvit
