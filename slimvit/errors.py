@@ -1,14 +1,14 @@
-"""What can go wrong through input, each with one clear line that names the thing, the rule and the value."""
+"""What can go wrong through input: one clear line, naming the thing, the rule and the value."""
 
 from __future__ import annotations
 
 
 class SlimvitError(ValueError):
-    """Anything a user's input can cause; the message is one line. The commands end with status 1 on it."""
+    """Anything a user's input can cause; the message is one line. Commands end with status 1."""
 
 
 class UsageError(SlimvitError):
-    """The call itself is wrong (an unknown model, a number out of range); the commands end with status 2."""
+    """The call itself is wrong (an unknown model, a number out of range): status 2 of a command."""
 
 
 class MasksError(SlimvitError):
