@@ -1,0 +1,53 @@
+"""Choosing a back end: an explicit one works or raises the reason, `auto` takes the fastest."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from slimvit.errors import SlimvitError, UsageError
+
+NAMES = ("torch", "cpu", "triton", "cuda")
+_FASTEST_FIRST = ("cuda", "triton", "cpu", "torch")
+_NO_KERNELS = "this version of slimvit has no {} kernels"
+_log = logging.getLogger("slimvit")
+
+
+def why_not(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
+    """The reason why a back end cannot run here, or None if it can.
+
+    Args:
+        name: one of NAMES.
+        device: where the model would run.
+        dtype: what it would compute in.
+
+    Raises:
+        UsageError: there is no back end of that name.
+    """
+    if name not in NAMES:
+        raise UsageError(f"unknown back end {name!r}: one of auto, {', '.join(NAMES)}")
+    if name != "torch":
+        return _NO_KERNELS.format(name)
+    if torch.device(device).type == "cpu" and dtype == torch.float16:
+        return "float16 is not computed on CPUs: use float32 or bfloat16"
+    return None
+
+
+def choose(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """The back end to use: `name` itself, or the fastest that works for "auto".
+
+    Raises:
+        SlimvitError: an explicit back end cannot run here; the message has the reason.
+    """
+    if name != "auto":
+        reason = why_not(name, device, dtype)
+        if reason is not None:
+            raise SlimvitError(f"back end {name}: {reason} (slimvit doctor tells what works here)")
+        return name
+    for candidate in _FASTEST_FIRST:
+        reason = why_not(candidate, device, dtype)
+        if reason is None:
+            return candidate
+        _log.debug("back end %s passed over: %s", candidate, reason)
+    raise SlimvitError(f"no back end computes {dtype} on {device}: {reason}")

@@ -1,0 +1,17 @@
+"""Foreign models: the only place that knows timm's classes."""
+
+from slimvit.models.create import create, load_checkpoint
+from slimvit.models.slim import slim_class
+from slimvit.models.spec import Spec
+from slimvit.models.vision_transformer import block_parts, check_masks, embed, spec
+
+__all__ = [
+    "Spec",
+    "block_parts",
+    "check_masks",
+    "create",
+    "embed",
+    "load_checkpoint",
+    "slim_class",
+    "spec",
+]

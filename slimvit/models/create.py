@@ -1,0 +1,93 @@
+"""A timm model by name, with weights from a file or from the hub."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import load_state_dict
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import nn
+
+from slimvit.errors import CheckpointError, UsageError
+
+
+def create(
+    name: str,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    pretrained: bool = False,
+    img_size: int | None = None,
+    num_classes: int | None = None,
+) -> nn.Module:
+    """A timm model in evaluation mode.
+
+    Args:
+        name: timm's model name.
+        checkpoint: state dict in timm's names (safetensors, or a torch file of tensors); every
+            key and shape must fit, a position embedding of another grid is resampled.
+        pretrained: take timm's weights from the hub.
+        img_size: image side in pixels, if not the model's own.
+        num_classes: outputs of the head, if not the model's own.
+
+    Raises:
+        UsageError: the model is unknown.
+        CheckpointError: the weights are missing, unreadable or do not fit.
+    """
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise UsageError(f"unknown model {name!r}: timm.list_models() has the names{hint}")
+    options: dict[str, Any] = {"img_size": img_size, "num_classes": num_classes}
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        raise UsageError(f"model {name} does not take {', '.join(options)}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"no pretrained weights for {name} from the hub: {first}") from error
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    return model.eval()
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a state dict in timm's names; the model is untouched unless everything fits.
+
+    Raises:
+        CheckpointError: the file is missing or unreadable, or a key or a shape does not fit.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"checkpoint not found: {path}")
+    try:
+        state = load_state_dict(str(path))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} is not a readable checkpoint: {first}") from error
+    if isinstance(model, VisionTransformer):
+        state = checkpoint_filter_fn(state, model)
+    wanted = model.state_dict()
+    missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    if missing or extra:
+        raise CheckpointError(
+            f"{path} does not fit the model: {_some('missing', missing)}{_some('extra', extra)}"
+        )
+    for key, value in wanted.items():
+        if state[key].shape != value.shape:
+            raise CheckpointError(
+                f"{path}: {key} must be {list(value.shape)}, got {list(state[key].shape)}"
+            )
+    model.load_state_dict(state)
+
+
+def _some(word: str, keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{len(keys)} {word} keys ({', '.join(keys[:3])}{more}) "

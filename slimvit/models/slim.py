@@ -1,0 +1,132 @@
+"""The slimmed forward, mixed into the class of a timm model."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from timm.layers import LayerScale, Mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from slimvit.errors import UnsupportedModelError
+from slimvit.masks import Masks
+from slimvit.models.vision_transformer import embed, parts
+from slimvit.ops import BlockParts, ExtraKey, scatter_tokens, slim_block, zero_key
+
+
+class _Slim:
+    """What a slimmed model does differently from the timm class that it is mixed into."""
+
+    masks: Masks
+    _order: Tensor
+
+    def set_masks(self, masks: Masks) -> None:
+        self.masks = masks
+        self._counts = masks.counts
+        self._idle = masks.semantics == "idle"
+        self._dead = [masks.tokens - m if masks.semantics == "zero" else 0 for m in masks.alive]
+        device = self.cls_token.device
+        self._folded = False
+        self.register_buffer("_order", masks.order.to(device), persistent=False)
+
+    def _slim_tokens(self, images: Tensor) -> Tensor:
+        """Tokens after the final norm in lifetime order, [n_L, B, D] ([N, B, D] where idle)."""
+        x = embed(self, images).transpose(0, 1).index_select(0, self._order)  # [N, B, D]
+        for layer, module in enumerate(self.blocks):
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(self._slim_layer, x, layer, module, use_reentrant=False)
+            else:
+                x = self._slim_layer(x, layer, module)
+        return self.norm(x)
+
+    def _slim_layer(self, x: Tensor, layer: int, module: nn.Module) -> Tensor:
+        block, n = parts(module), self._counts[layer]
+        out = slim_block(x, block, n, extra_key=self._extra_key(layer, block))
+        return torch.cat([out, x[n:]]) if self._idle and n < x.shape[0] else out
+
+    def _extra_key(self, layer: int, block: BlockParts) -> ExtraKey | None:
+        if not self._dead[layer]:
+            return None
+        if not self._folded:
+            return zero_key(block, self._dead[layer])
+        key, value = getattr(self, f"_zero_key_{layer}"), getattr(self, f"_zero_value_{layer}")
+        return ExtraKey(key, value, math.log(self._dead[layer]))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Keep only what inference needs: layer scale goes into the projection before it, dropout
+        goes away, the key of the zero rows becomes a constant. Training is over after this."""
+        self.eval()
+        for layer, module in enumerate(self.blocks):
+            if self._dead[layer]:
+                extra = zero_key(parts(module), self._dead[layer])
+                self.register_buffer(f"_zero_key_{layer}", extra.key, persistent=False)
+                self.register_buffer(f"_zero_value_{layer}", extra.value, persistent=False)
+            module.ls1 = _fold_scale(module.ls1, module.attn.proj)
+            if type(module.mlp) is Mlp and isinstance(module.mlp.norm, nn.Identity):
+                module.ls2 = _fold_scale(module.ls2, module.mlp.fc2)
+                module.mlp = nn.Sequential(module.mlp.fc1, module.mlp.act, module.mlp.fc2)
+        self._folded = True
+
+    def forward_features(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Kept tokens after the final norm, back in their places: [B, N, D], zero elsewhere.
+
+        With `idle` masks pruned tokens hold their last value instead of zero.
+        """
+        _refuse_attention_mask(attn_mask, is_causal)
+        x = self._slim_tokens(x).transpose(0, 1)
+        return scatter_tokens(x, self._order[: x.shape[1]], self.masks.tokens)
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Logits [B, classes] of images [B, C, H, W]; nothing is scattered on the way."""
+        _refuse_attention_mask(attn_mask, is_causal)
+        return self.forward_head(self._slim_tokens(x).transpose(0, 1))
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedModelError(
+            "a slimmed model has no intermediate features on the full grid: "
+            "call forward_features, or forward_intermediates of the dense model"
+        )
+
+    get_intermediate_layers = forward_intermediates
+    prune_intermediate_layers = forward_intermediates
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedModelError("masks belong to one image size: resize the dense model, prune again")
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _rebuild, (type(self).__mro__[2],), self.__dict__
+
+
+def _refuse_attention_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise UnsupportedModelError("a slimmed model takes no attn_mask and is not causal")
+
+
+@functools.cache
+def slim_class(base: type[nn.Module]) -> type[nn.Module]:
+    """`base` with the slimmed forward mixed in: same modules, same state dict, same interface."""
+    return type(f"Slim{base.__name__}", (_Slim, base), {"__module__": __name__})
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = slim_class(base)
+    return cls.__new__(cls)
+
+
+
+
+def _fold_scale(scale: nn.Module, linear: nn.Linear) -> nn.Module:
+    if not isinstance(scale, LayerScale):
+        return scale
+    linear.weight.mul_(scale.gamma[:, None])
+    if linear.bias is not None:
+        linear.bias.mul_(scale.gamma)
+    return nn.Identity()

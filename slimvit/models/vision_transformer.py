@@ -1,0 +1,164 @@
+"""timm's VisionTransformer family: DeiT, DeiT-III, AugReg ViT, DINOv2, CLIP towers."""
+
+from __future__ import annotations
+
+from timm.layers import PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+
+from slimvit.errors import MasksError, SlimvitError, UnsupportedModelError
+from slimvit.masks import Masks
+from slimvit.models.spec import Spec
+from slimvit.ops import BlockParts
+
+_OTHER_FAMILIES = {
+    "SwinTransformer": "windowed attention needs every patch of a window",
+    "SwinTransformerV2": "windowed attention needs every patch of a window",
+    "NaFlexVit": "its grid changes from image to image, static masks have one grid",
+    "Eva": "rotary position embeddings are not implemented",
+    "Beit": "relative position biases are not implemented",
+    "PoolingVisionTransformer": "pooling between its stages needs the whole grid",
+}
+_POOLS = {
+    "avg": "a mean over patches needs every patch in the last block",
+    "avgmax": "a mean and maximum over patches need every patch in the last block",
+    "max": "a maximum over patches needs every patch in the last block",
+    "map": "attention pooling reads every patch of the last block",
+    "prr": "attention pooling reads every patch of the last block",
+    "": "without pooling every patch of the last block is an output",
+}
+
+
+def spec(model: nn.Module) -> Spec:
+    """The shape of a timm VisionTransformer.
+
+    Raises:
+        UnsupportedModelError: the model cannot be slimmed; the message says why.
+    """
+    check_supported(model)
+    block = model.blocks[0]
+    embedding = model.patch_embed
+    linears = [m for m in block.mlp.modules() if isinstance(m, nn.Linear)]
+    return Spec(
+        name=model_name(model),
+        image_size=tuple(embedding.img_size),
+        patch_size=tuple(embedding.patch_size),
+        grid=tuple(embedding.grid_size),
+        in_chans=embedding.proj.in_channels,
+        prefix=model.num_prefix_tokens,
+        head_tokens=2 if isinstance(model, VisionTransformerDistilled) else 1,
+        depth=len(model.blocks),
+        width=model.embed_dim,
+        heads=block.attn.num_heads,
+        head_dim=block.attn.head_dim,
+        hidden=linears[-1].in_features,
+        mlp_macs=sum(m.in_features * m.out_features for m in linears),
+        gated=getattr(block.attn, "gate", None) is not None,
+        num_classes=model.num_classes,
+    )
+
+
+def check_supported(model: nn.Module) -> None:
+    """Refuse, by name and with the reason, what slimvit cannot slim."""
+    kind = type(model).__name__
+    if not isinstance(model, VisionTransformer):
+        reason = _OTHER_FAMILIES.get(kind, "it is not one of timm's VisionTransformer family")
+        raise UnsupportedModelError(f"{kind} cannot be slimmed: {reason}")
+    name = model_name(model)
+    if getattr(model, "masks", None) is not None:
+        raise UnsupportedModelError(f"{name} is slimmed already: give the dense model")
+    if model.global_pool != "token" or not model.has_class_token:
+        reason = _POOLS.get(model.global_pool, "the head must read the class token")
+        raise UnsupportedModelError(
+            f"{name} has global_pool={model.global_pool!r} and cannot be slimmed: {reason}"
+        )
+    if type(model.patch_embed) is not PatchEmbed:
+        raise UnsupportedModelError(
+            f"{name} embeds patches by {type(model.patch_embed).__name__}: only PatchEmbed is read"
+        )
+    if not isinstance(model.patch_drop, nn.Identity):
+        raise UnsupportedModelError(
+            f"{name} drops random patches in training (patch_drop_rate): masks choose the patches"
+        )
+    for index, block in enumerate(model.blocks):
+        if type(block) is not Block:
+            raise UnsupportedModelError(
+                f"{name}: block {index + 1} is a {type(block).__name__}, only Block is read"
+            )
+        if type(block.attn) is not Attention:
+            raise UnsupportedModelError(
+                f"{name}: block {index + 1} has {type(block.attn).__name__}, only Attention is read"
+            )
+
+
+def check_masks(masks: Masks, model_spec: Spec) -> None:
+    """Refuse masks that do not fit the model.
+
+    Raises:
+        MasksError: another model, image size, depth, grid or prefix, or a head token is pruned.
+    """
+    if masks.model and masks.model != model_spec.name:
+        raise MasksError(f"masks are of model {masks.model}, got model {model_spec.name}")
+    if masks.image_size is not None and masks.image_size != model_spec.image_size:
+        raise MasksError(
+            f"masks are of image size {masks.image_size}, the model takes {model_spec.image_size}"
+        )
+    wanted = [model_spec.depth, model_spec.tokens]
+    if list(masks.keep.shape) != wanted:
+        raise MasksError(f"keep must be [L, N] = {wanted}, got {list(masks.keep.shape)}")
+    if masks.grid != model_spec.grid or masks.prefix != model_spec.prefix:
+        raise MasksError(
+            f"masks have grid {masks.grid} and {masks.prefix} prefix tokens, "
+            f"the model has {model_spec.grid} and {model_spec.prefix}"
+        )
+    if not masks.keep[:, : model_spec.head_tokens].all():
+        raise MasksError(
+            f"the head reads the first {model_spec.head_tokens} tokens, "
+            "every block must keep them, the last block prunes one"
+        )
+
+
+def block_parts(model: nn.Module) -> list[BlockParts]:
+    """The modules of every block, first block first."""
+    return [parts(block) for block in model.blocks]
+
+
+def parts(block: nn.Module) -> BlockParts:
+    """The modules of one timm Block."""
+    attn = block.attn
+    return BlockParts(
+        norm1=block.norm1,
+        qkv=attn.qkv,
+        q_norm=attn.q_norm,
+        k_norm=attn.k_norm,
+        gate=getattr(attn, "gate", None),
+        attn_norm=attn.norm,
+        proj=attn.proj,
+        proj_drop=attn.proj_drop,
+        ls1=block.ls1,
+        drop_path1=block.drop_path1,
+        norm2=block.norm2,
+        mlp=block.mlp,
+        ls2=block.ls2,
+        drop_path2=block.drop_path2,
+        heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        attn_drop=attn.attn_drop.p,
+    )
+
+
+def embed(model: nn.Module, images: Tensor) -> Tensor:
+    """Z_0: images [B, C, H, W] to tokens [B, N, D], position embedding and pre-norm included."""
+    size = tuple(images.shape[-2:])
+    wanted = tuple(model.patch_embed.img_size)
+    if images.dim() != 4 or size != wanted:
+        raise SlimvitError(f"images must be [B, C, {wanted[0]}, {wanted[1]}], got {list(images.shape)}")
+    return model.norm_pre(model._pos_embed(model.patch_embed(images)))
+
+
+def model_name(model: nn.Module) -> str:
+    """timm's architecture name, or the class name of a model built by hand."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    architecture = config.get("architecture") if hasattr(config, "get") else None
+    return architecture or type(model).__name__

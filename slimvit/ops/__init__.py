@@ -1,0 +1,24 @@
+"""The operations of a slimmed transformer, each defined by its reference in plain PyTorch."""
+
+from slimvit.ops.scatter_tokens import scatter_tokens
+from slimvit.ops.slim_attention import attention_probabilities, slim_attention
+from slimvit.ops.slim_block import (
+    BlockParts,
+    ExtraKey,
+    project_qkv,
+    slim_block,
+    take,
+    zero_key,
+)
+
+__all__ = [
+    "BlockParts",
+    "ExtraKey",
+    "attention_probabilities",
+    "project_qkv",
+    "scatter_tokens",
+    "slim_attention",
+    "slim_block",
+    "take",
+    "zero_key",
+]

@@ -1,0 +1,158 @@
+"""One slimmed block, in plain PyTorch: the definition that every back end is tested against."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimvit.ops.slim_attention import slim_attention
+
+
+class BlockParts(NamedTuple):
+    """The modules of one pre-norm transformer block, whatever their names in the foreign model.
+
+    `qkv` maps D to 3·H·d (queries, keys, values); `gate`, where there is one, D to H·d. Modules
+    that a model does not have are `nn.Identity`.
+    """
+
+    norm1: nn.Module
+    qkv: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
+    gate: nn.Linear | None
+    attn_norm: nn.Module
+    proj: nn.Linear
+    proj_drop: nn.Module
+    ls1: nn.Module
+    drop_path1: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    ls2: nn.Module
+    drop_path2: nn.Module
+    heads: int
+    head_dim: int
+    attn_drop: float
+
+
+class ExtraKey(NamedTuple):
+    """One key and one value [1, H, 1, d], with the bias of its logit, the same for all images."""
+
+    key: Tensor
+    value: Tensor
+    bias: float
+
+
+def zero_key(block: BlockParts, rows: int) -> ExtraKey:
+    """What `rows` zero rows are as keys and values: LN1 makes them all one key, counted by a bias.
+
+    Equal to attending to the rows themselves, since `rows` equal terms of a softmax are one term
+    with log(rows) added to its logit.
+
+    Source: Patch Slimming (Tang et al., CVPR 2022), footnote 1, where pruned tokens are zeros.
+    """
+    y = block.norm1(block.proj.weight.new_zeros(1, 1, block.qkv.in_features))
+    inner = block.heads * block.head_dim
+    bias = None if block.qkv.bias is None else block.qkv.bias[inner:]
+    k, v = _heads(block, F.linear(y, block.qkv.weight[inner:], bias), 2)
+    return ExtraKey(block.k_norm(k), v, math.log(rows))
+
+
+def take(x: Tensor, keep: int | Tensor) -> Tensor:
+    """The kept rows of x [m, B, D]: the first `keep`, or those at an index [n] or [B, n]."""
+    if isinstance(keep, Tensor):
+        if keep.dim() == 1:
+            return x.index_select(0, keep)
+        return x.gather(0, keep.t().unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return x if keep == x.shape[0] else x[:keep]
+
+
+def slim_block(
+    x: Tensor,
+    block: BlockParts,
+    keep: int | Tensor,
+    *,
+    key_bias: Tensor | None = None,
+    extra_key: ExtraKey | None = None,
+) -> Tensor:
+    """Attention of the kept over the alive tokens, then the MLP of the kept.
+
+        y = LN1(x);  x' = x[keep] + ls1 · Attn(y[keep], y);  out = x' + ls2 · MLP(LN2(x'))
+
+    Tokens come first and images second, so that every prefix of the tokens is contiguous.
+
+    Args:
+        x: alive tokens, [m, B, D].
+        block: the block's modules.
+        keep: the kept tokens: a prefix length n, or their positions [n] or [B, n], int64.
+        key_bias: added to the attention logits of each alive token, [m] or [B, m].
+        extra_key: one more key and value that all images share; see `zero_key`.
+
+    Returns:
+        [n, B, D]; equal to the dense block's rows `keep` where every token is alive.
+
+    Source: Patch Slimming (Tang et al., CVPR 2022), Eq. 2 and footnote 1.
+    """
+    x_kept = take(x, keep)
+    attended = _attention_branch(x, block, keep, x_kept.shape[0], key_bias, extra_key)
+    x_kept = x_kept + _drop_path(block.drop_path1, block.ls1(attended))
+    return x_kept + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x_kept))))
+
+
+def _attention_branch(
+    x: Tensor,
+    block: BlockParts,
+    keep: int | Tensor,
+    n: int,
+    key_bias: Tensor | None,
+    extra_key: ExtraKey | None,
+) -> Tensor:
+    y = block.norm1(x)
+    y_kept = take(y, keep)
+    q, k, v = project_qkv(block, y_kept, y)  # [B, H, n, d], [B, H, m, d] twice
+    if extra_key is not None:
+        k, v, key_bias = _append_key(k, v, key_bias, extra_key)
+    dropout = block.attn_drop if block.proj.training else 0.0
+    a = slim_attention(q, k, v, key_bias, dropout)
+    a = block.attn_norm(a.permute(2, 0, 1, 3).reshape(n, x.shape[1], block.heads * block.head_dim))
+    if block.gate is not None:
+        a = a * block.gate(y_kept).sigmoid()
+    return block.proj_drop(block.proj(a))
+
+
+def project_qkv(block: BlockParts, y_kept: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of `y_kept` [n, B, D], keys and values of `y` [m, B, D], as [B, H, ·, d] views."""
+    inner = block.heads * block.head_dim
+    if y_kept is y:
+        q, k, v = _heads(block, block.qkv(y), 3)
+    else:
+        weight, bias = block.qkv.weight, block.qkv.bias
+        q_bias, kv_bias = (None, None) if bias is None else (bias[:inner], bias[inner:])
+        (q,) = _heads(block, F.linear(y_kept, weight[:inner], q_bias), 1)
+        k, v = _heads(block, F.linear(y, weight[inner:], kv_bias), 2)
+    return block.q_norm(q), block.k_norm(k), v
+
+
+def _heads(block: BlockParts, rows: Tensor, parts: int) -> tuple[Tensor, ...]:
+    n, batch, _ = rows.shape
+    return rows.view(n, batch, parts, block.heads, block.head_dim).permute(2, 1, 3, 0, 4).unbind(0)
+
+
+def _append_key(
+    k: Tensor, v: Tensor, key_bias: Tensor | None, extra: ExtraKey
+) -> tuple[Tensor, Tensor, Tensor]:
+    if key_bias is None:
+        key_bias = k.new_zeros(k.shape[2])
+    k = torch.cat([k, extra.key.expand(k.shape[0], -1, -1, -1)], dim=2)
+    v = torch.cat([v, extra.value.expand(v.shape[0], -1, -1, -1)], dim=2)
+    tail = key_bias.new_full((*key_bias.shape[:-1], 1), extra.bias)
+    return k, v, torch.cat([key_bias, tail], dim=-1)
+
+
+def _drop_path(drop_path: nn.Module, branch: Tensor) -> Tensor:
+    if isinstance(drop_path, nn.Identity):
+        return branch
+    return drop_path(branch.transpose(0, 1)).transpose(0, 1)  # it drops along dimension 0: images
