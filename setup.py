@@ -47,7 +47,7 @@ def run(*command: str) -> None:
     if done.returncode:
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
         first = next((i for i, line in enumerate(lines) if "error" in line.lower()), -1)
-        raise CompileError(f"{shlex.join(command[:2])} failed: {' '.join(lines[first:][:3])}")
+        raise CompileError(f"cmake failed: {' '.join(lines[first:][:3])}")
 
 
 class CMakeBuild(build_ext):

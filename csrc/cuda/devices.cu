@@ -32,6 +32,7 @@ cudaError_t launch_and_read(int& value) {
 std::string why_not() {
   int count = 0;
   const std::string error = message(cudaGetDeviceCount(&count));
+  if (!error.empty() && driver_version() == 0) return "no NVIDIA driver is installed";
   if (!error.empty()) return error;
   return count > 0 ? "" : "no CUDA device is visible";
 }

@@ -1,0 +1,243 @@
+"""What works on this machine and why the rest does not: packages, processor, GPUs, back ends."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import slimvit
+from slimvit import _extensions
+
+_INSTALL = {
+    "torch": "pip install torch",
+    "timm": "pip install timm",
+    "triton": "pip install triton, for the Triton kernels on GPUs",
+    "onnx": "pip install 'slimvit[export]'",
+    "onnxruntime": "pip install 'slimvit[export]'",
+    "openvino": "pip install 'slimvit[export]'",
+}
+_GIB = 1024**3
+
+
+def examine() -> dict[str, Any]:
+    """Everything that decides what slimvit can do here, as plain values for JSON.
+
+    Returns:
+        `slimvit`, `python`, `system`: versions. `packages`: by name, `version` or None and
+        `reason`. `processor`: `name`, `cores`, `threads` (of torch), `instruction_sets`, `uses`,
+        `bfloat16` (True where the processor has the instructions, None if unknown). `modules` and
+        `gpus`: a `reason` where they do not work. `backends`: `name`, `device`, `works`, `reason`.
+        `auto`: the back end that "auto" takes on each device, None where there is none.
+    """
+    packages = {name: _package(name) for name in _INSTALL}
+    gpus = _gpus()
+    backends, auto = _backends(["cpu", *(f"cuda:{i}" for i in range(len(gpus["devices"])))])
+    return {
+        "slimvit": slimvit.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": packages,
+        "processor": _processor(),
+        "modules": {
+            name: {"works": _extensions.why_not(name) is None, "reason": _extensions.why_not(name)}
+            for name in _extensions.NAMES
+        },
+        "gpus": gpus,
+        "backends": backends,
+        "auto": auto,
+    }
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """The last line of the table: what "auto" takes on each device."""
+    if not any(report["auto"].values()):
+        reason = report["backends"][0]["reason"] if report["backends"] else "there is no back end"
+        return f"nothing works here: {reason}"
+    takes = (f"{backend or 'nothing'} on {device}" for device, backend in report["auto"].items())
+    return f"auto takes {', '.join(takes)}"
+
+
+def describe(report: dict[str, Any]) -> str:
+    """A table of `examine()`'s report for people, its last line the verdict."""
+    cpu = report["processor"]
+    sections = {
+        "packages": [
+            (name, entry["version"] or f"no: {entry['reason']}")
+            for name, entry in report["packages"].items()
+        ],
+        "processor": [
+            ("name", cpu["name"]),
+            ("cores", f"{cpu['cores']}, torch uses {cpu['threads'] or 'no'} threads"),
+            ("instructions", _instructions(cpu)),
+            ("bfloat16", _BFLOAT16[cpu["bfloat16"]]),
+        ],
+        "modules": [(name, _state(entry)) for name, entry in report["modules"].items()],
+        "GPUs": _gpu_rows(report["gpus"]),
+    }
+    for entry in report["backends"]:
+        rows = sections.setdefault(f"back ends on {entry['device']}", [])
+        rows.append((entry["name"], _state(entry)))
+    if not cpu["spin_count_set"]:
+        sections["processor"].append(
+            ("shared host", "GOMP_SPINCOUNT=1000 in the environment keeps small batches fast")
+        )
+    lines = [f"slimvit {report['slimvit']}, Python {report['python']}, {report['system']}"]
+    for title, rows in sections.items():
+        lines += ["", title, *(f"  {name:<12} {text}" for name, text in rows)]
+    return "\n".join([*lines, "", verdict(report)])
+
+
+_BFLOAT16 = {
+    True: "fast: the processor multiplies it",
+    False: "slow: the processor has no instructions for it, float32 is faster",
+    None: "unknown",
+}
+
+
+def _state(entry: dict[str, Any]) -> str:
+    return "works" if entry["works"] else f"no: {entry['reason']}"
+
+
+def _instructions(cpu: dict[str, Any]) -> str:
+    if not cpu["uses"]:
+        return f"no: {cpu['reason']}"
+    others = [name for name in cpu["instruction_sets"] if name != cpu["uses"]]
+    return cpu["uses"] + (f", also {', '.join(reversed(others))}" if others else "")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _package(name: str) -> dict[str, str | None]:
+    # Imported, not only looked up: a broken install is the thing to find here.
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return {"version": None, "reason": f"missing ({_INSTALL[name]})"}
+        return {"version": None, "reason": _one_line(error)}
+    except Exception as error:
+        return {"version": None, "reason": _one_line(error)}
+    version = str(getattr(module, "__version__", "unknown"))
+    return {"version": version.partition("-")[0], "reason": None}
+
+
+def _processor() -> dict[str, Any]:
+    cpu = _extensions.load("_cpu")
+    sets = cpu.instruction_sets() if cpu else []
+    uses, reason = None, _extensions.why_not("_cpu")
+    if cpu:
+        try:
+            uses = cpu.chosen()
+        except ValueError as error:  # SLIMVIT_ISA
+            reason = str(error)
+    torch = sys.modules.get("torch")
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return {
+        "name": _processor_name(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads() if torch else None,
+        "instruction_sets": sets,
+        "uses": uses,
+        "reason": reason,
+        "bfloat16": "avx512_bf16" in sets if x86 and cpu else None,
+        "spin_count_set": "GOMP_SPINCOUNT" in os.environ,
+    }
+
+
+def _processor_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))  # what this process may use, not what there is
+    return os.cpu_count() or 1
+
+
+def _gpus() -> dict[str, Any]:
+    """What torch sees, and whether kernels of `slimvit._cuda` run on it."""
+    torch = sys.modules.get("torch")
+    cuda = _extensions.load("_cuda")
+    report: dict[str, Any] = {
+        "driver": cuda.driver() if cuda else None,
+        "runtime": cuda.runtime() if cuda else None,
+        "architectures": cuda.architectures().split() if cuda else [],
+        "devices": [],
+        "reason": None,
+    }
+    if torch is None:
+        report["reason"] = "torch cannot be imported"
+    elif not torch.cuda.is_available():
+        report["reason"] = _no_gpu(torch, cuda)
+    else:
+        report["devices"] = [_gpu(torch, cuda, i) for i in range(torch.cuda.device_count())]
+    return report
+
+
+def _no_gpu(torch: Any, cuda: Any) -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without GPU support"
+    return (cuda.why_not() if cuda else None) or "torch sees no GPU"
+
+
+def _gpu(torch: Any, cuda: Any, index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    reason = cuda.probe(index) if cuda else _extensions.why_not("_cuda")
+    return {
+        "name": properties.name,
+        "capability": [properties.major, properties.minor],
+        "memory": properties.total_memory,
+        "works": reason is None,
+        "reason": reason,
+    }
+
+
+def _gpu_rows(gpus: dict[str, Any]) -> list[tuple[str, str]]:
+    if gpus["reason"]:
+        return [("none", gpus["reason"])]
+    rows = []
+    for index, gpu in enumerate(gpus["devices"]):
+        major, minor = gpu["capability"]
+        text = f"{gpu['name']}, sm_{major}{minor}, {gpu['memory'] / _GIB:.0f} GiB"
+        rows.append((f"cuda:{index}", text + ("" if gpu["works"] else f"; {gpu['reason']}")))
+    return rows
+
+
+def _backends(devices: list[str]) -> tuple[list[dict[str, Any]], dict[str, str | None]]:
+    rows: list[dict[str, Any]] = []
+    auto: dict[str, str | None] = {}
+    try:
+        import torch
+
+        from slimvit import backends
+    except Exception as error:
+        return [{"name": "torch", "device": "cpu", "works": False, "reason": _one_line(error)}], {}
+    for device in devices:
+        for name in backends.NAMES:
+            reason = backends.why_not(name, torch.device(device))
+            row = {"name": name, "device": device, "works": reason is None, "reason": reason}
+            rows.append(row)
+        auto[device] = _chosen(backends, torch.device(device))
+    return rows, auto
+
+
+def _chosen(backends: Any, device: Any) -> str | None:
+    import torch
+
+    from slimvit.errors import SlimvitError
+
+    try:
+        return backends.choose("auto", device, torch.float32)
+    except SlimvitError:
+        return None
