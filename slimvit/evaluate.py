@@ -1,0 +1,113 @@
+"""How well a slim model answers: top-1, top-5 and agreement with the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.utils import accuracy
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from slimvit.errors import DataError, SlimvitError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured; percentages, None where there is nothing to measure them on.
+
+    Attributes:
+        images: how many images both models answered.
+        labelled: how many of them have a label.
+        top1: share of labels that are the slim model's first answer.
+        top5: share of labels among its first five.
+        dense_top1: the dense model's top-1 on the same images.
+        dense_top5: and its top-5.
+        agreement: share of images on which both give the same first answer; None for models
+            that give features instead of classes.
+        cosine: mean cosine between the outputs of both, in [-1, 1].
+    """
+
+    images: int
+    labelled: int
+    top1: float | None
+    top5: float | None
+    dense_top1: float | None
+    dense_top5: float | None
+    agreement: float | None
+    cosine: float
+
+
+@torch.inference_mode()
+def evaluate(
+    dense: nn.Module,
+    slim: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    reduce: bool = False,
+) -> Evaluation:
+    """Run both models on the same images and compare their answers.
+
+    Args:
+        dense: the reference; takes and returns float32.
+        slim: the slimmed model, same call.
+        loader: batches (images [b, C, H, W], targets [b] int64, negative for no label).
+        device: where the models are; by default that of the dense model's parameters.
+        progress: show a progress bar.
+        reduce: sum over the processes of torch.distributed, each with its own shard.
+
+    Raises:
+        DataError: the loader gives no image.
+        SlimvitError: an output is NaN or infinite.
+    """
+    device = torch.device(device) if device else next(dense.parameters()).device
+    classes = getattr(dense, "num_classes", 1) > 0
+    sums = torch.zeros(8, dtype=torch.float64)
+    for images, targets in tqdm(
+        loader, "evaluate", unit="batch", disable=not progress, leave=False
+    ):
+        images = images.to(device, non_blocking=True)
+        answers = [model(images).float() for model in (dense, slim)]
+        for name, answer in zip(("dense", "slim"), answers):
+            if not answer.isfinite().all():
+                raise SlimvitError(
+                    f"the {name} model's outputs must be finite, got NaN or infinity"
+                )
+        sums += _count(*answers, targets.to(device), classes).cpu()
+    if reduce and dist.is_initialized():
+        sums = _sum_over_processes(sums, device)
+    return _percentages(sums.tolist(), classes)
+
+
+def _count(dense: Tensor, slim: Tensor, targets: Tensor, classes: bool) -> Tensor:
+    """Images, labelled ones, hits in top 1 and 5 of slim and dense, agreements, cosines: [8]."""
+    known = targets >= 0
+    labelled = int(known.sum()) if classes else 0
+    hits = [torch.zeros((), device=dense.device)] * 4
+    if labelled:
+        pairs = [accuracy(answer[known], targets[known], (1, 5)) for answer in (slim, dense)]
+        hits = [percent * labelled / 100 for pair in pairs for percent in pair]
+    agree = (slim.argmax(1) == dense.argmax(1)).sum()
+    cosine = F.cosine_similarity(slim.double(), dense.double()).sum()
+    counts = torch.tensor([len(targets), labelled], device=dense.device)
+    return torch.cat([counts.double(), torch.stack([*hits, agree, cosine]).double()])
+
+
+def _sum_over_processes(sums: Tensor, device: torch.device) -> Tensor:
+    sums = sums.to(device if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(sums)
+    return sums.cpu()
+
+
+def _percentages(sums: list[float], classes: bool) -> Evaluation:
+    images, labelled, *counts = sums
+    if not images:
+        raise DataError("there is no image to evaluate on")
+    rates = [round(100 * hits / labelled, 4) if labelled else None for hits in counts[:4]]
+    agreement = round(100 * counts[4] / images, 4) if classes else None
+    return Evaluation(int(images), int(labelled), *rates, agreement, counts[5] / images)

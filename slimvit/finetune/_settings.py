@@ -1,0 +1,82 @@
+"""How to fine-tune: the numbers, checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from slimvit.errors import UsageError
+
+AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of a fine-tuning run.
+
+    Attributes:
+        epochs: passes over the images; 0 changes nothing.
+        lr: learning rate at its highest.
+        weight_decay: AdamW's.
+        warmup_epochs: epochs of linear warm-up, part of `epochs`; may be a fraction.
+        min_lr: where the cosine ends, as a fraction of `lr`.
+        temperature: of the distillation.
+        alpha: weight of the labels, in [0, 1]; the dense model's answers have the rest.
+        clip: largest norm of the gradient; 0 for no clipping.
+        amp: mixed precision: "auto", "bfloat16", "float16" or "none".
+        ema_decay: average the weights with this decay and keep the average; None for no average.
+        seed: of shuffling, augmentation and drop path.
+
+    Raises:
+        UsageError: a number out of its range.
+    """
+
+    epochs: int = 10
+    lr: float = 5e-5
+    weight_decay: float = 0.05
+    warmup_epochs: float = 1.0
+    min_lr: float = 0.01
+    temperature: float = 1.0
+    alpha: float = 0.0
+    clip: float = 1.0
+    amp: str = "auto"
+    ema_decay: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check("epochs", self.epochs >= 0, ">= 0")
+        self._check("lr", self.lr > 0, "> 0")
+        self._check("temperature", self.temperature > 0, "> 0")
+        for name in ("weight_decay", "warmup_epochs", "min_lr", "clip", "seed"):
+            self._check(name, getattr(self, name) >= 0, ">= 0")
+        self._check("alpha", 0 <= self.alpha <= 1, "in [0, 1]")
+        self._check("amp", self.amp in ("auto", *AMP), f"auto or one of {', '.join(AMP)}")
+        self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1)")
+
+    def _check(self, name: str, holds: bool, rule: str) -> None:
+        value = getattr(self, name)
+        if not holds or (isinstance(value, float) and not math.isfinite(value)):
+            raise UsageError(f"{name} must be {rule} and finite, got {value!r}")
+
+
+def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of mixed precision, None for float32 throughout.
+
+    "auto" takes bfloat16 where the hardware multiplies it natively (on such a CPU it is the faster
+    one, on others it is emulated), else float32.
+    """
+    if amp != "auto":
+        return AMP[amp]
+    native = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda"
+        else device.type == "cpu" and _cpu_has_bfloat16()
+    )
+    return torch.bfloat16 if native else None
+
+
+def _cpu_has_bfloat16() -> bool:
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)

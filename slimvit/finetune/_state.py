@@ -1,0 +1,107 @@
+"""Files of a fine-tuning run: the weights in timm's names, and what it takes to go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from slimvit.errors import CheckpointError
+from slimvit.files import atomic_write
+
+FORMAT = "slimvit-finetune"
+
+
+def resume_path(output: Path) -> Path:
+    """The file beside `output` that an unfinished run goes on from."""
+    return output.with_name(f"{output.stem}.resume.safetensors")
+
+
+def save_weights(output: Path, model: nn.Module, info: dict[str, Any]) -> None:
+    """Write a state dict in timm's names, float32 or whatever the model has."""
+    metadata = {"format": "pt", "slimvit": json.dumps(info, default=str)}
+    atomic_write(output, to_bytes(_copy(model.state_dict()), metadata))
+
+
+def save_resume(
+    path: Path,
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    notes: dict[str, Any],
+) -> None:
+    """Write the modules, the optimizer's moments and `notes` (plain values)."""
+    tensors = {
+        f"{name}/{key}": value
+        for name, module in modules.items()
+        for key, value in _copy(module.state_dict()).items()
+    }
+    for index, moments in optimizer.state_dict()["state"].items():
+        for key, value in moments.items():
+            tensors[f"optimizer/{index}/{key}"] = torch.as_tensor(value).detach().cpu().clone()
+    atomic_write(path, to_bytes(tensors, {"format": FORMAT, "notes": json.dumps(notes)}))
+
+
+def load_resume(
+    path: Path,
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    fingerprint: str,
+) -> dict[str, Any]:
+    """Put everything back and return the notes.
+
+    Raises:
+        CheckpointError: not a file of such a run, damaged, or of a run with other settings.
+    """
+    advice = "delete it, or start over with --restart"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is not the file of an unfinished run: {advice}")
+        notes = json.loads(metadata["notes"])
+        if notes["fingerprint"] != fingerprint:
+            raise CheckpointError(f"{path} is of a run with other settings: {advice}")
+        for name, module in modules.items():
+            module.load_state_dict(_under(tensors, name))
+        _load_optimizer(optimizer, _under(tensors, "optimizer"))
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} cannot be read ({error}): {advice}") from error
+    return notes
+
+
+def fingerprint(settings: dict[str, Any], model: nn.Module) -> str:
+    """A hash of the settings and of the weights and masks that the run starts from."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    masks = getattr(model, "masks", None)
+    if masks is not None:
+        digest.update(masks.keep.numpy().tobytes() + masks.semantics.encode())
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+
+
+def _under(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    start = f"{name}/"
+    return {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split("/")
+        state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
