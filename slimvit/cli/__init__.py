@@ -1,0 +1,101 @@
+"""The command line: `slimvit COMMAND …`.
+
+A command's module is imported only when it is called, so that `slimvit --help` is instant.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from slimvit import __version__
+from slimvit.errors import SlimvitError, UsageError
+
+COMMANDS = {
+    "prune": "search which patches each block needs (Algorithm 1) and save the masks",
+    "finetune": "fine-tune a pruned model by distillation from the dense one",
+    "validate": "top-1, top-5 and agreement of the pruned model with the dense one",
+    "bench": "time dense and pruned models side by side in one run",
+    "show": "draw the kept patches of a masks file, block by block",
+    "export": "write a pruned model as ONNX or as a torch.export program",
+    "doctor": "tell what works on this machine, and why the rest does not",
+    "demo": "prune, fine-tune, validate and time a small model in a few minutes",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(self.prog, message, hint=True)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # shared hosts: no spinning beside others
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    prog = "slimvit"
+    try:
+        _top_parser().parse_args(arguments[:1])
+        prog = f"slimvit {arguments[0]}"
+        module = importlib.import_module(f"slimvit.cli.{arguments[0]}")
+        parser = _Parser(prog=prog, description=module.HELP, allow_abbrev=False)
+        module.add_arguments(parser)
+        if "--debug" not in parser._option_string_actions:
+            parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+        return module.run(parser.parse_args(arguments[1:])) or 0
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        return _status(prog, error)
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    lines = [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    parser = _Parser(
+        prog="slimvit",
+        usage="slimvit COMMAND …    (slimvit COMMAND --help tells more)",
+        description="Prune the patches that a vision transformer does not need.\n\n"
+        + "\n".join(["commands:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"slimvit {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser
+
+
+def _status(prog: str, error: BaseException) -> int:
+    """Say in one line what went wrong; the exit status for it."""
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no complaint at exit
+        return 1
+    if isinstance(error, SlimvitError):
+        usage = isinstance(error, UsageError)
+        _fail(prog, str(error), hint=usage)
+        return 2 if usage else 1
+    if isinstance(error, OSError) and error.strerror:
+        named = f"{error.filename}: " if error.filename else ""
+        _fail(prog, f"{named}{error.strerror}")
+        return 1
+    _fail(prog, f"{type(error).__name__}: {error} (--debug shows where)")
+    return 1
+
+
+def _fail(prog: str, message: str, hint: bool = False) -> None:
+    line = " ".join(message.split())
+    more = f" (see {prog} --help)" if hint else ""
+    print(f"{prog}: error: {line}{more}", file=sys.stderr)

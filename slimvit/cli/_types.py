@@ -1,0 +1,60 @@
+"""Argument types: each says the rule and the value when a value breaks it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """A whole number, at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
+        return value
+
+    return parse
+
+
+def number(
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+) -> Callable[[str], float]:
+    """A finite number within bounds: above < value < below, least <= value <= most."""
+    bounds = [(">", above), (">=", least), ("<", below), ("<=", most)]
+    rule = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if math.isfinite(bound))
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        inside = above < value < below and least <= value <= most
+        if not (inside and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be a finite number {rule}, got {text!r}")
+        return value
+
+    return parse
+
+
+def kept_counts(text: str) -> list[int]:
+    """Kept counts n1,…,nL, each at least 1, not growing."""
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    grows = any(later > earlier for earlier, later in zip(counts, counts[1:]))
+    if not counts or min(counts) < 1 or grows:
+        raise argparse.ArgumentTypeError(
+            f"must be whole numbers n1,…,nL >= 1 that do not grow, got {text!r}"
+        )
+    return counts

@@ -1,0 +1,296 @@
+"""What the commands share: flags with timm's names, loading, tables and JSON files."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimvit.cli._types import kept_counts, number, whole_number
+from slimvit.errors import UsageError
+from slimvit.files import atomic_write
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from slimvit.data import Batches
+    from slimvit.masks import Masks
+
+__all__ = [
+    "add_data_arguments",
+    "add_model_arguments",
+    "add_run_arguments",
+    "backends",
+    "check_output",
+    "device",
+    "is_first",
+    "kept_counts",
+    "load_images",
+    "load_masks",
+    "load_model",
+    "number",
+    "processes",
+    "say",
+    "table",
+    "warn",
+    "whole_number",
+    "write_json",
+]
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add --model, --pretrained, --checkpoint, --img-size and --num-classes."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=required, metavar="NAME", help="timm's name of it")
+    weights = group.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--pretrained", action="store_true", help="timm's weights, downloaded from the hub"
+    )
+    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights, safetensors")
+    group.add_argument("--img-size", type=whole_number(1), metavar="N", help="image side in pixels")
+    group.add_argument(
+        "--num-classes", type=whole_number(0), metavar="N", help="outputs of the head"
+    )
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add --data-dir, --class-map, --subset, --samples and --workers."""
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        required=required,
+        metavar="DIR",
+        help="folder of images, or of class folders",
+    )
+    group.add_argument(
+        "--class-map",
+        type=Path,
+        metavar="FILE",
+        help="text file whose line i names the folder of class i; without it the sorted "
+        "folders are the classes, where there are as many as the model has",
+    )
+    group.add_argument(
+        "--subset", metavar="START:STOP", help="slice of the sorted list of images, such as 0:250"
+    )
+    group.add_argument(
+        "--samples", type=whole_number(1), metavar="N", help="N images, evenly spaced over it"
+    )
+    group.add_argument(
+        "--workers", type=whole_number(0), metavar="N", help="processes that decode images"
+    )
+
+
+def add_run_arguments(
+    parser: argparse.ArgumentParser, batch_size: int = 32, precision: bool = True
+) -> None:
+    """Add -b/--batch-size, --device, --precision, --json and --debug."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        type=whole_number(1),
+        default=batch_size,
+        metavar="N",
+        help=f"images a batch (default {batch_size})",
+    )
+    group.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 … (default cuda if there is one)"
+    )
+    if precision:
+        group.add_argument(
+            "--precision", choices=PRECISIONS, help="of the slim model (default float32)"
+        )
+    group.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def backends() -> tuple[str, ...]:
+    """Names for --backend."""
+    from slimvit.backends import NAMES
+
+    return NAMES
+
+
+def device(args: argparse.Namespace) -> torch.device:
+    """The device of --device, checked; under torchrun each process takes the GPU of its rank.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    import torch
+
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found)
+        if found.type == "meta":
+            raise RuntimeError("it holds no data")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"--device {args.device} is not available here: {reason}") from error
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    return found
+
+
+def load_model(
+    args: argparse.Namespace, *, checkpoint: Path | None = None, need_weights: bool = False
+) -> nn.Module:
+    """The timm model of the flags, in evaluation mode, on the device of the flags.
+
+    Args:
+        args: with `add_model_arguments` and `add_run_arguments`.
+        checkpoint: weights to take instead of those of the flags.
+        need_weights: warn where neither --checkpoint nor --pretrained is given.
+    """
+    from slimvit import models
+
+    where = device(args)
+    if need_weights and not (checkpoint or args.checkpoint or args.pretrained):
+        warn("neither --checkpoint nor --pretrained is given: the weights are random")
+    model = models.create(
+        args.model,
+        checkpoint=checkpoint or args.checkpoint,
+        pretrained=args.pretrained and checkpoint is None,
+        img_size=args.img_size,
+        num_classes=args.num_classes,
+    )
+    return model.to(where)
+
+
+def load_masks(args: argparse.Namespace, model: nn.Module) -> Masks:
+    """The masks of --masks, checked against the model."""
+    from slimvit import models
+    from slimvit.masks import Masks
+
+    spec = models.spec(model)
+    masks = Masks.load(args.masks)
+    models.check_masks(masks, spec)
+    return masks
+
+
+def load_images(
+    args: argparse.Namespace,
+    model: nn.Module,
+    *,
+    subset: str | None = None,
+    training: bool = False,
+    shard: tuple[int, int] = (0, 1),
+    seed: int = 0,
+) -> Batches:
+    """The images of the flags in batches; in training augmented, shuffled and in step.
+
+    Args:
+        args: with `add_data_arguments` and `add_run_arguments`.
+        model: decides on the transform, and on labels by its number of classes.
+        subset: instead of --subset and --samples.
+        training: augment and shuffle.
+        shard: (rank, world).
+        seed: of the shuffling.
+    """
+    from slimvit.data import ImageFolder, image_transform, loader
+
+    images = ImageFolder(
+        args.data_dir,
+        args.class_map,
+        subset=subset if subset is not None else args.subset,
+        samples=args.samples if subset is None else None,
+        transform=image_transform(model, training),
+        num_classes=model.num_classes,  # type: ignore[arg-type]
+        mode="L" if model.patch_embed.proj.in_channels == 1 else "RGB",  # type: ignore
+    )
+    if subset is None and args.samples is not None and len(images) < args.samples:
+        warn(f"--samples {args.samples}, but there are {len(images)} images: all are taken")
+    workers = args.workers
+    if workers is None:
+        workers = min(4, (os.cpu_count() or 1) // 2) if device(args).type == "cuda" else 0
+    shuffle = {"shuffle_seed": seed, "keep_empty": True} if training else {}
+    return loader(images, args.batch_size, workers, shard, **shuffle)
+
+
+@contextlib.contextmanager
+def processes(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
+    """Join the processes of torchrun, with nccl on GPUs, else gloo: (rank, world)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield 0, 1
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl" if device(args).type == "cuda" else "gloo")
+    yield dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_output(flag: str, path: Path | None) -> None:
+    """Refuse a file that could not be written, before minutes are spent on what goes into it.
+
+    Raises:
+        UsageError: its folder is missing or not writable, or it is a folder itself.
+    """
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise UsageError(f"{flag} must be a file, but {path} is a folder")
+    if not folder.is_dir():
+        raise UsageError(f"{flag} {path}: the folder {folder} does not exist")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} {path}: the folder {folder} is not writable")
+
+
+def write_json(path: str | os.PathLike[str], values: dict[str, Any]) -> None:
+    """Write `values` as JSON, whole or not at all; NaN and infinity become null."""
+    text = json.dumps(_finite(values), indent=2, allow_nan=False, ensure_ascii=False)
+    atomic_write(path, (text + "\n").encode())
+
+
+def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
+    """Rows under a header, columns aligned: the first to the left, the rest to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+
+    def line(row: Sequence[str]) -> str:
+        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))
+        return "  ".join([row[0].ljust(widths[0]), *rest]).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+def say(message: str) -> None:
+    """Print a result; under torchrun the first process only."""
+    if is_first():
+        print(message, flush=True)
+
+
+def warn(message: str) -> None:
+    """One line on stderr; under torchrun from the first process only."""
+    if is_first():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
