@@ -82,10 +82,6 @@ def describe(report: dict[str, Any]) -> str:
     for entry in report["backends"]:
         rows = sections.setdefault(f"back ends on {entry['device']}", [])
         rows.append((entry["name"], _state(entry)))
-    if not cpu["spin_count_set"]:
-        sections["processor"].append(
-            ("shared host", "GOMP_SPINCOUNT=1000 in the environment keeps small batches fast")
-        )
     lines = [f"slimvit {report['slimvit']}, Python {report['python']}, {report['system']}"]
     for title, rows in sections.items():
         lines += ["", title, *(f"  {name:<12} {text}" for name, text in rows)]
@@ -147,7 +143,6 @@ def _processor() -> dict[str, Any]:
         "uses": uses,
         "reason": reason,
         "bfloat16": "avx512_bf16" in sets if x86 and cpu else None,
-        "spin_count_set": "GOMP_SPINCOUNT" in os.environ,
     }
 
 

@@ -1,0 +1,49 @@
+# make PYTHON=python3.12 …  chooses the interpreter; make test ARGS="-k masks"  passes arguments on.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+# Idle OpenMP threads that spin starve every other process; torch reads this when it is imported.
+export GOMP_SPINCOUNT ?= 1000
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench clean
+
+help:
+	@echo "make install  create $(VENV) and install slimvit into it, for development"
+	@echo "make demo     prune, fine-tune, validate and time a small model"
+	@echo "make test     run the tests"
+	@echo "make lint     check style and formatting"
+	@echo "make bench    run the benchmark suites"
+	@echo "make clean    remove what was built; $(VENV) stays"
+
+install: $(STAMP)
+
+$(STAMP): $(BUILT_FROM)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	    "slimvit needs Python 3.10 or newer, $(PYTHON) is older: make PYTHON=python3.12 install")'
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing slimvit, torch and the rest into $(VENV): some minutes, about 6 GB"
+	$(VENV)/bin/python -m pip install --quiet --editable ".[test,lint]"
+	@cat slimvit/*.not_built.txt 2>/dev/null | sed "s/^/note: a module was left out: /"
+	@touch $@
+
+demo: install
+	$(VENV)/bin/slimvit demo $(ARGS)
+
+test: install
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: install
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+bench: install
+	$(VENV)/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info demo-out .pytest_cache .ruff_cache .benchmarks $(STAMP)
+	rm -f slimvit/*.so slimvit/*.not_built.txt
+	find slimvit kernels tests benchmarks csrc -name __pycache__ -prune -exec rm -rf {} +

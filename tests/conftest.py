@@ -1,0 +1,74 @@
+"""What all tests share. The environment is set before torch is imported, which reads it once."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads must not starve other processes
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on a download
+
+import pytest
+import timm
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+torch.set_num_threads(min(4, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The folder of the real DeiT-Ti, ViT-Ti and images: $SLIMVIT_REAL or ../shared/real."""
+    named = os.environ.get("SLIMVIT_REAL")
+    folder = Path(named) if named else ROOT.parent / "shared" / "real"
+    if (folder / "deit_tiny_patch16_224.safetensors").is_file():
+        return folder
+    if named:
+        pytest.fail(f"SLIMVIT_REAL={named} holds no deit_tiny_patch16_224.safetensors")
+    pytest.skip("no real model and images: ../shared/real is absent and SLIMVIT_REAL is not set")
+
+
+@pytest.fixture
+def tiny_vit() -> torch.nn.Module:
+    """A fresh ViT in eval mode: 6 blocks, width 64, 2 heads, 4 x 4 patches of 16, 10 classes.
+
+    Every parameter is random, so that no bias is zero and no norm the identity.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("test_vit", img_size=64, num_classes=10)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def poison_empty():
+    """Uninitialised memory (torch.empty and its kin) is NaN, so that an unwritten output fails."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture
+def run_from() -> Callable[[Path, str], list[str]]:
+    """Run code with `folder` first on sys.path and blind to an editable install; its output."""
+    blind = "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]"
+
+    def run(folder: Path, code: str) -> list[str]:
+        code = f"import sys; {blind}; sys.path.insert(0, {str(folder)!r})\n{code}"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
