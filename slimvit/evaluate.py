@@ -72,13 +72,13 @@ def evaluate(
         loader, "evaluate", unit="batch", disable=not progress, leave=False
     ):
         images = images.to(device, non_blocking=True)
-        answers = [model(images).float() for model in (dense, slim)]
-        for name, answer in zip(("dense", "slim"), answers):
+        answers = {"dense": dense(images).float(), "slim": slim(images).float()}
+        for name, answer in answers.items():
             if not answer.isfinite().all():
                 raise SlimvitError(
                     f"the {name} model's outputs must be finite, got NaN or infinity"
                 )
-        sums += _count(*answers, targets.to(device), classes).cpu()
+        sums += _count(**answers, targets=targets.to(device), classes=classes).cpu()
     if reduce and dist.is_initialized():
         sums = _sum_over_processes(sums, device)
     return _percentages(sums.tolist(), classes)
@@ -105,9 +105,17 @@ def _sum_over_processes(sums: Tensor, device: torch.device) -> Tensor:
 
 
 def _percentages(sums: list[float], classes: bool) -> Evaluation:
-    images, labelled, *counts = sums
+    images, labelled, *hits, agree, cosine = sums
     if not images:
         raise DataError("there is no image to evaluate on")
-    rates = [round(100 * hits / labelled, 4) if labelled else None for hits in counts[:4]]
-    agreement = round(100 * counts[4] / images, 4) if classes else None
-    return Evaluation(int(images), int(labelled), *rates, agreement, counts[5] / images)
+    rates = [round(100 * hit / labelled, 4) if labelled else None for hit in hits]
+    return Evaluation(
+        images=int(images),
+        labelled=int(labelled),
+        top1=rates[0],
+        top5=rates[1],
+        dense_top1=rates[2],
+        dense_top5=rates[3],
+        agreement=round(100 * agree / images, 4) if classes else None,
+        cosine=round(cosine / images, 6),
+    )

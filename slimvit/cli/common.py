@@ -62,8 +62,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     )
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add --data-dir, --class-map, --subset, --samples and --workers."""
+def add_data_arguments(
+    parser: argparse.ArgumentParser, required: bool = True, samples: int | None = None
+) -> None:
+    """Add --data-dir, --class-map, --subset, --samples (default `samples`) and --workers."""
     group = parser.add_argument_group("images")
     group.add_argument(
         "--data-dir",
@@ -83,7 +85,11 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool = True) -
         "--subset", metavar="START:STOP", help="slice of the sorted list of images, such as 0:250"
     )
     group.add_argument(
-        "--samples", type=whole_number(1), metavar="N", help="N images, evenly spaced over it"
+        "--samples",
+        type=whole_number(1),
+        default=samples,
+        metavar="N",
+        help=f"N images, evenly spaced over it (default {samples or 'all'})",
     )
     group.add_argument(
         "--workers", type=whole_number(0), metavar="N", help="processes that decode images"
@@ -91,7 +97,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool = True) -
 
 
 def add_run_arguments(
-    parser: argparse.ArgumentParser, batch_size: int = 32, precision: bool = True
+    parser: argparse.ArgumentParser,
+    batch_size: int = 32,
+    precision: str = "of the slim model (default float32)",
 ) -> None:
     """Add -b/--batch-size, --device, --precision, --json and --debug."""
     group = parser.add_argument_group("run")
@@ -106,10 +114,7 @@ def add_run_arguments(
     group.add_argument(
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 … (default cuda if there is one)"
     )
-    if precision:
-        group.add_argument(
-            "--precision", choices=PRECISIONS, help="of the slim model (default float32)"
-        )
+    group.add_argument("--precision", choices=PRECISIONS, help=precision)
     group.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -129,7 +134,8 @@ def device(args: argparse.Namespace) -> torch.device:
     """
     import torch
 
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = getattr(args, "device", None)
+    name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -139,7 +145,7 @@ def device(args: argparse.Namespace) -> torch.device:
             raise RuntimeError("it holds no data")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"--device {args.device} is not available here: {reason}") from error
+        raise UsageError(f"--device {wanted or name} is not available here: {reason}") from error
     if found.type == "cuda":
         torch.cuda.set_device(found)
     return found
@@ -211,13 +217,13 @@ def load_images(
         num_classes=model.num_classes,  # type: ignore[arg-type]
         mode="L" if model.patch_embed.proj.in_channels == 1 else "RGB",  # type: ignore
     )
-    if subset is None and args.samples is not None and len(images) < args.samples:
-        warn(f"--samples {args.samples}, but there are {len(images)} images: all are taken")
     workers = args.workers
     if workers is None:
         workers = min(4, (os.cpu_count() or 1) // 2) if device(args).type == "cuda" else 0
-    shuffle = {"shuffle_seed": seed, "keep_empty": True} if training else {}
-    return loader(images, args.batch_size, workers, shard, **shuffle)
+    shuffle_seed = seed if training else None
+    return loader(
+        images, args.batch_size, workers, shard, shuffle_seed=shuffle_seed, keep_empty=training
+    )
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="START:STOP",
         help="slice of the sorted list of images to validate on after each epoch",
     )
-    common.add_run_arguments(parser, precision=False)
+    common.add_run_arguments(parser, precision="the same as --amp; float32 is --amp none")
     _add_settings(parser.add_argument_group("training"))
 
 
@@ -73,6 +73,8 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fine-tune, write the weights and the JSON, print what was gained."""
+    if args.precision is not None:
+        args.amp = "none" if args.precision == "float32" else args.precision
     common.check_output("--output", args.output)
     common.check_output("--json", args.json)
     if args.output.suffix != ".safetensors":

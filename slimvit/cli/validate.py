@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from pathlib import Path
 
 from slimvit.cli import common
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         load_checkpoint(source, args.slim_checkpoint)
     slim = accelerate(source, masks, backend=args.backend, precision=args.precision)
     images = common.load_images(args, dense)
-    found = evaluate(dense, slim, images, progress=sys.stderr.isatty())
+    found = evaluate(dense, slim, images, progress=True)
     shape = spec(dense)
     values = {
         "model": args.model,

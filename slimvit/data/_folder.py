@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -18,7 +18,8 @@ from slimvit.data._transform import Transform
 from slimvit.errors import DataError, UsageError
 
 
-class Unreadable(NamedTuple):
+@dataclass(frozen=True)
+class Unreadable:
     """Stands for an image that cannot be decoded; travels from the workers to the loader."""
 
     index: int
@@ -79,7 +80,7 @@ class ImageFolder(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
+    def __getitem__(self, index: int) -> tuple[Any, int] | Unreadable:
         try:
             with Image.open(self.root / self.names[index]) as file:
                 image = file.convert(self.mode)  # decodes

@@ -35,8 +35,9 @@ def image_transform(
             config[key] = (sum(config[key]) / len(config[key]),) * chans
     if not training:
         return create_transform(**config)
-    config.pop("crop_mode")  # of evaluation only
-    return create_transform(**config, is_training=True, scale=(0.6, 1.0), color_jitter=None)
+    del config["crop_mode"]  # of evaluation only
+    config |= {"is_training": True, "scale": (0.6, 1.0), "color_jitter": None}
+    return create_transform(**config)
 
 
 def _describe(model_or_cfg: Any) -> tuple[dict[str, Any], int, tuple[int, int]]:
@@ -47,6 +48,5 @@ def _describe(model_or_cfg: Any) -> tuple[dict[str, Any], int, tuple[int, int]]:
     cfg = dict(getattr(model_or_cfg, "pretrained_cfg", None) or {})
     chans, height, width = cfg.get("input_size") or (3, 224, 224)
     embed = getattr(model_or_cfg, "patch_embed", None)
-    if getattr(embed, "img_size", None) is not None:
-        height, width = embed.img_size
+    height, width = getattr(embed, "img_size", None) or (height, width)
     return cfg, getattr(getattr(embed, "proj", None), "in_channels", chans), (height, width)

@@ -23,8 +23,11 @@ def distillation_loss(
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network (2015), section 2.
     """
-    logs = [F.log_softmax(logits / temperature, -1) for logits in (student, teacher)]
-    soft = F.kl_div(*logs, log_target=True, reduction="batchmean") * temperature**2
+    log_student, log_teacher = (
+        F.log_softmax(logits / temperature, -1) for logits in (student, teacher)
+    )
+    soft = F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
+    soft = soft * temperature**2
     known = targets >= 0
     if alpha == 0 or not known.any():
         return soft

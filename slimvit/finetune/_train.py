@@ -131,7 +131,7 @@ class _Run:
             self.optimizer,
             sched="cosine",
             num_epochs=max(s.epochs, 1),
-            warmup_epochs=min(s.warmup_epochs, s.epochs / 2),
+            warmup_epochs=min(s.warmup_epochs, s.epochs / 2),  # type: ignore[arg-type]
             warmup_lr=s.lr * s.min_lr,
             min_lr=s.lr * s.min_lr,
             step_on_epochs=False,
@@ -170,10 +170,7 @@ class _Run:
         resumed = done
         try:
             for epoch in range(done, self.settings.epochs):
-                entry = self._epoch(epoch)
-                if self.val_loader is not None:
-                    entry |= self._evaluate()
-                log.append(self._tell(entry))
+                log.append(self._tell(self._epoch(epoch) | self._evaluate()))
                 done = epoch + 1
                 self._save(done, log)
         except KeyboardInterrupt:
@@ -192,7 +189,7 @@ class _Run:
         return Result(self.best.eval(), report)
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
-        start, total, count = time.perf_counter(), 0.0, 0
+        start, total, count = time.perf_counter(), 0.0, 0.0
         random_seed(self.settings.seed + epoch * 1009, dist.get_rank() if self.world > 1 else 0)
         if hasattr(self.loader, "epoch"):
             self.loader.epoch = epoch
@@ -202,7 +199,7 @@ class _Run:
             f"epoch {epoch + 1}/{self.settings.epochs}",
             total=self.steps,
             unit="batch",
-            disable=not (self.progress and self.first),
+            disable=None if self.progress and self.first else True,
             leave=False,
         )
         for step, (images, targets) in enumerate(bar):
@@ -233,8 +230,8 @@ class _Run:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         limit = self.settings.clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.slim.parameters(), limit)
-        value, norm = self._sum(loss.item(), norm.item())
+        length = nn.utils.clip_grad_norm_(self.slim.parameters(), limit)
+        value, norm = self._sum(loss.item(), length.item())
         # With float16 an infinite gradient is a scale too high, which the scaler steps over.
         bad_norm = not math.isfinite(norm) and not self.scaler.is_enabled()
         if bad_norm or not math.isfinite(value):
@@ -262,6 +259,8 @@ class _Run:
         return torch.zeros(1, shape.in_chans, *shape.image_size)
 
     def _evaluate(self) -> dict[str, Any]:
+        if self.val_loader is None:
+            return {}
         found = evaluate(self.dense, self.best.eval(), self.val_loader, reduce=self.world > 1)
         return {"top1": found.top1, "agreement": found.agreement, "dense_top1": found.dense_top1}
 
@@ -288,6 +287,8 @@ class _Run:
         save_resume(resume_path(self.output), self.modules, self.optimizer, notes)
 
     def _finish(self) -> None:
+        if self.world > 1:
+            dist.barrier()  # everyone has read the resume file
         if self.output is None or not self.first:
             return
         if self.settings.epochs == 0:

@@ -1,0 +1,211 @@
+"""slimvit prune: Algorithm 1, from a model and a few hundred images to a masks file."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimvit.cli import common
+from slimvit.cli.common import kept_counts, number, whole_number
+from slimvit.errors import UsageError
+from slimvit.finetune import save_weights
+from slimvit.macs import gmacs
+from slimvit.masks import SEMANTICS
+from slimvit.models import spec
+from slimvit.search import SCORES, search
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimvit.data import Batches
+    from slimvit.search import Result
+
+HELP = "search which patches each block needs (Algorithm 1) and save the masks"
+SAMPLES = 512
+TOLERANCE = 0.02
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `slimvit prune`."""
+    common.add_model_arguments(parser)
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.safetensors", help="masks to write"
+    )
+    parser.add_argument(
+        "--weights-output",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="weights after block fine-tuning (default with --epochs: OUTPUT.weights.safetensors)",
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="do not go on from where a stopped search was"
+    )
+    common.add_data_arguments(parser, samples=SAMPLES)
+    common.add_run_arguments(parser, precision="of the search: float32")
+    _add_budget(parser.add_argument_group("budget").add_mutually_exclusive_group())
+    _add_search(parser.add_argument_group("search"))
+
+
+def _add_budget(group: argparse._MutuallyExclusiveGroup) -> None:
+    group.add_argument(
+        "--tolerance",
+        type=number(above=0),
+        metavar="T",
+        help=f"largest relative error of a block (default {TOLERANCE})",
+    )
+    group.add_argument(
+        "--cut", type=number(above=0, below=1), metavar="X", help="share of the MACs to save"
+    )
+    group.add_argument(
+        "--speedup",
+        type=number(above=1),
+        metavar="X",
+        help="images per second over the dense model's, measured on this device",
+    )
+    group.add_argument(
+        "--counts", type=kept_counts, metavar="n1,…,nL", help="tokens that each block keeps"
+    )
+
+
+def _add_search(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--uniform", action="store_true", help="with --cut: as many tokens in every block"
+    )
+    group.add_argument(
+        "--granularity",
+        type=whole_number(1),
+        default=10,
+        metavar="R",
+        help="tokens added per step (default 10)",
+    )
+    group.add_argument(
+        "--epochs",
+        type=whole_number(0),
+        default=0,
+        metavar="E",
+        help="of block fine-tuning per step (default 0: the weights stay)",
+    )
+    group.add_argument(
+        "--lr",
+        type=number(above=0),
+        default=1e-4,
+        metavar="X",
+        help="learning rate of block fine-tuning (default 1e-4)",
+    )
+    group.add_argument(
+        "--score", choices=tuple(SCORES), default="eq6", help="rates the tokens (default eq6)"
+    )
+    group.add_argument(
+        "--semantics",
+        choices=SEMANTICS,
+        default="drop",
+        help="what a pruned token is to later blocks (default drop)",
+    )
+    group.add_argument(
+        "--seed", type=whole_number(0), default=0, metavar="N", help="of shuffling (default 0)"
+    )
+    size = group.add_mutually_exclusive_group()
+    size.add_argument(
+        "--cache-gb",
+        type=number(least=0),
+        default=1.0,
+        metavar="X",
+        help="memory for the images' features in GiB; the rest goes to a temporary folder "
+        "(default 1)",
+    )
+    size.add_argument("--cache-bytes", type=whole_number(0), metavar="N", help="the same in bytes")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search, save the masks and what was tuned, print a table, write the JSON."""
+    _check(args)
+    with common.processes(args) as shard:
+        model = common.load_model(args, need_weights=True)
+        images = common.load_images(args, model, shard=shard)
+        state = args.output.with_name(f"{args.output.stem}.search.safetensors")
+        start = time.perf_counter()
+        try:
+            result = search(model, images, state=state, restart=args.restart, **_options(args))
+        except KeyboardInterrupt:
+            if state.exists():
+                common.warn(f"stopped; the same command goes on from {state}")
+            raise
+        seconds = time.perf_counter() - start
+        if common.is_first():
+            _save(args, model, images, result, seconds)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for flag in ("output", "weights_output", "json"):
+        common.check_output("--" + flag.replace("_", "-"), getattr(args, flag))
+    if args.weights_output is not None and args.epochs == 0:
+        raise UsageError("--weights-output needs --epochs >= 1: without, the weights stay")
+    if args.uniform and args.cut is None:
+        raise UsageError("--uniform needs --cut")
+    if args.precision not in (None, "float32"):
+        raise UsageError(f"--precision must be float32 in a search, got {args.precision}")
+    if args.weights_output is None and args.epochs > 0:
+        args.weights_output = args.output.with_name(f"{args.output.stem}.weights.safetensors")
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("tolerance", "cut", "speedup", "counts", "uniform", "score", "granularity")
+    options = {name: getattr(args, name) for name in (*names, "epochs", "lr", "semantics", "seed")}
+    if all(options[name] is None for name in ("tolerance", "cut", "speedup", "counts")):
+        options["tolerance"] = TOLERANCE
+    size = args.cache_bytes
+    options["cache_bytes"] = int(args.cache_gb * 2**30) if size is None else size
+    return options
+
+
+def _save(
+    args: argparse.Namespace, model: nn.Module, images: Batches, result: Result, seconds: float
+) -> None:
+    masks, shape = result.masks, spec(model)
+    if result.model is not None:
+        save_weights(args.weights_output, result.model, {"model": args.model})
+    masks.save(args.output)
+    values = {
+        "model": args.model,
+        "kept": list(masks.counts),
+        "cut": result.cut,
+        "errors": [entry.error for entry in result.report],
+        "seconds": seconds,
+        "gmacs": gmacs(shape, masks),
+        "dense_gmacs": gmacs(shape),
+        "images": len(images.dataset) - len(images.dataset.skipped),
+        "skipped": len(images.dataset.skipped),
+        "data": images.dataset.fingerprint,
+        "output": str(args.output),
+        "weights": str(args.weights_output) if result.model is not None else None,
+        "blocks": [vars(entry) for entry in result.report],
+        "options": _options(args),
+    }
+    print(describe(args.model, result, values))
+    print(f"wrote {args.output}")
+    if result.model is not None:
+        print(f"wrote {args.weights_output}: the masks belong to these weights")
+    if args.json is not None:
+        common.write_json(args.json, values)
+
+
+def describe(name: str, result: Result, values: dict[str, Any]) -> str:
+    """A table with one row a block, and the cut in a line."""
+    tokens = result.masks.tokens
+    rows = [
+        (f"block {b.layer}", b.kept, f"{100 * b.kept / tokens:.0f} %", f"{b.error:.4f}", b.steps,
+         f"{b.seconds:.1f}")
+        for b in result.report
+    ]  # fmt: skip
+    return "\n".join(
+        [
+            common.table(rows, (name, "kept", f"of {tokens}", "error", "steps", "seconds")),
+            "",
+            f"{100 * result.cut:.1f} % fewer MACs: {values['gmacs']:.3f} G of "
+            f"{values['dense_gmacs']:.3f} G an image; {values['images']} images, "
+            f"{values['seconds']:.0f} s",
+        ]
+    )
