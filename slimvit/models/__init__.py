@@ -3,10 +3,17 @@
 from slimvit.models.create import create, load_checkpoint
 from slimvit.models.slim import slim_class
 from slimvit.models.spec import Spec
-from slimvit.models.vision_transformer import block_parts, check_masks, embed, spec
+from slimvit.models.vision_transformer import (
+    block_module,
+    block_parts,
+    check_masks,
+    embed,
+    spec,
+)
 
 __all__ = [
     "Spec",
+    "block_module",
     "block_parts",
     "check_masks",
     "create",

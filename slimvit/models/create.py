@@ -10,7 +10,7 @@ from typing import Any
 import timm
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import nn
+from torch import Tensor, nn
 
 from slimvit.errors import CheckpointError, UsageError
 
@@ -37,21 +37,20 @@ def create(
         UsageError: the model is unknown.
         CheckpointError: the weights are missing, unreadable or do not fit.
     """
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise UsageError(f"unknown model {name!r}: timm.list_models() has the names{hint}")
+    _check_name(name)
     options: dict[str, Any] = {"img_size": img_size, "num_classes": num_classes}
     options = {key: value for key, value in options.items() if value is not None}
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
-    except TypeError as error:
-        raise UsageError(f"model {name} does not take {', '.join(options)}: {error}") from error
+    except (TypeError, ValueError, AssertionError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise UsageError(f"model {name} does not take {given}: {_first_line(error)}") from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"no pretrained weights for {name} from the hub: {first}") from error
+        raise CheckpointError(
+            f"no pretrained weights for {name} from the hub: {_first_line(error)}"
+        ) from error
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model.eval()
@@ -68,10 +67,11 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         state = load_state_dict(str(path))
     except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path} is not a readable checkpoint: {first}") from error
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint: {_first_line(error)}"
+        ) from error
     if isinstance(model, VisionTransformer):
-        state = checkpoint_filter_fn(state, model)
+        state = _in_timms_names(model, state, path)
     wanted = model.state_dict()
     missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     if missing or extra:
@@ -84,6 +84,30 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"{path}: {key} must be {list(value.shape)}, got {list(state[key].shape)}"
             )
     model.load_state_dict(state)
+
+
+def _check_name(name: str) -> None:
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise UsageError(f"unknown model {name!r}: timm.list_models() has the names{hint}")
+    if tag and not timm.is_model_pretrained(name):
+        tags = timm.list_pretrained(architecture)
+        raise UsageError(f"unknown weights {tag!r} of {architecture}: timm has {', '.join(tags)}")
+
+
+def _in_timms_names(
+    model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]
+) -> dict[str, Tensor]:
+    try:
+        return checkpoint_filter_fn(state, model)
+    except Exception as error:  # it trusts the shapes it resamples
+        raise CheckpointError(f"{path} does not fit the model: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _some(word: str, keys: list[str]) -> str:

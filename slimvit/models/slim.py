@@ -95,14 +95,26 @@ class _Slim:
             "call forward_features, or forward_intermediates of the dense model"
         )
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head of `num_classes` outputs, which reads what the old one read."""
+        if global_pool not in (None, self.global_pool):
+            raise UnsupportedModelError(
+                f"a slimmed model keeps global_pool={self.global_pool!r}, got {global_pool!r}: "
+                "its last block computes only what the head reads"
+            )
+        super().reset_classifier(num_classes)
+
     get_intermediate_layers = forward_intermediates
     prune_intermediate_layers = forward_intermediates
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        raise UnsupportedModelError("masks belong to one image size: resize the dense model, prune again")
+        raise UnsupportedModelError(
+            "masks belong to one image size: resize the dense model, prune again"
+        )
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        return _rebuild, (type(self).__mro__[2],), self.__dict__
+        mro = type(self).__mro__
+        return _rebuild, (mro[mro.index(_Slim) + 1],), self.__dict__
 
 
 def _refuse_attention_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -121,10 +133,8 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-
-
 def _fold_scale(scale: nn.Module, linear: nn.Linear) -> nn.Module:
-    if not isinstance(scale, LayerScale):
+    if not isinstance(scale, LayerScale) or type(linear) is not nn.Linear:
         return scale
     linear.weight.mul_(scale.gamma[:, None])
     if linear.bias is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from timm.layers import PatchEmbed
+from timm.layers import GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ _OTHER_FAMILIES = {
     "Beit": "relative position biases are not implemented",
     "PoolingVisionTransformer": "pooling between its stages needs the whole grid",
 }
+_TOKENWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 _POOLS = {
     "avg": "a mean over patches needs every patch in the last block",
     "avgmax": "a mean and maximum over patches need every patch in the last block",
@@ -44,7 +45,7 @@ def spec(model: nn.Module) -> Spec:
         name=model_name(model),
         image_size=tuple(embedding.img_size),
         patch_size=tuple(embedding.patch_size),
-        grid=tuple(embedding.grid_size),
+        grid=tuple(embedding.dynamic_feat_size(embedding.img_size)),
         in_chans=embedding.proj.in_channels,
         prefix=model.num_prefix_tokens,
         head_tokens=2 if isinstance(model, VisionTransformerDistilled) else 1,
@@ -62,12 +63,14 @@ def spec(model: nn.Module) -> Spec:
 def check_supported(model: nn.Module) -> None:
     """Refuse, by name and with the reason, what slimvit cannot slim."""
     kind = type(model).__name__
+    if getattr(model, "masks", None) is not None:
+        raise UnsupportedModelError(f"{kind} is slimmed already: give the dense model")
     if not isinstance(model, VisionTransformer):
         reason = _OTHER_FAMILIES.get(kind, "it is not one of timm's VisionTransformer family")
         raise UnsupportedModelError(f"{kind} cannot be slimmed: {reason}")
+    if type(model).forward_features is not VisionTransformer.forward_features:
+        raise UnsupportedModelError(f"{kind} cannot be slimmed: it has a forward_features of its own")
     name = model_name(model)
-    if getattr(model, "masks", None) is not None:
-        raise UnsupportedModelError(f"{name} is slimmed already: give the dense model")
     if model.global_pool != "token" or not model.has_class_token:
         reason = _POOLS.get(model.global_pool, "the head must read the class token")
         raise UnsupportedModelError(
@@ -82,14 +85,26 @@ def check_supported(model: nn.Module) -> None:
             f"{name} drops random patches in training (patch_drop_rate): masks choose the patches"
         )
     for index, block in enumerate(model.blocks):
-        if type(block) is not Block:
-            raise UnsupportedModelError(
-                f"{name}: block {index + 1} is a {type(block).__name__}, only Block is read"
-            )
-        if type(block.attn) is not Attention:
-            raise UnsupportedModelError(
-                f"{name}: block {index + 1} has {type(block.attn).__name__}, only Attention is read"
-            )
+        _check_block(f"{name}: block {index + 1}", block)
+
+
+def _check_block(where: str, block: nn.Module) -> None:
+    if type(block) is not Block:
+        raise UnsupportedModelError(f"{where} is a {type(block).__name__}, only Block is read")
+    if type(block.attn) is not Attention:
+        raise UnsupportedModelError(
+            f"{where} has {type(block.attn).__name__}, only Attention is read"
+        )
+    if type(block.attn.qkv) is not nn.Linear:
+        raise UnsupportedModelError(
+            f"{where} projects queries by {type(block.attn.qkv).__name__}: "
+            "only a plain Linear can be split into queries and keys"
+        )
+    if type(block.mlp) not in _TOKENWISE_MLPS:
+        raise UnsupportedModelError(
+            f"{where} has {type(block.mlp).__name__}, which may mix tokens: "
+            f"only {', '.join(mlp.__name__ for mlp in _TOKENWISE_MLPS)} are read"
+        )
 
 
 def check_masks(masks: Masks, model_spec: Spec) -> None:
@@ -124,6 +139,11 @@ def block_parts(model: nn.Module) -> list[BlockParts]:
     return [parts(block) for block in model.blocks]
 
 
+def block_module(model: nn.Module, layer: int) -> nn.Module:
+    """Block `layer`, counted from 1, as a module."""
+    return model.blocks[layer - 1]
+
+
 def parts(block: nn.Module) -> BlockParts:
     """The modules of one timm Block."""
     attn = block.attn
@@ -150,10 +170,11 @@ def parts(block: nn.Module) -> BlockParts:
 
 def embed(model: nn.Module, images: Tensor) -> Tensor:
     """Z_0: images [B, C, H, W] to tokens [B, N, D], position embedding and pre-norm included."""
-    size = tuple(images.shape[-2:])
-    wanted = tuple(model.patch_embed.img_size)
-    if images.dim() != 4 or size != wanted:
-        raise SlimvitError(f"images must be [B, C, {wanted[0]}, {wanted[1]}], got {list(images.shape)}")
+    embedding = model.patch_embed
+    wanted = (embedding.proj.in_channels, *embedding.img_size)
+    if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
+        sides = ", ".join(map(str, wanted))
+        raise SlimvitError(f"images must be [B, {sides}], got {list(images.shape)}")
     return model.norm_pre(model._pos_embed(model.patch_embed(images)))
 
 

@@ -1,0 +1,95 @@
+"""Budgets other than a tolerance: MACs saved, or speed gained as measured on this device."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from slimvit import macs
+from slimvit.errors import SlimvitError
+from slimvit.masks import Masks
+from slimvit.models import Spec
+from slimvit.runtime import accelerate
+
+_TRIALS = 10
+_WIDEST, _TIGHTEST = 1.0, 1e-5
+
+
+def bisect(search: Callable[[float], Masks], reached: Callable[[Masks], bool], wanted: str) -> Masks:
+    """The masks of the smallest tried tolerance that reach the budget.
+
+    The tolerance is halved geometrically, at most ten times, or until two neighbours agree.
+
+    Args:
+        search: masks for a tolerance.
+        reached: whether masks meet the budget.
+        wanted: the budget in words, for the error.
+
+    Raises:
+        SlimvitError: even the loosest tolerance does not reach it.
+    """
+    best = search(_WIDEST)
+    if not reached(best):
+        raise SlimvitError(f"{wanted} is out of reach: tolerance {_WIDEST} keeps {best.counts}")
+    low, high = _TIGHTEST, _WIDEST
+    for _ in range(_TRIALS):
+        middle = math.sqrt(low * high)
+        masks = search(middle)
+        if reached(masks):
+            best, high = masks, middle
+        else:
+            low = middle
+    return best
+
+
+def uniform_counts(spec: Spec, fraction: float) -> tuple[int, ...]:
+    """The largest equal count in every block but the last that still cuts `fraction` of the MACs.
+
+    Raises:
+        SlimvitError: even keeping only the prefix tokens cuts less.
+    """
+    for n in range(spec.tokens, spec.prefix - 1, -1):
+        counts = (n,) * (spec.depth - 1) + (spec.head_tokens,)
+        if macs.cut(spec, Masks.from_counts(counts, spec.grid, spec.prefix)) >= fraction:
+            return counts
+    raise SlimvitError(f"cut {fraction} is out of reach by uniform pruning")
+
+
+def measure_speedup(model: nn.Module, masks: Masks, images: Tensor, rounds: int = 7) -> float:
+    """Images per second of the slimmed model over the dense one, on this device, in one run.
+
+    Dense and slim alternate; the median ratio of the rounds is returned, from rank 0 in all
+    processes.
+
+    Args:
+        model: the dense model.
+        masks: kept sets.
+        images: one batch, [B, C, H, W], of the size to be fast at.
+        rounds: counted rounds after one that warms up.
+    """
+    dense = accelerate(model, masks.replace(keep=torch.ones_like(masks.keep), scores=None, errors=None))
+    slim = accelerate(model, masks)
+    ratios = [_seconds(dense, images) / _seconds(slim, images) for _ in range(rounds + 1)][1:]
+    value = torch.tensor([statistics.median(ratios)], dtype=torch.float64, device=images.device)
+    if dist.is_initialized():
+        dist.broadcast(value, 0)
+    return float(value)
+
+
+def _seconds(model: nn.Module, images: Tensor, at_least: float = 0.2) -> float:
+    """Seconds a batch, over as many as fill `at_least` seconds."""
+    count, start = 0, time.perf_counter()
+    while True:
+        model(images)
+        count += 1
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        elapsed = time.perf_counter() - start
+        if elapsed >= at_least:
+            return elapsed / count

@@ -1,0 +1,143 @@
+"""The calibration images' features at every block, computed once, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Hashable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from slimvit import models
+from slimvit.errors import DataError, SlimvitError
+from slimvit.ops import slim_block
+from slimvit.search.reduce import all_sum
+
+
+class TensorStore:
+    """Tensors by key: in memory up to a bound, in a temporary folder beyond it.
+
+    Args:
+        limit: bytes held in memory.
+        directory: where the temporary folder is made; None for the system's.
+    """
+
+    def __init__(self, limit: int, directory: str | None = None) -> None:
+        self._free = limit
+        self._memory: dict[Hashable, Tensor] = {}
+        self._files: dict[Hashable, tuple[Path, torch.Size, torch.dtype]] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="slimvit-", dir=directory)
+
+    def put(self, key: Hashable, value: Tensor) -> None:
+        """Store a copy of `value` under `key`; what stood there is replaced."""
+        value = value.detach().cpu().contiguous()
+        old = self._memory.pop(key, None)
+        if old is not None:
+            self._free += old.nbytes
+        if value.nbytes <= self._free:
+            self._free -= value.nbytes
+            self._memory[key] = value.clone()
+            return
+        number = len(self._files)
+        path = self._files[key][0] if key in self._files else Path(self._folder.name, f"{number}.bin")
+        value.view(-1).view(torch.uint8).numpy().tofile(path)
+        self._files[key] = (path, value.shape, value.dtype)
+
+    def get(self, key: Hashable) -> Tensor:
+        """The tensor under `key`, on the CPU; not to be written to."""
+        if key in self._memory:
+            return self._memory[key]
+        path, shape, dtype = self._files[key]
+        return torch.from_numpy(np.fromfile(path, np.uint8)).view(dtype).view(shape)
+
+    def close(self) -> None:
+        """Forget everything and remove the temporary folder."""
+        self._memory.clear()
+        self._files.clear()
+        self._folder.cleanup()
+
+
+class Features:
+    """Z_0 … Z_L of the dense model on this process's calibration batches.
+
+    Attributes:
+        batches: number of batches of this process.
+        images: number of images over all processes.
+        fingerprint: of the images, the same however they are spread over processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable,
+        *,
+        cache_bytes: int,
+        directory: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        self._device = next(model.parameters()).device
+        self._dtype = next(model.parameters()).dtype
+        self._store = TensorStore(cache_bytes, directory)
+        self.batches = 0
+        digest, count = 0, 0
+        try:
+            for images in tqdm(_images(loader), desc="features", disable=not progress):
+                digest += sum(_hash(image) for image in images)
+                count += len(images)
+                self._add(model, images)
+        except BaseException:
+            self.close()
+            raise
+        totals = all_sum(torch.tensor([count, digest % 2**62], dtype=torch.int64))
+        self.images = int(totals[0])
+        if self.images == 0:
+            raise DataError("no calibration images: the loader yields nothing")
+        self.fingerprint = f"{self.images} images, {int(totals[1]) % 2**62:016x}"
+
+    @torch.no_grad()
+    def _add(self, model: nn.Module, images: Tensor) -> None:
+        x = models.embed(model, images.to(self._device, self._dtype)).transpose(0, 1).contiguous()
+        self._keep(0, x)
+        for layer, block in enumerate(models.block_parts(model), start=1):
+            x = slim_block(x, block, x.shape[0])
+            self._keep(layer, x)
+        self.batches += 1
+
+    def _keep(self, layer: int, x: Tensor) -> None:
+        if not torch.isfinite(x).all():
+            where = "the embedding" if layer == 0 else f"block {layer}"
+            raise SlimvitError(
+                f"features must be finite: {where} gives NaN or infinity on calibration batch "
+                f"{self.batches + 1}"
+            )
+        self._store.put((layer, self.batches), x)
+
+    def at(self, layer: int, batch: int) -> Tensor:
+        """Z_layer of a batch, token-first: [N, b, D], on the model's device."""
+        return self._store.get((layer, batch)).to(self._device)
+
+    def set_moment(self, batch: int, moment: Tensor) -> None:
+        """Keep C_t of a batch, [b, N, N]."""
+        self._store.put(("moment", batch), moment)
+
+    def moment(self, batch: int) -> Tensor:
+        """C_t of a batch, as last set."""
+        return self._store.get(("moment", batch)).to(self._device)
+
+    def close(self) -> None:
+        """Free the memory and the disk."""
+        self._store.close()
+
+
+def _images(loader: Iterable) -> Iterator[Tensor]:
+    for batch in loader:
+        yield batch if isinstance(batch, Tensor) else batch[0]
+
+
+def _hash(image: Tensor) -> int:
+    content = image.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "little")

@@ -1,0 +1,145 @@
+"""One block of the search: its tokens' scores and the error that pruning it causes above."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimvit.errors import SlimvitError
+from slimvit.ops import (
+    BlockParts,
+    attention_probabilities,
+    project_qkv,
+    slim_block,
+    take,
+    zero_key,
+)
+from slimvit.search.features import Features
+from slimvit.search.paths import last_moment, step_moment
+from slimvit.search.reduce import ExactMean
+from slimvit.search.scores import LayerView, Score
+
+
+@dataclass
+class Layer:
+    """Block t with the slimmed block t+1 above it.
+
+    Attributes:
+        index: t, from L-1 down to 1.
+        dense: parts of block t of the dense model.
+        block: parts of block t as it will run, fine-tuned or not.
+        above: parts of block t+1 as it will run, frozen.
+        order: all tokens, S_{t+1} first: any S_t ⊇ S_{t+1} is a prefix of it. int64 [N].
+        above_count: n_{t+1}; S_{t+1} is order[:above_count].
+        semantics: of the masks.
+        tuned: whether block t differs from the dense one.
+    """
+
+    index: int
+    dense: BlockParts
+    block: BlockParts
+    above: BlockParts
+    order: Tensor
+    above_count: int
+    semantics: str
+    tuned: bool = False
+
+    def output(self, features: Features, batch: int, n: int) -> Tensor:
+        """What block t gives for S_t = order[:n], from the dense Z_{t-1}: [n, b, D].
+
+        An unchanged block gives the rows of the dense Z_t.
+        """
+        kept = self.order[:n].to(self.block.qkv.weight.device)
+        if not self.tuned:
+            return take(features.at(self.index, batch), kept)
+        return slim_block(features.at(self.index - 1, batch), self.block, kept)
+
+    def relative_error(self, features: Features, batch: int, n: int) -> Tensor:
+        """‖diag(m)(Ẑ_{t+1} − Z_{t+1})‖²_F / ‖diag(m) Z_{t+1}‖²_F for S_t = order[:n], [b].
+
+        Source: Patch Slimming (Tang et al., CVPR 2022), Eq. 4, relative to the features' size.
+        """
+        x = self.output(features, batch, n)
+        tokens, dead = len(self.order), len(self.order) - n
+        extra = None
+        if dead and self.semantics == "zero":
+            extra = zero_key(self.above, dead)
+        if dead and self.semantics == "idle":
+            idle = self.order[n:tokens].to(x.device)
+            x = torch.cat([x, take(features.at(self.index - 1, batch), idle)])
+        y = slim_block(x, self.above, self.above_count, extra_key=extra)
+        kept = self.order[: self.above_count].to(x.device)
+        target = take(features.at(self.index + 1, batch), kept)
+        return (y - target).square().sum((0, 2)) / target.square().sum((0, 2))
+
+    @torch.no_grad()
+    def error(self, features: Features, n: int) -> float:
+        """The relative error, averaged over all images of all processes."""
+        total = ExactMean(1)
+        for batch in range(features.batches):
+            # Beyond 2^10 the exact size is of no interest, and the fixed point must not overflow.
+            error = self.relative_error(features, batch, n).nan_to_num(nan=1024.0)
+            total.add(error.clamp(max=1024.0)[:, None])
+        return float(total.mean())
+
+
+def probabilities(features: Features, layer: int, batch: int, block: BlockParts) -> Tensor:
+    """P of a block whose input is Z_layer: [b, H, N, N]."""
+    y = block.norm1(features.at(layer, batch))
+    q, k, _ = project_qkv(block, y, y)
+    return attention_probabilities(q, k)
+
+
+@torch.no_grad()
+def score_layer(
+    features: Features,
+    index: int,
+    dense: list[BlockParts],
+    above_kept: Tensor,
+    score: Score,
+    *,
+    tokens: int,
+    seed: int,
+) -> Tensor:
+    """Mean normalised score of every token of block t, float64 [N]; moves C on to C_t.
+
+    Args:
+        features: of the dense model.
+        index: t.
+        dense: parts of all blocks of the dense model.
+        above_kept: positions of S_{t+1}, int64.
+        score: the score function.
+        tokens: N.
+        seed: handed to the score.
+
+    Raises:
+        SlimvitError: the score's shape is not [b, N] or it is not finite.
+    """
+    total = ExactMean(tokens)
+    for batch in range(features.batches):
+        above = probabilities(features, index, batch, dense[index])
+        first = index == len(dense) - 1
+        moment = last_moment(len(above), tokens, above) if first else features.moment(batch)
+        moment = step_moment(moment, above, above_kept.to(above.device))
+        features.set_moment(batch, moment)
+        view = LayerView(
+            layer=index,
+            attention=probabilities(features, index - 1, batch, dense[index - 1]),
+            inputs=features.at(index - 1, batch).transpose(0, 1),
+            paths=moment.diagonal(dim1=1, dim2=2),
+            seed=seed,
+        )
+        total.add(_normalised(score(view), len(above), tokens, index))
+    return total.mean()
+
+
+def _normalised(values: Tensor, images: int, tokens: int, index: int) -> Tensor:
+    if tuple(values.shape) != (images, tokens):
+        raise SlimvitError(
+            f"a score must be [b, N] = [{images}, {tokens}], got {list(values.shape)}"
+        )
+    if not torch.isfinite(values).all():
+        raise SlimvitError(f"scores must be finite, those of block {index} are not")
+    return values / values.sum(1, keepdim=True)

@@ -1,0 +1,80 @@
+"""Fine-tuning of one block, so that fewer of its tokens serve the blocks above as well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slimvit.errors import SlimvitError
+from slimvit.search.features import Features
+from slimvit.search.layer import Layer
+from slimvit.search.reduce import all_sum, rank, world_size
+
+
+class BlockTuner:
+    """AdamW on the parameters of block t; the weights carry on from call to call.
+
+    The input is the dense Z_{t-1}, the objective the relative error of block t+1, which stays
+    frozen. Batches are shuffled alike in every process and gradients are summed over processes,
+    so that the steps are those of one process.
+
+    Args:
+        layer: block t; its parameters are trained in place.
+        parameters: of block t.
+        lr: learning rate.
+        seed: of the shuffling.
+
+    Source: Patch Slimming (Tang et al., CVPR 2022), Algorithm 1.
+    """
+
+    def __init__(
+        self, layer: Layer, parameters: Iterable[Tensor], *, lr: float, seed: int
+    ) -> None:
+        self._layer = layer
+        self._parameters = list(parameters)
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=lr, weight_decay=0.0)
+        self._generator = torch.Generator().manual_seed(seed * 1009 + layer.index)
+
+    def epochs(self, features: Features, n: int, count: int) -> None:
+        """Train for `count` epochs with S_t = order[:n].
+
+        Raises:
+            SlimvitError: the loss is not finite.
+        """
+        self._layer.tuned = True
+        total = int(all_sum(torch.tensor([features.batches], dtype=torch.int64)))
+        for _ in range(count):
+            for number in torch.randperm(total, generator=self._generator).tolist():
+                own = number % world_size() == rank()
+                self._step(features, number // world_size() if own else None, n)
+
+    def _step(self, features: Features, batch: int | None, n: int) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        if batch is not None:
+            with torch.enable_grad():
+                loss = self._layer.relative_error(features, batch, n).mean()
+            if not math.isfinite(loss.item()):
+                raise SlimvitError(
+                    f"fine-tuning of block {self._layer.index} diverged: the loss is {loss.item()}, "
+                    "lower the learning rate"
+                )
+            loss.backward()
+        if dist.is_initialized():
+            self._share_gradients()
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+
+    def _share_gradients(self) -> None:
+        grads = [
+            torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters
+        ]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(flat)
+        for parameter, part in zip(
+            self._parameters, flat.split([g.numel() for g in grads]), strict=True
+        ):
+            parameter.grad = part.view_as(parameter).clone()
