@@ -47,14 +47,16 @@ def number(
 
 
 def kept_counts(text: str) -> list[int]:
-    """Kept counts n1,…,nL, each at least 1, not growing."""
+    """Kept counts n1,…,nL, each at least 1, not growing; 111x7 stands for seven times 111."""
+    counts: list[int] = []
     try:
-        counts = [int(part) for part in text.split(",")]
+        for part in text.split(","):
+            count, _, times = part.partition("x")
+            counts += [int(count)] * int(times or 1)
     except ValueError:
         counts = []
     grows = any(later > earlier for earlier, later in zip(counts, counts[1:]))
     if not counts or min(counts) < 1 or grows:
-        raise argparse.ArgumentTypeError(
-            f"must be whole numbers n1,…,nL >= 1 that do not grow, got {text!r}"
-        )
+        rule = "whole numbers n1,…,nL >= 1 that do not grow (111x7 for seven times 111)"
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
     return counts
