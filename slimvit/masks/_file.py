@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def load(path: str | os.PathLike[str]) -> Masks:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise MasksError(f"{path} is not a readable safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT or "keep" not in tensors:
+    if metadata.get("format") != FORMAT:
         raise MasksError(
             f"{path} is not a masks file: metadata 'format' must be {FORMAT!r}, "
             f"got {metadata.get('format')!r}"
@@ -60,6 +59,8 @@ def load(path: str | os.PathLike[str]) -> Masks:
             f"{path} has masks format version {metadata.get('version')!r}, "
             f"this slimvit reads version {VERSION}"
         )
+    if "keep" not in tensors:
+        raise MasksError(f"{path} lacks the tensor 'keep'")
     unknown = set(tensors) - {"keep", "scores", "errors"}
     if unknown:
         raise MasksError(f"{path} holds unknown tensors: {', '.join(sorted(unknown))}")
@@ -67,11 +68,11 @@ def load(path: str | os.PathLike[str]) -> Masks:
         return Masks(
             keep=tensors["keep"],
             prefix=int(metadata["prefix"]),
-            grid=_pair(metadata["grid"]),
+            grid=json.loads(metadata["grid"]),
             semantics=metadata["semantics"],
             model=metadata["model"],
-            image_size=_pair(metadata["image_size"]) if "image_size" in metadata else None,
-            tolerance=_finite(metadata["tolerance"]) if "tolerance" in metadata else None,
+            image_size=json.loads(metadata["image_size"]) if "image_size" in metadata else None,
+            tolerance=float(metadata["tolerance"]) if "tolerance" in metadata else None,
             scores=_floats(tensors.get("scores")),
             errors=_floats(tensors.get("errors")),
             data=metadata["data"],
@@ -82,18 +83,6 @@ def load(path: str | os.PathLike[str]) -> Masks:
         raise MasksError(f"{path}: {error}") from error
     except (ValueError, TypeError) as error:
         raise MasksError(f"{path} has unreadable metadata: {error}") from error
-
-
-def _pair(text: str) -> tuple[int, int]:
-    first, second = json.loads(text)
-    return int(first), int(second)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"tolerance must be finite, got {text}")
-    return value
 
 
 def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +58,9 @@ class Masks:
     data: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", _pair("grid", self.grid))
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", _pair("image_size", self.image_size))
         _check(self)
 
     def __repr__(self) -> str:
@@ -159,6 +164,8 @@ class Masks:
         else:
             if tuple(scores.shape) != (tokens,):
                 raise MasksError(f"scores must be [N] = [{tokens}], got {list(scores.shape)}")
+            if scores.isnan().any():
+                raise MasksError(f"scores must be numbers, {int(scores.isnan().sum())} are NaN")
             first = scores.double().clone().cpu()
             first[:prefix] = torch.inf
             ranking = torch.argsort(first, descending=True, stable=True)
@@ -191,6 +198,8 @@ class Masks:
 
         Source: the uniform baseline of Patch Slimming, Table 3.
         """
+        if depth < 1:
+            raise MasksError(f"depth must be at least 1, got {depth}")
         if not 0 <= keep_ratio <= 1:
             raise MasksError(f"keep_ratio must lie in [0, 1], got {keep_ratio}")
         kept = prefix + round(keep_ratio * grid[0] * grid[1])
@@ -216,6 +225,16 @@ def even_spread(grid: tuple[int, int]) -> Tensor:
     return torch.tensor(list(ranking))
 
 
+def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
+    try:
+        height, width = (operator.index(side) for side in value)
+    except (TypeError, ValueError):
+        height = width = 0
+    if height < 1 or width < 1:
+        raise MasksError(f"{name} must be two positive whole numbers, got {value}")
+    return height, width
+
+
 def _check(masks: Masks) -> None:
     keep, prefix, grid = masks.keep, masks.prefix, masks.grid
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.dim() != 2:
@@ -225,7 +244,7 @@ def _check(masks: Masks) -> None:
         raise MasksError(f"keep must be on the CPU, got {keep.device}")
     if masks.semantics not in SEMANTICS:
         raise MasksError(f"semantics must be one of {', '.join(SEMANTICS)}, got {masks.semantics!r}")
-    if len(grid) != 2 or prefix < 0 or grid[0] * grid[1] + prefix != keep.shape[1]:
+    if prefix < 0 or grid[0] * grid[1] + prefix != keep.shape[1]:
         raise MasksError(
             f"tokens must be grid {grid} plus {prefix} prefix tokens, got N = {keep.shape[1]}"
         )
@@ -247,3 +266,5 @@ def _check(masks: Masks) -> None:
     ):
         if value is not None and tuple(value.shape) != shape:
             raise MasksError(f"{name} must be {list(shape)}, got {list(value.shape)}")
+    if masks.tolerance is not None and not 0 < masks.tolerance < math.inf:
+        raise MasksError(f"tolerance must be positive and finite, got {masks.tolerance}")

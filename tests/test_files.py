@@ -1,0 +1,105 @@
+"""Files that appear whole or not at all."""
+
+import errno
+import os
+import stat
+
+import pytest
+
+from slimvit.files import atomic_write
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_writes(tmp_path):
+    path = tmp_path / "a.bin"
+    atomic_write(path, b"one")
+    atomic_write(str(path), b"two")
+    assert path.read_bytes() == b"two"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_mode_follows_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        atomic_write(tmp_path / "a.bin", b"")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.bin").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("existing", [None, b"old"])
+@pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
+def test_full_disk(tmp_path, monkeypatch, existing, call):
+    path = tmp_path / "a.bin"
+    if existing is not None:
+        path.write_bytes(existing)
+    monkeypatch.setattr(os, call, full_disk)
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: .*a\.bin'$") as caught:
+        atomic_write(path, b"new")
+    monkeypatch.undo()
+    assert caught.value.filename == str(path)
+    assert (path.read_bytes() if path.exists() else None) == existing
+    assert os.listdir(tmp_path) == ([] if existing is None else ["a.bin"])
+
+
+def test_full_disk_while_writing(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    really_open = os.fdopen
+
+    def half_written(handle, mode):
+        file = really_open(handle, mode, buffering=0)
+        os.write(handle, b"n")
+        file.close()
+        full_disk()
+
+    monkeypatch.setattr(os, "fdopen", half_written)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_interrupted(tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(tmp_path / "a.bin", b"new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_folder(tmp_path):
+    path = tmp_path / "none" / "a.bin"
+    with pytest.raises(FileNotFoundError) as caught:
+        atomic_write(path, b"new")
+    assert caught.value.filename == str(path)
+
+
+def test_a_folder_in_its_place(tmp_path):
+    (tmp_path / "a.bin").mkdir()
+    with pytest.raises(OSError, match=r"a\.bin"):
+        atomic_write(tmp_path / "a.bin", b"new")
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.bin").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "a.bin")
+    atomic_write(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "folder" / "a.bin").read_bytes() == b"new"
+
+
+def test_a_device_is_written_to(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    atomic_write(tmp_path / "pipe", b"new")
+    assert os.read(reader, 9) == b"new"
+    os.close(reader)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

@@ -1,0 +1,372 @@
+"""Masks: what they refuse, their order, their makers and their file."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from slimvit.errors import MasksError
+from slimvit.masks import SEMANTICS, Masks
+from slimvit.masks._masks import even_spread
+
+GRID = (3, 4)
+
+
+def example(**info) -> Masks:
+    return Masks.from_counts([11, 8, 8, 3], GRID, prefix=2, **info)
+
+
+def full(**info) -> Masks:
+    return example(
+        semantics="zero",
+        model="deit_tiny_patch16_224",
+        image_size=(48, 64),
+        tolerance=0.0123456789,
+        data="a1b2",
+    ).replace(
+        **{
+            "scores": torch.rand(4, 14, generator=torch.Generator().manual_seed(0)),
+            "errors": torch.tensor([0.1, 0.2, 0.3, 0.4]),
+            **info,
+        }
+    )
+
+
+def random_keep(depth: int, tokens: int, prefix: int, seed: int) -> torch.Tensor:
+    """Nested at random; the last block may prune all prefix tokens but the first."""
+    generator = torch.Generator().manual_seed(seed)
+    lifetime = torch.randint(0, depth + 1, (tokens,), generator=generator)
+    lifetime[:prefix] = depth - torch.randint(0, 2, (prefix,), generator=generator)
+    lifetime[0] = depth
+    return lifetime >= torch.arange(1, depth + 1)[:, None]
+
+
+class TestRules:
+    def keep(self, *cleared: tuple[int, int]) -> torch.Tensor:
+        keep = torch.ones(3, 14, dtype=torch.bool)
+        for layer, token in cleared:
+            keep[layer, token] = False
+        return keep
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"keep": torch.ones(3, 14)}, "keep must be [L, N] booleans, got torch.float32 [3, 14]"),
+            ({"keep": torch.ones(14, dtype=torch.bool)}, "booleans, got torch.bool [14]"),
+            ({"keep": [[True] * 14] * 3}, "keep must be [L, N] booleans, got list"),
+            ({"keep": torch.ones(3, 14, dtype=torch.bool, device="meta")}, "on the CPU, got meta"),
+            ({"keep": torch.ones(3, 13, dtype=torch.bool)}, "got N = 13"),
+            ({"keep": torch.ones(0, 14, dtype=torch.bool)}, "at least one token"),
+            ({"keep": torch.zeros(3, 14, dtype=torch.bool)}, "the last keeps none"),
+            ({"prefix": 1}, "grid (3, 4) plus 1 prefix tokens, got N = 14"),
+            ({"prefix": -1, "grid": (3, 5)}, "plus -1 prefix tokens"),
+            ({"grid": (4, 4)}, "tokens must be grid (4, 4)"),
+            ({"grid": (-3, -4)}, "grid must be two positive whole numbers, got (-3, -4)"),
+            ({"grid": (12,)}, "grid must be two positive whole numbers"),
+            ({"grid": (3.0, 4.0)}, "grid must be two positive whole numbers"),
+            ({"grid": None}, "grid must be two positive whole numbers, got None"),
+            ({"image_size": 224}, "image_size must be two positive whole numbers, got 224"),
+            ({"image_size": (224, 0)}, "image_size must be two positive whole numbers"),
+            ({"semantics": "gone"}, "one of drop, zero, idle, got 'gone'"),
+            ({"scores": torch.ones(14)}, "scores must be [3, 14], got [14]"),
+            ({"errors": torch.ones(2)}, "errors must be [3], got [2]"),
+            ({"tolerance": 0.0}, "tolerance must be positive and finite, got 0.0"),
+            ({"tolerance": float("nan")}, "tolerance must be positive and finite, got nan"),
+            ({"tolerance": float("inf")}, "tolerance must be positive and finite, got inf"),
+        ],
+    )
+    def test_refused(self, change, message):
+        fits = {"keep": self.keep(), "prefix": 2, "grid": GRID}
+        with pytest.raises(MasksError) as caught:
+            Masks(**{**fits, **change})
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_nesting(self):
+        with pytest.raises(MasksError, match="nested: block 3 keeps token 9, block 2 does not"):
+            Masks(self.keep((1, 9)), 2, GRID)
+
+    @pytest.mark.parametrize("layer", [0, 1])
+    def test_prefix_tokens_are_kept(self, layer):
+        keep = self.keep(*((later, 1) for later in range(layer, 3)))
+        with pytest.raises(MasksError, match=f"block {layer + 1} prunes token 1"):
+            Masks(keep, 2, GRID)
+
+    def test_last_block_may_prune_prefix_tokens(self):
+        assert Masks(self.keep((2, 1)), 2, GRID).counts == (14, 14, 13)
+
+    def test_pairs_are_tuples(self):
+        masks = Masks(self.keep(), 2, list(GRID), image_size=[48, 64])
+        assert (masks.grid, masks.image_size) == (GRID, (48, 64))
+
+    def test_replace_validates(self):
+        assert example().replace(semantics="idle").semantics == "idle"
+        with pytest.raises(MasksError, match="semantics"):
+            example().replace(semantics="gone")
+
+
+class TestOrder:
+    @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+    @pytest.mark.parametrize("depth", [1, 2, 12])
+    def test_every_kept_set_is_a_prefix(self, prefix, depth):
+        for seed in range(10):
+            masks = Masks(random_keep(depth, 63 + prefix, prefix, seed), prefix, (7, 9))
+            assert masks.order.sort().values.tolist() == list(range(63 + prefix))
+            for keep, n in zip(masks.keep, masks.counts, strict=True):
+                assert set(masks.order[:n].tolist()) == set(keep.nonzero()[:, 0].tolist())
+
+    def test_prefix_tokens_stand_first(self):
+        masks = example()
+        assert masks.order[:2].tolist() == [0, 1]
+
+    def test_ties_keep_the_models_order(self):
+        assert Masks.dense(3, GRID, 2).order.tolist() == list(range(14))
+
+
+class TestMakers:
+    def test_from_counts(self):
+        masks = example()
+        assert masks.counts == (11, 8, 8, 3)
+        assert masks.alive == (14, 11, 8, 8)
+        assert (masks.depth, masks.tokens) == (4, 14)
+        assert repr(masks) == "Masks(drop, kept 11,8,8,3)"
+
+    @pytest.mark.parametrize("counts", [[14] * 4, [2, 2, 2, 1], [14, 2, 1], [1]])
+    def test_from_counts_at_the_ends(self, counts):
+        assert Masks.from_counts(counts, GRID, 2).counts == tuple(counts)
+
+    def test_from_counts_by_scores(self):
+        scores = torch.zeros(14)
+        scores[[5, 13, 2]] = torch.tensor([3.0, 2.0, float("inf")])
+        masks = Masks.from_counts([5, 3], GRID, 2, scores=scores)
+        assert masks.keep[0].nonzero()[:, 0].tolist() == [0, 1, 2, 5, 13]
+        assert masks.keep[1].nonzero()[:, 0].tolist() == [0, 1, 2]
+
+    @pytest.mark.parametrize(
+        ("counts", "message"),
+        [
+            ([], r"\[1, N\] = \[1, 14\], got \[\]"),
+            ([15, 3], r"\[1, N\] = \[1, 14\], got \[15, 3\]"),
+            ([3, 0], r"\[1, N\] = \[1, 14\], got \[3, 0\]"),
+            ([5, 7, 3], r"must not grow with depth, got \[5, 7, 3\]"),
+            ([1, 1], "block 1 prunes token 1"),
+        ],
+    )
+    def test_from_counts_refused(self, counts, message):
+        with pytest.raises(MasksError, match=message):
+            Masks.from_counts(counts, GRID, 2)
+
+    def test_scores_refused(self):
+        with pytest.raises(MasksError, match=r"\[N\] = \[14\], got \[12\]"):
+            Masks.from_counts([5], GRID, 2, scores=torch.zeros(12))
+        with pytest.raises(MasksError, match="1 are NaN"):
+            Masks.from_counts([5], GRID, 2, scores=torch.tensor([float("nan")] + [0.0] * 13))
+
+    def test_uniform(self):
+        masks = Masks.uniform(4, 0.5, GRID, 2, head_tokens=2, semantics="idle", model="m")
+        assert masks.counts == (8, 8, 8, 2)
+        assert (masks.semantics, masks.model) == ("idle", "m")
+        assert Masks.uniform(1, 0.5, GRID, 1).counts == (1,)
+        assert Masks.uniform(3, 0, GRID, 3, head_tokens=1).counts == (3, 3, 1)
+        assert Masks.uniform(3, 1, GRID, 1).counts == (13, 13, 1)
+
+    @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
+    def test_uniform_refused(self, ratio):
+        with pytest.raises(MasksError, match=r"keep_ratio must lie in \[0, 1\]"):
+            Masks.uniform(4, ratio, GRID)
+
+    def test_depth_refused(self):
+        with pytest.raises(MasksError, match="depth must be at least 1, got 0"):
+            Masks.uniform(0, 0.5, GRID)
+
+    def test_dense(self):
+        masks = Masks.dense(2, GRID, 3, semantics="zero")
+        assert masks.keep.all()
+        assert (masks.counts, masks.semantics) == ((15, 15), "zero")
+
+    @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (14, 14), (37, 37)])
+    def test_even_spread(self, grid):
+        ranking = even_spread(grid)
+        assert ranking.sort().values.tolist() == list(range(grid[0] * grid[1]))
+
+    def test_even_spread_covers_the_image(self):
+        first = even_spread((14, 14))[:49]
+        quarters = first // 14 // 7 * 2 + first % 14 // 7
+        assert quarters.bincount(minlength=4).min() >= 10
+
+
+class TestFile:
+    def test_round_trip(self, tmp_path):
+        masks = full()
+        masks.save(tmp_path / "m.safetensors")
+        loaded = Masks.load(str(tmp_path / "m.safetensors"))
+        for name in ("prefix", "grid", "semantics", "model", "image_size", "tolerance", "data"):
+            assert getattr(loaded, name) == getattr(masks, name)
+        for name in ("keep", "scores", "errors"):
+            assert torch.equal(getattr(loaded, name), getattr(masks, name))
+
+    @pytest.mark.parametrize("semantics", SEMANTICS)
+    def test_round_trip_of_the_least(self, tmp_path, semantics):
+        example(semantics=semantics).save(tmp_path / "m.safetensors")
+        loaded = Masks.load(tmp_path / "m.safetensors")
+        assert loaded.semantics == semantics
+        assert (loaded.model, loaded.data) == ("", "")
+        for name in ("image_size", "tolerance", "scores", "errors"):
+            assert getattr(loaded, name) is None
+
+    def test_scores_that_still_have_a_gradient(self, tmp_path):
+        masks = full(scores=torch.rand(14, 4, dtype=torch.float64).t().requires_grad_())
+        masks.save(tmp_path / "m.safetensors")
+        assert torch.equal(Masks.load(tmp_path / "m.safetensors").scores, masks.scores.float())
+
+    def test_what_others_read(self, tmp_path):
+        full().save(tmp_path / "m.safetensors")
+        with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
+            assert set(file.keys()) == {"keep", "scores", "errors"}
+            assert file.get_tensor("keep").dtype == torch.bool
+            metadata = file.metadata()
+        assert metadata["format"] == "slimvit-masks"
+        assert metadata["version"] == "1"
+        assert json.loads(metadata["image_size"]) == [48, 64]
+        assert json.loads(metadata["grid"]) == [3, 4]
+
+    def test_save_replaces(self, tmp_path):
+        path = tmp_path / "m.safetensors"
+        Masks.dense(2, GRID).save(path)
+        full().save(path)
+        assert Masks.load(path).counts == (11, 8, 8, 3)
+        assert os.listdir(tmp_path) == ["m.safetensors"]
+
+    def test_full_disk(self, tmp_path, monkeypatch):
+        path = tmp_path / "m.safetensors"
+        full().save(path)
+
+        def no_space(handle):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", no_space)
+        with pytest.raises(OSError, match=r"No space left on device: .*m\.safetensors"):
+            Masks.dense(2, GRID).save(path)
+        monkeypatch.undo()
+        assert Masks.load(path).counts == (11, 8, 8, 3)
+        assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+class TestBadFile:
+    def refused(self, path, message: str) -> None:
+        with pytest.raises(MasksError) as caught:
+            Masks.load(path)
+        assert message in str(caught.value)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def written(self, tmp_path, without: str = "", keep: torch.Tensor | None = None, **changes):
+        """The file of `full`, with other metadata or another `keep`."""
+        masks = full()
+        masks.save(tmp_path / "good.safetensors")
+        with safe_open(tmp_path / "good.safetensors", framework="pt") as file:
+            metadata = {**file.metadata(), **changes}
+        metadata.pop(without, None)
+        path = tmp_path / "bad.safetensors"
+        save_file({"keep": masks.keep if keep is None else keep}, path, metadata)
+        return path
+
+    def test_missing(self, tmp_path):
+        self.refused(tmp_path / "none.safetensors", "masks file not found")
+        self.refused(tmp_path, "masks file not found")
+
+    @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, -300, -1])
+    def test_truncated(self, tmp_path, length):
+        path = tmp_path / "m.safetensors"
+        full().save(path)
+        path.write_bytes(path.read_bytes()[:length])
+        self.refused(path, "is not a readable safetensors file")
+
+    @pytest.mark.parametrize("content", [b"PK\x03\x04" * 100, b"\xff" * 64, b'{"keep": []}' * 9])
+    def test_not_safetensors(self, tmp_path, content):
+        path = tmp_path / "m.safetensors"
+        path.write_bytes(content)
+        self.refused(path, "is not a readable safetensors file")
+
+    def test_unreadable(self, tmp_path, monkeypatch):
+        def denied(*args, **kwargs):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        path = self.written(tmp_path)
+        monkeypatch.setattr("slimvit.masks._file.safe_open", denied)
+        self.refused(path, "Permission denied")
+
+    def test_weights_instead(self, tmp_path):
+        path = tmp_path / "weights.safetensors"
+        save_file({"head.weight": torch.ones(2, 2)}, path)
+        self.refused(path, "metadata 'format' must be 'slimvit-masks', got None")
+
+    def test_no_keep(self, tmp_path):
+        path = tmp_path / "m.safetensors"
+        save_file({"kept": torch.ones(2)}, path, {"format": "slimvit-masks", "version": "1"})
+        self.refused(path, "lacks the tensor 'keep'")
+
+    def test_unknown_tensor(self, tmp_path):
+        path = tmp_path / "m.safetensors"
+        tensors = {"keep": torch.ones(2, dtype=torch.bool), "bias": torch.ones(2)}
+        save_file(tensors, path, {"format": "slimvit-masks", "version": "1"})
+        self.refused(path, "unknown tensors: bias")
+
+    def test_integer_scores(self, tmp_path):
+        masks = full()
+        masks.save(tmp_path / "good.safetensors")
+        with safe_open(tmp_path / "good.safetensors", framework="pt") as file:
+            metadata = file.metadata()
+        path = tmp_path / "bad.safetensors"
+        save_file({"keep": masks.keep, "scores": masks.keep.int()}, path, metadata)
+        self.refused(path, "must be floating point, got torch.int32")
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("format", "pt", "'format' must be 'slimvit-masks', got 'pt'"),
+            ("version", "2", "version '2', this slimvit reads version 1"),
+            ("prefix", "two", "unreadable metadata"),
+            ("prefix", "1", "tokens must be grid (3, 4) plus 1 prefix tokens"),
+            ("grid", "[3, 4, 1]", "grid must be two positive whole numbers"),
+            ("grid", "[3.5, 4]", "grid must be two positive whole numbers"),
+            ("grid", "three", "unreadable metadata"),
+            ("grid", "[4, 3", "unreadable metadata"),
+            ("grid", "[2, 7]", "tokens must be grid (2, 7)"),
+            ("image_size", "224", "image_size must be two positive whole numbers"),
+            ("tolerance", "low", "unreadable metadata"),
+            ("tolerance", "nan", "tolerance must be positive and finite"),
+            ("tolerance", "-0.02", "tolerance must be positive and finite"),
+            ("semantics", "gone", "semantics must be one of drop, zero, idle"),
+        ],
+    )
+    def test_wrong_metadata(self, tmp_path, name, value, message):
+        self.refused(self.written(tmp_path, **{name: value}), message)
+
+    @pytest.mark.parametrize("name", ["prefix", "grid", "semantics", "model", "data"])
+    def test_lacking_metadata(self, tmp_path, name):
+        self.refused(self.written(tmp_path, without=name), f"lacks the metadata '{name}'")
+
+    @pytest.mark.parametrize("name", ["format", "version"])
+    def test_lacking_format(self, tmp_path, name):
+        self.refused(self.written(tmp_path, without=name), "None")
+
+    @pytest.mark.parametrize(
+        ("cleared", "message"),
+        [
+            ((1, 9), "nested: block 3 keeps token 9, block 2 does not"),
+            ((slice(1, None), 1), "prefix tokens must be kept: block 2 prunes token 1"),
+            ((3, slice(None)), "the last keeps none"),
+        ],
+    )
+    def test_wrong_masks(self, tmp_path, cleared, message):
+        keep = torch.ones(4, 14, dtype=torch.bool)
+        keep[cleared] = False
+        self.refused(self.written(tmp_path, keep=keep), message)
+
+    def test_keep_of_numbers(self, tmp_path):
+        self.refused(self.written(tmp_path, keep=torch.ones(4, 14)), "got torch.float32 [4, 14]")
