@@ -67,6 +67,8 @@ def take(x: Tensor, keep: int | Tensor) -> Tensor:
         if keep.dim() == 1:
             return x.index_select(0, keep)
         return x.gather(0, keep.t().unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    if keep > x.shape[0]:
+        raise ValueError(f"keep must be at most m = {x.shape[0]}, the alive tokens, got {keep}")
     return x if keep == x.shape[0] else x[:keep]
 
 
@@ -144,12 +146,21 @@ def _heads(block: BlockParts, rows: Tensor, parts: int) -> tuple[Tensor, ...]:
 def _append_key(
     k: Tensor, v: Tensor, key_bias: Tensor | None, extra: ExtraKey
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if key_bias is None:
-        key_bias = k.new_zeros(k.shape[2])
+    # In half precision log(rows) is rounded by up to 1 %, so all other biases move along with it.
+    shift = _rounded(extra.bias, k.dtype) - extra.bias
+    key_bias = k.new_full((k.shape[2],), shift) if key_bias is None else key_bias + shift
     k = torch.cat([k, extra.key.expand(k.shape[0], -1, -1, -1)], dim=2)
     v = torch.cat([v, extra.value.expand(v.shape[0], -1, -1, -1)], dim=2)
     tail = key_bias.new_full((*key_bias.shape[:-1], 1), extra.bias)
     return k, v, torch.cat([key_bias, tail], dim=-1)
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """`value` ≥ 0 as `dtype` holds it: plain arithmetic, which tracing takes for a constant."""
+    if value == 0:
+        return value
+    unit = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(value))
+    return round(value / unit) * unit
 
 
 def _drop_path(drop_path: nn.Module, branch: Tensor) -> Tensor:

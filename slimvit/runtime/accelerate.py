@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slimvit import models
 from slimvit.backends import choose
-from slimvit.errors import UsageError
+from slimvit.errors import SlimvitError, UsageError
 from slimvit.masks import Masks
 from slimvit.runtime.apply_masks import apply_masks
 
@@ -26,29 +26,27 @@ class AcceleratedViT(nn.Module):
     Attributes:
         masks: the kept sets.
         backend: the back end that computes.
-        precision: the dtype that it computes in, by name.
         num_classes: outputs of the head.
     """
 
-    def __init__(self, network: nn.Module, backend: str, precision: str) -> None:
+    def __init__(self, network: nn.Module, backend: str) -> None:
         super().__init__()
         self.network = network
         self.masks: Masks = network.masks
         self.backend = backend
-        self.precision = precision
         self.num_classes: int = network.num_classes
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
-        return self.network(images.to(self._dtype)).to(images.dtype)
+        return self.network(self._cast(images)).to(images.dtype)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Kept tokens after the final norm in their places, [B, N, D], zero elsewhere."""
-        return self.network.forward_features(images.to(self._dtype)).to(images.dtype)
+        return self.network.forward_features(self._cast(images)).to(images.dtype)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits [B, classes] of features [B, N, D]."""
-        out = self.network.forward_head(features.to(self._dtype), pre_logits=pre_logits)
+        out = self.network.forward_head(self._cast(features), pre_logits=pre_logits)
         return out.to(features.dtype)
 
     def train(self, mode: bool = True) -> AcceleratedViT:
@@ -56,8 +54,14 @@ class AcceleratedViT(nn.Module):
         return super().train(False)
 
     @property
-    def _dtype(self) -> torch.dtype:
-        return PRECISIONS[self.precision]
+    def precision(self) -> str:
+        """The dtype that the network computes in, by name; `.to(dtype)` changes it."""
+        return _name(self.network.cls_token.dtype)
+
+    def _cast(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise SlimvitError(f"images must be floating point, got {_name(x.dtype)}")
+        return x.to(self.network.cls_token.dtype)
 
     def extra_repr(self) -> str:
         return f"backend={self.backend}, precision={self.precision}, kept={self.masks.counts}"
@@ -87,13 +91,16 @@ def accelerate(
         MasksError: the masks are wrong or do not fit the model.
         SlimvitError: the back end or the precision cannot run here; the message says why.
     """
-    parameter = next(model.parameters())
-    if precision is None:
-        precision = str(parameter.dtype).removeprefix("torch.")
+    slim = apply_masks(model, masks)
+    token = slim.cls_token
+    precision = _name(token.dtype) if precision is None else precision
     if precision not in PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    slim = apply_masks(model, masks)
-    backend = choose(backend, parameter.device, PRECISIONS[precision])
+    backend = choose(backend, token.device, PRECISIONS[precision])
     slim.fold()
     slim.to(PRECISIONS[precision])
-    return AcceleratedViT(slim, backend, precision).eval().requires_grad_(False)
+    return AcceleratedViT(slim, backend).eval().requires_grad_(False)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
