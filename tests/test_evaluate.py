@@ -1,0 +1,110 @@
+import pytest
+import torch
+from torch import nn
+
+from slimvit import Masks, accelerate, models
+from slimvit.data import ImageFolder, image_transform, loader
+from slimvit.errors import DataError, SlimvitError
+from slimvit.evaluate import evaluate
+
+
+class Answers(nn.Module):
+    """A model whose images are their own index into a table of answers."""
+
+    def __init__(self, table, num_classes=10):
+        super().__init__()
+        self.table = nn.Parameter(torch.as_tensor(table, dtype=torch.float32))
+        self.num_classes = num_classes
+
+    def forward(self, images):
+        return self.table[images.long()]
+
+
+def answering(classes, count=10):
+    """First answer as given, then the classes from 0 up."""
+    table = -torch.arange(float(count)).repeat(len(classes), 1)
+    table[torch.arange(len(classes)), torch.as_tensor(classes)] = 1.0
+    return Answers(table)
+
+
+def batches(targets, size):
+    images = torch.arange(float(len(targets)))
+    return list(zip(images.split(size), torch.as_tensor(targets).split(size)))
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_percentages(size):
+    dense, slim = answering([1, 2, 3, 4, 5, 6, 7, 8]), answering([1, 2, 3, 4, 0, 0, 0, 8])
+    found = evaluate(dense, slim, batches([1, 9, 3, 8, 5, 3, 7, 4], size))
+    assert (found.images, found.labelled) == (8, 8)
+    assert found.dense_top1 == 50.0  # images 0, 2, 4, 6
+    assert found.top1 == 25.0  # images 0, 2
+    assert found.top5 == 37.5  # and image 5, whose label 3 is among the first five
+    assert found.agreement == 62.5
+    assert -1 <= found.cosine < 1
+
+
+def test_only_labelled_images_count_for_accuracy():
+    dense, slim = answering([1, 2, 3]), answering([1, 2, 0])
+    found = evaluate(dense, slim, batches([1, -1, 3], 2))
+    assert (found.images, found.labelled) == (3, 2)
+    assert (found.top1, found.dense_top1) == (50.0, 100.0)
+    assert found.agreement == pytest.approx(66.6667)
+
+
+def test_without_labels():
+    found = evaluate(answering([1, 2]), answering([1, 2]), batches([-1, -1], 2))
+    assert (found.top1, found.top5, found.dense_top1, found.dense_top5) == (None,) * 4
+    assert found.agreement == 100.0 and found.cosine == pytest.approx(1)
+
+
+def test_fewer_than_five_classes():
+    found = evaluate(answering([1, 2], 3), answering([1, 0], 3), batches([0, 0], 2))
+    assert (found.top1, found.top5) == (50.0, 100.0)
+
+
+def test_features_have_no_agreement():
+    dense, slim = Answers([[1.0, 0], [0, 1]], 0), Answers([[2.0, 0], [1, 0]], 0)
+    found = evaluate(dense, slim, batches([0, 1], 1))
+    assert found.agreement is None and found.top1 is None and found.labelled == 0
+    assert found.cosine == 0.5
+
+
+@pytest.mark.parametrize("name", ["dense", "slim"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_must_be_finite(name, value):
+    pair = {"dense": answering([1, 2]), "slim": answering([1, 2])}
+    pair[name].table.data[1, 1] = value
+    with pytest.raises(SlimvitError, match=f"{name} model's outputs must be finite"):
+        evaluate(pair["dense"], pair["slim"], batches([1, 2], 1))
+
+
+def test_no_image():
+    with pytest.raises(DataError, match="no image"):
+        evaluate(answering([1]), answering([1]), [])
+
+
+def test_dense_masks_agree_everywhere(tiny_vit):
+    spec = models.spec(tiny_vit)
+    same = accelerate(tiny_vit, Masks.dense(spec.depth, spec.grid, spec.prefix))
+    images = torch.randn(7, 3, *spec.image_size, generator=torch.Generator().manual_seed(0))
+    found = evaluate(tiny_vit, same, [(images, torch.full((7,), -1))])
+    assert found.agreement == 100.0 and found.cosine == pytest.approx(1, abs=1e-5)
+
+
+def test_real_top1(real):
+    name = "deit_tiny_patch16_224"
+    model = models.create(name, checkpoint=real / f"{name}.safetensors")
+    images = ImageFolder(
+        real / "images",
+        real / "imagenet_synsets.txt",
+        samples=24,
+        transform=image_transform(model),
+        num_classes=1000,
+    )
+    spec = models.spec(model)
+    masks = Masks.from_counts([197] * 11 + [1], spec.grid, spec.prefix)
+    found = evaluate(model, accelerate(model, masks), loader(images, 8))
+    assert found.images == found.labelled == 24
+    assert found.agreement == 100.0  # a last block of only the class token loses nothing
+    assert found.dense_top1 == found.top1 and 60 <= found.top1 <= 95

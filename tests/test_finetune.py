@@ -1,0 +1,259 @@
+import errno
+import json
+import math
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from slimvit import Masks, apply_masks, models
+from slimvit.errors import CheckpointError, DataError, SlimvitError, UsageError
+from slimvit.finetune import Settings, choose_amp, distillation_loss, finetune
+from slimvit.finetune import _state as state
+
+QUICK = {"lr": 1e-3, "amp": "none", "progress": False, "warmup_epochs": 0}
+
+
+@pytest.fixture
+def pair(tiny_vit):
+    """A dense model and its slim copy, ready to train."""
+    spec = models.spec(tiny_vit)
+    masks = Masks.from_counts([17, 9, 9, 7, 5, 1], spec.grid, spec.prefix)
+    return apply_masks(tiny_vit, masks), tiny_vit
+
+
+@pytest.fixture
+def batches():
+    torch.manual_seed(1)
+    return [(torch.randn(6, 3, 64, 64), torch.randint(10, (6,))) for _ in range(3)]
+
+
+def weights(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_loss_is_the_formula(temperature, alpha):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 7).double(), torch.randn(5, 7).double()
+    targets = torch.tensor([1, -1, 3, 0, -1])
+    p = (teacher / temperature).softmax(-1)
+    q = (student / temperature).softmax(-1)
+    kl = (p * (p / q).log()).sum(-1).mean() * temperature**2
+    labels = F.cross_entropy(student[[0, 2, 3]], targets[[0, 2, 3]])
+    loss = distillation_loss(student, teacher, targets, temperature=temperature, alpha=alpha)
+    torch.testing.assert_close(loss, (1 - alpha) * kl + alpha * labels)
+
+
+def test_loss_without_labels_is_distillation_alone():
+    logits = torch.randn(2, 4, 7)
+    none = torch.full((4,), -1)
+    first = distillation_loss(*logits, none, temperature=1.0, alpha=0.9)
+    assert first == distillation_loss(*logits, none, temperature=1.0, alpha=0.0)
+
+
+def test_learns_to_agree_and_leaves_the_dense_model_alone(pair, batches):
+    slim, dense = pair
+    before = weights(dense)
+    entries = []
+    result = finetune(
+        slim, dense, batches, epochs=6, val_loader=batches, on_epoch=entries.append, **QUICK
+    )
+    assert same(before, weights(dense))
+    assert result.model is slim and not slim.training
+    log = result.report["epochs"]
+    assert log == entries and [entry["epoch"] for entry in log] == list(range(7))
+    assert log[-1]["loss"] < 0.5 * log[1]["loss"]
+    assert log[-1]["agreement"] >= log[0]["agreement"]
+    assert math.isclose(log[-1]["lr"], 1e-3 * 0.01, rel_tol=0.9)
+    json.dumps(result.report, allow_nan=False)
+
+
+def test_output_loads_in_plain_timm(pair, batches, tmp_path):
+    slim, dense = pair
+    output = tmp_path / "slim.safetensors"
+    finetune(slim, dense, batches, epochs=1, output=output, info={"model": "test_vit"}, **QUICK)
+    model = timm.create_model("test_vit", img_size=64, num_classes=10, checkpoint_path=str(output))
+    assert same(weights(model), weights(slim))
+    with safe_open(output, framework="pt") as file:
+        assert json.loads(file.metadata()["slimvit"]) == {"model": "test_vit", "epochs": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["slim.safetensors"]
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_goes_on_after_ctrl_c_as_if_nothing_had_happened(pair, batches, tmp_path, ema_decay):
+    slim, dense = pair
+    options = {"epochs": 4, "ema_decay": ema_decay, **QUICK}
+    whole = finetune(deepcopy(slim), dense, batches, **options)
+
+    def stop(entry):
+        if entry["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    output = tmp_path / "slim.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        again = deepcopy(slim)
+        finetune(again, dense, batches, output=output, on_epoch=stop, **options)
+    assert state.resume_path(output).exists()
+    with safe_open(output, framework="pt") as file:
+        assert json.loads(file.metadata()["slimvit"])["epochs"] == 2
+    result = finetune(deepcopy(slim), dense, batches, output=output, **options)
+    assert result.report["resumed"] == 2
+    assert [entry["epoch"] for entry in result.report["epochs"]] == [1, 2, 3, 4]
+    assert same(weights(result.model), weights(whole.model))
+    assert same(load_file(output), weights(whole.model))
+    assert not state.resume_path(output).exists()
+
+
+@pytest.fixture
+def stopped(pair, batches, tmp_path):
+    """A run stopped in its second epoch: its output."""
+    slim, dense = pair
+
+    def stop(entry):
+        if entry["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(
+            deepcopy(slim), dense, batches, epochs=2, on_epoch=stop,
+            output=tmp_path / "slim.safetensors", **QUICK,
+        )  # fmt: skip
+    return tmp_path / "slim.safetensors"
+
+
+def test_a_run_with_other_settings_does_not_go_on(pair, batches, stopped):
+    slim, dense = pair
+    options = {"output": stopped, **QUICK}
+    with pytest.raises(CheckpointError, match="run with other settings: delete it, or .*restart"):
+        finetune(slim, dense, batches, epochs=3, **options)
+    with pytest.raises(CheckpointError, match="other settings"):
+        finetune(slim, dense, batches, epochs=2, info={"model": "x"}, **options)
+    result = finetune(slim, dense, batches, epochs=3, restart=True, **options)
+    assert result.report["resumed"] == 0 and len(result.report["epochs"]) == 3
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other file"])
+def test_a_damaged_resume_file_is_refused(pair, batches, stopped, damage):
+    path = state.resume_path(stopped)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match=f"{path}.*delete it"):
+        finetune(*pair, batches, epochs=2, output=stopped, **QUICK)
+
+
+def test_average_of_the_weights(pair, batches):
+    slim, dense = pair
+    result = finetune(slim, dense, batches, epochs=2, ema_decay=0.99, **QUICK)
+    assert result.model is not slim and result.model.masks.counts == slim.masks.counts
+    assert not same(weights(result.model), weights(slim))
+
+
+def test_no_epochs_write_the_weights_as_they_are(pair, batches, tmp_path):
+    slim, dense = pair
+    output = tmp_path / "slim.safetensors"
+    result = finetune(slim, dense, batches, epochs=0, output=output, **QUICK)
+    assert same(load_file(output), weights(dense)) and result.report["epochs"] == []
+
+
+@pytest.mark.parametrize("what", ["images", "weights"])
+def test_nan_is_one_error_and_nothing_is_written(pair, batches, tmp_path, what):
+    slim, dense = pair
+    if what == "images":
+        batches[1][0][0, 0, 0, 0] = float("nan")
+    else:
+        slim.blocks[2].attn.proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(SlimvitError, match=r"the loss is not finite in epoch 1, step \d"):
+        finetune(slim, dense, batches, epochs=1, output=tmp_path / "slim.safetensors", **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_keeps_the_epoch_before(pair, batches, tmp_path, monkeypatch):
+    output = tmp_path / "slim.safetensors"
+    write, calls = state.atomic_write, []
+
+    def full(path, content):
+        calls.append(path)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(state, "atomic_write", full)
+    with pytest.raises(OSError, match="No space left on device.*slim.safetensors"):
+        finetune(*pair, batches, epochs=3, output=output, **QUICK)
+    with safe_open(output, framework="pt") as file:
+        assert json.loads(file.metadata()["slimvit"])["epochs"] == 1
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_bfloat16_computes_but_does_not_store(pair, batches):
+    slim, dense = pair
+    losses = []
+    for amp in ("none", "bfloat16"):
+        result = finetune(deepcopy(slim), dense, batches, epochs=1, **{**QUICK, "amp": amp})
+        assert result.report["amp"] == amp
+        assert {value.dtype for value in weights(result.model).values()} == {torch.float32}
+        losses.append(result.report["epochs"][0]["loss"])
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.3)
+
+
+def test_features_are_learned_where_there_are_no_classes(pair, batches):
+    slim, dense = pair
+    for model in (slim, dense):
+        model.reset_classifier(0)
+    log = finetune(slim, dense, batches, epochs=3, **QUICK).report["epochs"]
+    assert log[-1]["loss"] < log[0]["loss"] < 4
+
+
+def test_an_empty_batch_changes_nothing_but_the_step(pair, batches):
+    batches[0] = (torch.empty(0), torch.empty(0, dtype=torch.int64))
+    (entry,) = finetune(*pair, batches, epochs=1, **QUICK).report["epochs"]
+    assert math.isfinite(entry["loss"])
+
+
+def test_auto_mixed_precision_asks_the_hardware(monkeypatch):
+    cpu = torch.device("cpu")
+    for native in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert choose_amp("auto", cpu) == (torch.bfloat16 if native else None)
+    assert choose_amp("none", cpu) is None
+    assert choose_amp("float16", cpu) == torch.float16
+
+
+@pytest.mark.parametrize(
+    "name, value, rule",
+    [
+        ("epochs", -1, ">= 0"),
+        ("lr", 0.0, "> 0"),
+        ("lr", float("nan"), "> 0"),
+        ("lr", float("inf"), "finite"),
+        ("weight_decay", -0.1, ">= 0"),
+        ("temperature", 0.0, "> 0"),
+        ("alpha", 1.1, r"in \[0, 1\]"),
+        ("clip", -1.0, ">= 0"),
+        ("amp", "int8", "auto or one of bfloat16, float16, none"),
+        ("ema_decay", 1.0, r"in \(0, 1\)"),
+    ],
+)
+def test_settings_are_checked(name, value, rule):
+    with pytest.raises(UsageError, match=f"{name} must be .*{rule}.*, got {value!r}"):
+        Settings(**{name: value})
+
+
+def test_loader_is_checked(pair, batches):
+    with pytest.raises(UsageError, match="must have a length"):
+        finetune(*pair, iter(batches), **QUICK)
+    with pytest.raises(DataError, match="too few images"):
+        finetune(*pair, [], **QUICK)
