@@ -124,7 +124,9 @@ def run(
             n, error, steps = _find(layer, features, settings, module, spec)
             found = Found(
                 layer=index,
-                keep=torch.zeros(spec.tokens, dtype=torch.bool).index_fill(0, layer.order[:n], True),
+                keep=torch.zeros(spec.tokens, dtype=torch.bool).index_fill(
+                    0, layer.order[:n], True
+                ),
                 scores=scores.float(),
                 error=error,
                 steps=steps,
@@ -172,7 +174,9 @@ def _find(
             break
     module.requires_grad_(False)
     if n > first and _within(error, settings):
-        return _refine(layer, features, settings, max(first, n - settings.granularity), n, error, steps)
+        return _refine(
+            layer, features, settings, max(first, n - settings.granularity), n, error, steps
+        )
     return n, error, steps
 
 

@@ -169,13 +169,15 @@ class _Session:
         """One pass from the last block to the first."""
         done = list(self.state.done(name))
         found = []
-        blocks = run(
-            self.dense, self.features, settings, done, lambda f: self.state.add(name, f)
+        blocks = run(self.dense, self.features, settings, done, lambda f: self.state.add(name, f))
+        bar = tqdm(
+            blocks, desc=name, total=self.spec.depth, unit="block", disable=not self.progress
         )
-        bar = tqdm(blocks, desc=name, total=self.spec.depth, unit="block", disable=not self.progress)
         for block in bar:
             found.append(block)
-            bar.set_postfix(block=block.layer, kept=int(block.keep.sum()), error=f"{block.error:.4f}")
+            bar.set_postfix(
+                block=block.layer, kept=int(block.keep.sum()), error=f"{block.error:.4f}"
+            )
         return found
 
     def to_budget(
@@ -230,7 +232,9 @@ class _Session:
             for f in found:
                 if f.weights:
                     models.block_module(model, f.layer).load_state_dict(f.weights)
-        report = [LayerReport(f.layer, int(f.keep.sum()), f.error, f.steps, f.seconds) for f in found]
+        report = [
+            LayerReport(f.layer, int(f.keep.sum()), f.error, f.steps, f.seconds) for f in found
+        ]
         report.sort(key=lambda entry: entry.layer)
         return Result(masks, model, tuple(report), macs.cut(self.spec, masks))
 

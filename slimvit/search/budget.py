@@ -21,7 +21,9 @@ _TRIALS = 10
 _WIDEST, _TIGHTEST = 1.0, 1e-5
 
 
-def bisect(search: Callable[[float], Masks], reached: Callable[[Masks], bool], wanted: str) -> Masks:
+def bisect(
+    search: Callable[[float], Masks], reached: Callable[[Masks], bool], wanted: str
+) -> Masks:
     """The masks of the smallest tried tolerance that reach the budget.
 
     The tolerance is halved geometrically, at most ten times, or until two neighbours agree.
@@ -73,7 +75,9 @@ def measure_speedup(model: nn.Module, masks: Masks, images: Tensor, rounds: int 
         images: one batch, [B, C, H, W], of the size to be fast at.
         rounds: counted rounds after one that warms up.
     """
-    dense = accelerate(model, masks.replace(keep=torch.ones_like(masks.keep), scores=None, errors=None))
+    dense = accelerate(
+        model, masks.replace(keep=torch.ones_like(masks.keep), scores=None, errors=None)
+    )
     slim = accelerate(model, masks)
     ratios = [_seconds(dense, images) / _seconds(slim, images) for _ in range(rounds + 1)][1:]
     value = torch.tensor([statistics.median(ratios)], dtype=torch.float64, device=images.device)

@@ -43,7 +43,9 @@ class TensorStore:
             self._memory[key] = value.clone()
             return
         number = len(self._files)
-        path = self._files[key][0] if key in self._files else Path(self._folder.name, f"{number}.bin")
+        path = (
+            self._files[key][0] if key in self._files else Path(self._folder.name, f"{number}.bin")
+        )
         value.view(-1).view(torch.uint8).numpy().tofile(path)
         self._files[key] = (path, value.shape, value.dtype)
 

@@ -31,9 +31,7 @@ class BlockTuner:
     Source: Patch Slimming (Tang et al., CVPR 2022), Algorithm 1.
     """
 
-    def __init__(
-        self, layer: Layer, parameters: Iterable[Tensor], *, lr: float, seed: int
-    ) -> None:
+    def __init__(self, layer: Layer, parameters: Iterable[Tensor], *, lr: float, seed: int) -> None:
         self._layer = layer
         self._parameters = list(parameters)
         self._optimizer = torch.optim.AdamW(self._parameters, lr=lr, weight_decay=0.0)
@@ -69,9 +67,7 @@ class BlockTuner:
         self._optimizer.step()
 
     def _share_gradients(self) -> None:
-        grads = [
-            torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters
-        ]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         flat = torch.cat([g.reshape(-1) for g in grads])
         dist.all_reduce(flat)
         for parameter, part in zip(

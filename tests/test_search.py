@@ -1,0 +1,291 @@
+"""Algorithm 1: what it promises, its budgets, fine-tuning, resuming and several processes."""
+
+import copy
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from slimvit import Masks, macs, models, prune
+from slimvit.errors import SlimvitError, UnsupportedModelError, UsageError
+from slimvit.search import search
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    return list(torch.randn(10, 3, 64, 64).split(3))
+
+
+def quick(model, batches, **options):
+    return search(model, batches, **({"progress": False, "granularity": 3} | options))
+
+
+def error_by_hand(model, images, masks: Masks, layer: int) -> torch.Tensor:
+    """Relative error of block `layer` + 1 by timm's dense blocks, dead keys masked out: [b]."""
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    for block in model.blocks[:layer]:
+        x = block(x)
+    target = model.blocks[layer](x)
+    bias = torch.zeros(masks.tokens).masked_fill(~masks.keep[layer - 1], -torch.inf)
+    got = model.blocks[layer](x, attn_mask=bias.expand(masks.tokens, -1))
+    kept = masks.keep[layer]
+    return (got - target)[:, kept].square().sum((1, 2)) / target[:, kept].square().sum((1, 2))
+
+
+@torch.no_grad()
+def test_errors_are_what_the_definition_says(tiny_vit, batches):
+    masks = quick(tiny_vit, batches, tolerance=0.02).masks
+    images = torch.cat(batches)
+    for layer in range(1, masks.depth):
+        expected = error_by_hand(tiny_vit, images, masks, layer).mean()
+        torch.testing.assert_close(masks.errors[layer - 1], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_every_block_is_within_the_tolerance_and_one_token_less_is_not(tiny_vit, batches):
+    result = quick(tiny_vit, batches, tolerance=0.02)
+    assert (result.masks.errors <= 0.02).all()
+    assert result.masks.counts[-1] == 1
+    assert result.masks.counts[0] < result.masks.tokens
+    fine = quick(tiny_vit, batches, tolerance=0.02, granularity=1)
+    assert fine.masks.counts[-2] == result.masks.counts[-2]
+    assert [entry.kept for entry in result.report] == list(result.masks.counts)
+    assert result.cut == macs.cut(models.spec(tiny_vit), result.masks)
+
+
+def test_looser_tolerance_keeps_less(tiny_vit, batches):
+    cuts = [quick(tiny_vit, batches, tolerance=t).cut for t in (0.001, 0.01, 0.1)]
+    assert cuts[0] < cuts[1] < cuts[2]
+
+
+@pytest.mark.parametrize("semantics", ["drop", "zero", "idle"])
+def test_semantics_are_recorded_and_searched(tiny_vit, batches, semantics):
+    result = quick(tiny_vit, batches, tolerance=0.02, semantics=semantics)
+    assert result.masks.semantics == semantics
+    assert (result.masks.errors <= 0.02).all()
+
+
+def test_provenance_is_in_the_masks(tiny_vit, batches):
+    masks = prune(tiny_vit, batches, tolerance=0.02, progress=False)
+    assert masks.model == "test_vit"
+    assert masks.image_size == (64, 64)
+    assert masks.tolerance == 0.02
+    assert masks.data.startswith("10 images, ")
+    assert masks.scores.shape == masks.keep.shape
+    torch.testing.assert_close(masks.scores.sum(1), torch.ones(masks.depth))
+
+
+def test_model_is_not_changed(tiny_vit, batches):
+    tiny_vit.train()
+    before = copy.deepcopy(tiny_vit.state_dict())
+    quick(tiny_vit, batches, tolerance=0.05, epochs=1)
+    assert tiny_vit.training
+    assert all(p.requires_grad for p in tiny_vit.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in tiny_vit.state_dict().items())
+
+
+def test_batches_may_carry_labels_and_be_split_differently(tiny_vit, batches):
+    images = torch.cat(batches)
+    labelled = [(images[:5], torch.zeros(5)), (images[5:], torch.zeros(5))]
+    plain = quick(tiny_vit, batches, tolerance=0.02).masks
+    assert torch.equal(quick(tiny_vit, labelled, tolerance=0.02).masks.keep, plain.keep)
+
+
+def test_cache_bound_changes_nothing(tiny_vit, batches):
+    plain = quick(tiny_vit, batches, tolerance=0.02, epochs=1).masks
+    spilled = quick(tiny_vit, batches, tolerance=0.02, epochs=1, cache_bytes=0).masks
+    assert torch.equal(plain.keep, spilled.keep)
+    assert torch.equal(plain.scores, spilled.scores)
+
+
+def test_counts_choose_by_score(tiny_vit, batches):
+    counts = (12, 12, 9, 9, 5, 1)
+    eq6 = quick(tiny_vit, batches, counts=counts).masks
+    assert eq6.counts == counts
+    other = quick(tiny_vit, batches, counts=counts, score="random").masks
+    assert not torch.equal(eq6.keep, other.keep)
+
+
+@pytest.mark.parametrize("cut", [0.2, 0.5])
+def test_cut_is_reached_closely(tiny_vit, batches, cut):
+    assert cut <= quick(tiny_vit, batches, cut=cut).cut < cut + 0.08
+    uniform = quick(tiny_vit, batches, cut=cut, uniform=True).masks
+    assert len(set(uniform.counts[:-1])) == 1
+    assert cut <= macs.cut(models.spec(tiny_vit), uniform) < cut + 0.08
+
+
+def test_cut_out_of_reach_says_so(tiny_vit, batches):
+    with pytest.raises(SlimvitError, match=r"cut 0.99 is out of reach"):
+        quick(tiny_vit, batches, cut=0.99)
+
+
+def test_speedup_is_measured(tiny_vit, batches, monkeypatch):
+    seen = []
+
+    def measured(model, masks, images):
+        seen.append(masks.counts)
+        assert images.shape == batches[0].shape
+        return macs.gmacs(models.spec(model)) / macs.gmacs(models.spec(model), masks)
+
+    monkeypatch.setattr("slimvit.search.api.measure_speedup", measured)
+    result = quick(tiny_vit, batches, speedup=1.5)
+    assert seen
+    assert 1 / (1 - result.cut) >= 1.5
+
+
+def test_measured_speedup_is_a_ratio_of_times(tiny_vit):
+    from slimvit.search.budget import measure_speedup
+
+    masks = Masks.from_counts((5, 5, 5, 5, 5, 1), (4, 4))
+    images = torch.randn(8, 3, 64, 64)
+    assert measure_speedup(tiny_vit, masks, images, rounds=1) > 0
+
+
+def test_own_score_is_one_function(tiny_vit, batches):
+    def middle(view):
+        wanted = torch.arange(view.paths.shape[1]).sub(8).abs()
+        return torch.exp(-wanted.double()).expand(len(view.paths), -1)
+
+    masks = quick(tiny_vit, batches, counts=(6, 6, 6, 6, 6, 1), score=middle).masks
+    assert masks.keep[0].nonzero().squeeze(1).tolist() == [0, 6, 7, 8, 9, 10]
+
+
+def test_wrong_score_is_named(tiny_vit, batches):
+    with pytest.raises(SlimvitError, match=r"a score must be \[b, N\] = \[3, 17\], got \[3, 16\]"):
+        quick(tiny_vit, batches, tolerance=0.1, score=lambda v: v.paths[:, 1:])
+    with pytest.raises(SlimvitError, match="scores must be finite"):
+        quick(tiny_vit, batches, tolerance=0.1, score=lambda v: v.paths / 0 * 0)
+
+
+def test_block_fine_tuning_lowers_the_error(tiny_vit, batches):
+    counts = (9, 9, 9, 9, 9, 1)
+    plain = quick(tiny_vit, batches, counts=counts)
+    tuned = quick(tiny_vit, batches, counts=counts, epochs=8, lr=1e-3)
+    assert plain.model is None
+    assert tuned.masks.errors[-2] < 0.9 * plain.masks.errors[-2]
+    changed = [
+        name
+        for name, value in tuned.model.state_dict().items()
+        if not torch.equal(value, tiny_vit.state_dict()[name])
+    ]
+    assert changed
+    assert all(name.startswith("blocks.") for name in changed)
+    assert not any(name.startswith("blocks.5.") for name in changed)
+
+
+def test_diverged_fine_tuning_is_an_error(tiny_vit, batches):
+    with pytest.raises(SlimvitError, match="diverged"):
+        quick(tiny_vit, batches, counts=(9, 9, 9, 9, 9, 1), epochs=3, lr=1e30)
+
+
+class Interrupted:
+    """A score that raises at its n-th call, as Ctrl-C would."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+        self.__name__ = "eq6"
+
+    def __call__(self, view):
+        from slimvit.search.scores import eq6
+
+        self.calls -= 1
+        if self.calls < 0:
+            raise KeyboardInterrupt
+        return eq6(view)
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0.02, "epochs": 1}, {"cut": 0.4}])
+def test_interrupted_search_ends_alike(tiny_vit, batches, tmp_path, options):
+    state = tmp_path / "search.state"
+    whole = quick(tiny_vit, batches, **options)
+    for calls in (3, 9, 14):
+        with pytest.raises(KeyboardInterrupt):
+            quick(tiny_vit, batches, state=state, score=Interrupted(calls), **options)
+        assert state.exists()
+    resumed = quick(tiny_vit, batches, state=state, **options)
+    assert torch.equal(resumed.masks.keep, whole.masks.keep)
+    assert torch.equal(resumed.masks.errors, whole.masks.errors)
+    assert torch.equal(resumed.masks.scores, whole.masks.scores)
+    assert not state.exists()
+    if whole.model is not None:
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def test_state_of_another_search_is_refused(tiny_vit, batches, tmp_path):
+    state = tmp_path / "search.state"
+    with pytest.raises(KeyboardInterrupt):
+        quick(tiny_vit, batches, tolerance=0.02, state=state, score=Interrupted(3))
+    content = state.read_bytes()
+    with pytest.raises(
+        SlimvitError, match="another search: its tolerance is 0.02, here it is 0.03"
+    ):
+        quick(tiny_vit, batches, tolerance=0.03, state=state)
+    with pytest.raises(SlimvitError, match="another search: its calibration images"):
+        quick(tiny_vit, batches[:1], tolerance=0.02, state=state)
+    assert state.read_bytes() == content
+    quick(tiny_vit, batches, tolerance=0.03, state=state, restart=True)
+    assert not state.exists()
+
+
+def test_broken_state_is_an_error(tiny_vit, batches, tmp_path):
+    state = tmp_path / "search.state"
+    state.write_bytes(b"not a state")
+    with pytest.raises(SlimvitError, match="not a readable search state"):
+        quick(tiny_vit, batches, tolerance=0.02, state=state)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tolerance": 0.0}, "tolerance must be finite and above 0, got 0.0"),
+        ({"tolerance": float("nan")}, "tolerance must be finite and above 0, got nan"),
+        ({}, "exactly one of tolerance, cut, speedup and counts, got none"),
+        ({"tolerance": 0.1, "cut": 0.5}, "got tolerance and cut"),
+        ({"cut": 1.0}, "cut must lie between 0 and 1, got 1.0"),
+        ({"speedup": 1.0}, "speedup must be finite and above 1"),
+        ({"tolerance": 0.1, "granularity": 0}, "granularity must be at least 1 token, got 0"),
+        ({"tolerance": 0.1, "epochs": -1}, "epochs must be at least 0, got -1"),
+        ({"tolerance": 0.1, "lr": 0.0}, "lr must be finite and above 0"),
+        ({"tolerance": 0.1, "score": "best"}, "score must be one of eq6, attention, random"),
+        ({"tolerance": 0.1, "semantics": "gone"}, "semantics must be one of drop, zero, idle"),
+        ({"tolerance": 0.1, "uniform": True}, "uniform needs a cut"),
+        ({"counts": (5, 4)}, r"keep must be \[L, N\] = \[6, 17\], got \[2, 17\]"),
+        ({"counts": (5, 6, 5, 5, 5, 1)}, "must not grow with depth"),
+    ],
+)
+def test_bad_options_are_named(tiny_vit, batches, options, message):
+    with pytest.raises(SlimvitError, match=message):
+        quick(tiny_vit, batches, **options)
+
+
+def test_usage_errors_are_usage_errors(tiny_vit, batches):
+    with pytest.raises(UsageError):
+        quick(tiny_vit, batches, tolerance=-1)
+    with pytest.raises(UnsupportedModelError):
+        quick(torch.nn.Linear(2, 2), batches, tolerance=0.1)
+
+
+PLANS = {"plain": {"tolerance": 0.02}, "tuned": {"tolerance": 0.05, "epochs": 1}}
+
+
+def process(rank: int, folder: str, model, batches) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    for name, options in PLANS.items():
+        masks = quick(model, batches[rank::2], **options).masks
+        masks.save(f"{folder}/{name}-{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_find_the_masks_of_one(tiny_vit, batches, tmp_path):
+    batches = list(torch.cat(batches).split(2))  # five: one process has three, the other two
+    mp.spawn(process, (str(tmp_path), tiny_vit, batches), nprocs=2)
+    for name, options in PLANS.items():
+        one = quick(tiny_vit, batches, **options).masks
+        for rank in (0, 1):
+            two = Masks.load(tmp_path / f"{name}-{rank}.safetensors")
+            assert torch.equal(two.keep, one.keep)
+            assert two.data == one.data
+            torch.testing.assert_close(two.scores, one.scores)
