@@ -17,6 +17,7 @@ _OTHER_FAMILIES = {
     "SwinTransformerV2": "windowed attention needs every patch of a window",
     "NaFlexVit": "its grid changes from image to image, static masks have one grid",
     "Eva": "rotary position embeddings are not implemented",
+    "VisionTransformerRelPos": "relative position biases are not implemented",
     "Beit": "relative position biases are not implemented",
     "PoolingVisionTransformer": "pooling between its stages needs the whole grid",
 }
@@ -69,7 +70,9 @@ def check_supported(model: nn.Module) -> None:
         reason = _OTHER_FAMILIES.get(kind, "it is not one of timm's VisionTransformer family")
         raise UnsupportedModelError(f"{kind} cannot be slimmed: {reason}")
     if type(model).forward_features is not VisionTransformer.forward_features:
-        raise UnsupportedModelError(f"{kind} cannot be slimmed: it has a forward_features of its own")
+        raise UnsupportedModelError(
+            f"{kind} cannot be slimmed: it has a forward_features of its own"
+        )
     name = model_name(model)
     if model.global_pool != "token" or not model.has_class_token:
         reason = _POOLS.get(model.global_pool, "the head must read the class token")
@@ -90,10 +93,13 @@ def check_supported(model: nn.Module) -> None:
 
 def _check_block(where: str, block: nn.Module) -> None:
     if type(block) is not Block:
-        raise UnsupportedModelError(f"{where} is a {type(block).__name__}, only Block is read")
+        raise UnsupportedModelError(
+            f"{where} is a {type(block).__name__}: only Block is read, "
+            "which normalises first and puts the MLP after attention"
+        )
     if type(block.attn) is not Attention:
         raise UnsupportedModelError(
-            f"{where} has {type(block.attn).__name__}, only Attention is read"
+            f"{where} has {type(block.attn).__name__}: only Attention is read, one plain softmax"
         )
     if type(block.attn.qkv) is not nn.Linear:
         raise UnsupportedModelError(
