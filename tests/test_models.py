@@ -1,0 +1,448 @@
+"""Models: what is read, what is refused and why, and weights from files."""
+
+import functools
+
+import pytest
+import timm
+import torch
+from references import MODELS, SMALL, build, random_images
+from safetensors.torch import load_file, save_file
+from timm.models import vision_transformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from slimvit.errors import (
+    CheckpointError,
+    MasksError,
+    SlimvitError,
+    UnsupportedModelError,
+    UsageError,
+)
+from slimvit.masks import Masks
+from slimvit.models import (
+    block_module,
+    block_parts,
+    check_masks,
+    create,
+    embed,
+    load_checkpoint,
+    spec,
+)
+from slimvit.runtime import accelerate, apply_masks
+
+
+class TestSpec:
+    def test_deit_tiny(self):
+        read = spec(timm.create_model("deit_tiny_patch16_224"))
+        assert (read.name, read.image_size) == ("deit_tiny_patch16_224", (224, 224))
+        assert (read.patch_size, read.grid, read.in_chans) == ((16, 16), (14, 14), 3)
+        assert (read.tokens, read.patches, read.prefix, read.head_tokens) == (197, 196, 1, 1)
+        assert (read.depth, read.width, read.heads, read.head_dim) == (12, 192, 3, 64)
+        assert (read.hidden, read.mlp_macs) == (768, 2 * 192 * 768)
+        assert (read.gated, read.num_classes) == (False, 1000)
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("deit_distilled", {"prefix": 2, "head_tokens": 2, "tokens": 18}),
+            ("dinov2_reg4", {"prefix": 5, "head_tokens": 1, "tokens": 21}),
+            ("no_embed_class", {"prefix": 3, "head_tokens": 1, "tokens": 19}),
+            ("gated", {"gated": True}),
+            ("oblong", {"grid": (3, 10), "patch_size": (16, 8), "in_chans": 1}),
+            ("dynamic_img_pad", {"grid": (3, 4), "image_size": (40, 50)}),
+            ("no_classes", {"num_classes": 0}),
+            # SwiGLU packs gate and value into one matrix of twice the hidden width.
+            ("dinov2_swiglu", {"hidden": 128, "mlp_macs": 3 * 48 * 128}),
+            ("clip", {"hidden": 192, "name": "vit_base_patch16_clip_224"}),
+        ],
+    )
+    def test_families(self, name, expected):
+        read = spec(build(name))
+        assert {key: getattr(read, key) for key in expected} == expected
+
+    def test_name_of_a_tag_is_the_architecture(self):
+        model = timm.create_model("deit_tiny_patch16_224.fb_in1k", **SMALL)
+        assert spec(model).name == "deit_tiny_patch16_224"
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_blocks_and_embedding(self, name):
+        model = build(name)
+        read = spec(model)
+        assert len(block_parts(model)) == read.depth
+        assert block_module(model, read.depth) is model.blocks[-1]
+        with torch.no_grad():
+            assert embed(model, random_images(model, 3)).shape == (3, read.tokens, read.width)
+
+
+class TestEmbed:
+    @pytest.mark.parametrize(
+        "shape", [(3, 64, 64), (1, 3, 64, 63), (1, 3, 48, 64), (1, 1, 64, 64), (1, 2, 3, 64, 64)]
+    )
+    @pytest.mark.parametrize("name", ["deit", "dynamic_img_size"])
+    def test_shape_refused(self, name, shape):
+        message = rf"images must be \[B, 3, 64, 64\], got \[{', '.join(map(str, shape))}\]"
+        with pytest.raises(SlimvitError, match=message):
+            embed(build(name), torch.zeros(shape))
+
+
+class CustomFeatures(VisionTransformer):
+    def forward_features(self, x, attn_mask=None, is_causal=False):
+        return super().forward_features(x).flip(1)
+
+
+class TokenMixer(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+
+
+def changed(change) -> nn.Module:
+    model = build("deit")
+    change(model)
+    return model
+
+
+def vit(**options) -> nn.Module:
+    return VisionTransformer(**{"img_size": 32, **SMALL, **options})
+
+
+def slim() -> nn.Module:
+    model = build("deit")
+    return apply_masks(model, Masks.dense(3, (4, 4)))
+
+
+def fast() -> nn.Module:
+    model = build("deit")
+    return accelerate(model, Masks.dense(3, (4, 4)))
+
+
+def with_mixer(model: nn.Module) -> None:
+    model.blocks[1].mlp = TokenMixer()
+
+
+def with_other_linear(model: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(model.blocks[2].attn.qkv)
+
+
+_small = functools.partial(functools.partial, timm.create_model)
+_swin = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
+_three = {"embed_dim": 48, "depth": 1, "num_heads": 3}
+REFUSED = {
+    "swin": (
+        _small("swin_tiny_patch4_window7_224", **_swin),
+        "SwinTransformer cannot be slimmed: windowed attention needs every patch",
+    ),
+    "swinv2": (
+        _small("swinv2_tiny_window8_256", **_swin),
+        "SwinTransformerV2 cannot be slimmed: windowed attention needs every patch",
+    ),
+    "naflex": (
+        _small("naflexvit_base_patch16_gap", **_three),
+        "NaFlexVit cannot be slimmed: its grid changes from image to image",
+    ),
+    "eva": (
+        _small("eva02_tiny_patch14_224", **_three),
+        "Eva cannot be slimmed: rotary position embeddings are not implemented",
+    ),
+    "beit": (
+        _small("beit_base_patch16_224", **_three),
+        "Beit cannot be slimmed: relative position biases are not implemented",
+    ),
+    "relative_positions": (
+        _small("test_vit_relpos", img_size=64),
+        "VisionTransformerRelPos cannot be slimmed: relative position biases are not implemented",
+    ),
+    "pit": (
+        _small("pit_ti_224"),
+        "PoolingVisionTransformer cannot be slimmed: pooling between its stages",
+    ),
+    "resnet": (
+        _small("test_resnet"),
+        "ResNet cannot be slimmed: it is not one of timm's VisionTransformer family",
+    ),
+    "not_a_model": (nn.Identity, "Identity cannot be slimmed: it is not one of timm's"),
+    "hybrid": (
+        _small("vit_tiny_r_s16_p8_224", **SMALL),
+        "vit_tiny_r_s16_p8_224 embeds patches by HybridEmbed: only PatchEmbed is read",
+    ),
+    "siglip": (
+        _small("vit_base_patch16_siglip_224", **SMALL),
+        "global_pool='map' and cannot be slimmed: attention pooling reads every patch",
+    ),
+    "mean": (
+        functools.partial(vit, global_pool="avg"),
+        "global_pool='avg' and cannot be slimmed: "
+        "a mean over patches needs every patch in the last block",
+    ),
+    "mean_without_class_token": (
+        functools.partial(vit, global_pool="avg", class_token=False),
+        "global_pool='avg' and cannot be slimmed: a mean over patches",
+    ),
+    "mean_and_maximum": (
+        functools.partial(vit, global_pool="avgmax"),
+        "global_pool='avgmax' and cannot be slimmed: a mean and maximum over patches",
+    ),
+    "maximum": (
+        functools.partial(vit, global_pool="max"),
+        "global_pool='max' and cannot be slimmed: a maximum over patches",
+    ),
+    "map": (
+        functools.partial(vit, global_pool="map"),
+        "global_pool='map' and cannot be slimmed: attention pooling",
+    ),
+    "no_pooling": (
+        functools.partial(vit, global_pool=""),
+        "global_pool='' and cannot be slimmed: without pooling every patch",
+    ),
+    "patch_drop": (
+        functools.partial(vit, patch_drop_rate=0.1),
+        "VisionTransformer drops random patches in training (patch_drop_rate)",
+    ),
+    "res_post_block": (
+        functools.partial(vit, block_fn=vision_transformer.ResPostBlock),
+        "block 1 is a ResPostBlock: only Block is read, which normalises first",
+    ),
+    "parallel_scaling_block": (
+        functools.partial(vit, block_fn=vision_transformer.ParallelScalingBlock),
+        "block 1 is a ParallelScalingBlock: only Block is read",
+    ),
+    "parallel_things_block": (
+        functools.partial(vit, block_fn=vision_transformer.ParallelThingsBlock),
+        "block 1 is a ParallelThingsBlock: only Block is read",
+    ),
+    "differential_attention": (
+        functools.partial(vit, attn_layer="diff"),
+        "block 1 has DiffAttention: only Attention is read",
+    ),
+    "own_features": (
+        functools.partial(CustomFeatures, img_size=32, **SMALL),
+        "CustomFeatures cannot be slimmed: it has a forward_features of its own",
+    ),
+    "own_mlp": (
+        functools.partial(changed, with_mixer),
+        "block 2 has TokenMixer, which may mix tokens: only Mlp, GluMlp, SwiGLU are read",
+    ),
+    "own_linear": (
+        functools.partial(changed, with_other_linear),
+        "block 3 projects queries by ParametrizedLinear: only a plain Linear can be split",
+    ),
+    "slim_already": (slim, "SlimVisionTransformer is slimmed already: give the dense model"),
+    "fast_already": (fast, "AcceleratedViT is slimmed already: give the dense model"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name_with_the_reason(name):
+    make, message = REFUSED[name]
+    model = make()
+    for call in (spec, lambda model: apply_masks(model, Masks.dense(3, (4, 4)))):
+        with pytest.raises(UnsupportedModelError) as caught:
+            call(model)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+class TestCheckMasks:
+    def test_fitting(self):
+        model = build("deit")
+        check_masks(Masks.dense(3, (4, 4)), spec(model))
+        name, size = "deit_tiny_patch16_224", (64, 64)
+        check_masks(Masks.dense(3, (4, 4), model=name, image_size=size), spec(model))
+
+    @pytest.mark.parametrize(
+        ("name", "masks", "message"),
+        [
+            ("deit", Masks.dense(3, (4, 4), model="vit"), "of model vit, got model deit_tiny"),
+            (
+                "deit",
+                Masks.dense(3, (4, 4), image_size=(64, 96)),
+                r"of image size \(64, 96\), the model takes \(64, 64\)",
+            ),
+            ("deit", Masks.dense(4, (4, 4)), r"keep must be \[L, N\] = \[3, 17\], got \[4, 17\]"),
+            ("deit", Masks.dense(3, (5, 4)), r"keep must be \[L, N\] = \[3, 17\], got \[3, 21\]"),
+            ("deit", Masks.dense(3, (2, 8)), r"grid \(2, 8\) and 1 prefix tokens, the model has"),
+            (
+                "deit_distilled",
+                Masks.dense(3, (1, 17), 1),
+                r"grid \(1, 17\) and 1 prefix tokens, the model has \(4, 4\) and 2",
+            ),
+            (
+                "deit_distilled",
+                Masks.from_counts([9, 9, 1], (4, 4), 2),
+                "the head reads the first 2 tokens",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("use", ["check", "apply_masks", "accelerate"])
+    def test_refused(self, name, masks, message, use):
+        model = build(name)
+        calls = {
+            "check": lambda: check_masks(masks, spec(model)),
+            "apply_masks": lambda: apply_masks(model, masks),
+            "accelerate": lambda: accelerate(model, masks),
+        }
+        with pytest.raises(MasksError, match=message):
+            calls[use]()
+
+    def test_pruned_class_token(self):
+        keep = torch.ones(3, 17, dtype=torch.bool)
+        keep[2, 0] = False
+        with pytest.raises(MasksError, match="the head reads the first 1 tokens"):
+            check_masks(Masks(keep, 1, (4, 4)), spec(build("deit")))
+
+
+NAME = "test_vit"
+
+
+def weights(img_size: int = 64, seed: int = 0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return timm.create_model(NAME, img_size=img_size, num_classes=10).state_dict()
+
+
+class TestCreate:
+    def test_from_a_name(self):
+        model = create(NAME, img_size=64, num_classes=10)
+        assert not model.training
+        assert spec(model).image_size == (64, 64)
+        assert model.num_classes == 10
+
+    @pytest.mark.parametrize("name", ["deit_tiny_patch16_223", "deit_tiny_patch16_223.fb_in1k"])
+    def test_unknown_model(self, name):
+        with pytest.raises(UsageError, match=r"unknown model .*near it: .*deit_tiny_patch16_224"):
+            create(name)
+
+    @pytest.mark.parametrize("name", ["", "qqqqqq", "../deit"])
+    def test_unknown_model_like_none(self, name):
+        with pytest.raises(UsageError, match="unknown model .*list_models"):
+            create(name)
+
+    def test_unknown_tag(self):
+        with pytest.raises(UsageError, match="unknown weights 'fb' of deit_tiny.* timm has .*fb_i"):
+            create("deit_tiny_patch16_224.fb")
+
+    @pytest.mark.parametrize("img_size", [0, -16])
+    def test_impossible_image_size(self, img_size):
+        with pytest.raises(UsageError, match=f"test_vit does not take img_size={img_size}"):
+            create(NAME, img_size=img_size)
+
+    def test_model_of_any_image_size(self):
+        with pytest.raises(UsageError, match="model test_resnet does not take img_size=64"):
+            create("test_resnet", img_size=64)
+
+    @pytest.mark.parametrize("name", [NAME, "deit_tiny_patch16_224"])
+    def test_no_network(self, name, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(CheckpointError, match=f"no pretrained weights for {name}") as caught:
+            create(name, pretrained=True)
+        assert "\n" not in str(caught.value)
+
+    def test_no_weights_in_the_hub(self):
+        with pytest.raises(CheckpointError, match="no pretrained weights for .*_36x1_224"):
+            create("vit_small_patch16_36x1_224", pretrained=True)
+
+
+class TestCheckpoint:
+    def create(self, path, **options):
+        return create(NAME, checkpoint=path, **{"img_size": 64, "num_classes": 10, **options})
+
+    def saved(self, tmp_path, **changes):
+        """A checkpoint with some tensors changed, or left out where the change is None."""
+        state = {**weights(), **{key.replace("__", "."): value for key, value in changes.items()}}
+        path = tmp_path / "weights.safetensors"
+        save_file({key: value for key, value in state.items() if value is not None}, path)
+        return path
+
+    def refused(self, path, message, **options):
+        with pytest.raises(CheckpointError) as caught:
+            self.create(path, **options)
+        assert message in str(caught.value)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_round_trip(self, tmp_path):
+        model = self.create(str(self.saved(tmp_path)))
+        for key, value in weights().items():
+            assert torch.equal(model.state_dict()[key], value)
+
+    def test_float16(self, tmp_path):
+        path = tmp_path / "half.safetensors"
+        save_file({key: value.half() for key, value in weights().items()}, path)
+        model = self.create(path)
+        for key, value in weights().items():
+            assert model.state_dict()[key].dtype == torch.float32
+            assert torch.equal(model.state_dict()[key], value.half().float())
+
+    @pytest.mark.parametrize("wrap", [None, "model", "state_dict", "state_dict_ema"])
+    def test_torch_file(self, tmp_path, wrap):
+        torch.save(weights() if wrap is None else {wrap: weights(), "epoch": 3}, tmp_path / "w.pt")
+        model = self.create(tmp_path / "w.pt")
+        assert torch.equal(model.state_dict()["head.weight"], weights()["head.weight"])
+
+    def test_position_embedding_of_another_grid(self, tmp_path):
+        path = self.saved(tmp_path)
+        model = self.create(path, img_size=96)
+        assert model.pos_embed.shape == (1, 37, 64)
+        assert torch.equal(model.pos_embed[:, :1], weights()["pos_embed"][:, :1])
+        directly = self.create(path)
+        directly.set_input_size(96)
+        assert torch.allclose(model.pos_embed, directly.pos_embed)
+
+    def test_missing(self, tmp_path):
+        self.refused(tmp_path / "none.safetensors", "checkpoint not found")
+        self.refused(tmp_path, "checkpoint not found")
+
+    def test_missing_and_extra_keys(self, tmp_path):
+        path = self.saved(tmp_path, norm__bias=None, norm__gamma=torch.ones(64))
+        self.refused(path, "does not fit the model: 1 missing key (norm.bias), 1 extra key (norm.g")
+        path = self.saved(tmp_path, **{f"blocks__{i}__norm1__bias": None for i in range(6)})
+        self.refused(path, "6 missing keys (blocks.0.norm1.bias, blocks.1.norm1.bias, blocks.2.nor")
+        self.refused(path, "and 3 more)")
+
+    def test_other_model(self, tmp_path):
+        path = tmp_path / "weights.safetensors"
+        save_file(build("deit").state_dict(), path)
+        with pytest.raises(CheckpointError, match=r"3 missing keys \(dist_token, head_dist"):
+            load_checkpoint(build("deit_distilled"), path)
+
+    def test_other_number_of_classes(self, tmp_path):
+        message = "head.weight must be [11, 64], got [10, 64]"
+        self.refused(self.saved(tmp_path), message, num_classes=11)
+
+    @pytest.mark.parametrize("shape", [(1, 18, 64), (17, 64), (1,), (1, 17, 63)])
+    def test_shapes(self, tmp_path, shape):
+        path = self.saved(tmp_path, pos_embed=torch.ones(shape))
+        self.refused(path, f"pos_embed must be [1, 17, 64], got {list(shape)}")
+
+    @pytest.mark.parametrize("share", [0, 0.00001, 0.001, 0.5, 0.999])
+    def test_truncated(self, tmp_path, share):
+        path = self.saved(tmp_path)
+        content = path.read_bytes()
+        path.write_bytes(content[: int(share * len(content))])
+        self.refused(path, "is not a readable checkpoint")
+
+    @pytest.mark.parametrize("what", ["truncated", "text", "list", "tensor", "pickle"])
+    def test_bad_torch_file(self, tmp_path, what):
+        path = tmp_path / "w.pt"
+        contents = {"list": [1, 2], "tensor": torch.ones(3), "pickle": {"model": nn.Linear(2, 2)}}
+        torch.save(contents.get(what, weights()), path)
+        if what == "truncated":
+            path.write_bytes(path.read_bytes()[:-5000])
+        if what == "text":
+            path.write_text("hello")
+        self.refused(path, "is not a readable checkpoint")
+
+    def test_not_a_tensor(self, tmp_path):
+        torch.save({**weights(), "norm.bias": 3}, tmp_path / "w.pt")
+        self.refused(tmp_path / "w.pt", "norm.bias must be [64], got int")
+
+    def test_model_is_untouched_unless_all_fits(self, tmp_path):
+        model = create(NAME, img_size=64, num_classes=11)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(CheckpointError):
+            load_checkpoint(model, self.saved(tmp_path))
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+    def test_real(self, real):
+        path = real / "deit_tiny_patch16_224.safetensors"
+        model = create("deit_tiny_patch16_224", checkpoint=path)
+        for key, value in load_file(path).items():
+            assert torch.equal(model.state_dict()[key], value.float())
