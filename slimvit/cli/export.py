@@ -1,0 +1,54 @@
+"""slimvit export: the pruned model as a file for other runtimes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from slimvit.cli import common
+
+HELP = "write a pruned model as ONNX or as a torch.export program"
+_FORMATS = {".onnx": "onnx", ".pt2": "pt2"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `slimvit export`."""
+    common.add_model_arguments(parser)
+    parser.add_argument("--masks", type=Path, metavar="FILE", help="masks file; without it, dense")
+    parser.add_argument(
+        "--format", choices=tuple(_FORMATS.values()), help="default: by the suffix of --output"
+    )
+    parser.add_argument(
+        "-b",
+        "--batch-size",
+        type=common.whole_number(1),
+        metavar="N",
+        help="fix the batch of an ONNX file (default: any batch)",
+    )
+    parser.add_argument("--opset", type=common.whole_number(18), default=18, metavar="N")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
+    parser.set_defaults(device="cpu")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, check the file against the model, put it in place."""
+    from slimvit.errors import UsageError
+    from slimvit.export import export_onnx, export_program
+    from slimvit.runtime import apply_masks
+
+    common.check_output("--output", args.output)
+    kind = args.format or _FORMATS.get(args.output.suffix)
+    if kind is None:
+        raise UsageError(f"--format is not given and {args.output} ends in neither .onnx nor .pt2")
+    if kind == "pt2" and args.batch_size is not None:
+        raise UsageError("--batch-size fixes the batch of ONNX files only, pt2 takes any batch")
+    model = common.load_model(args, need_weights=True)
+    if args.masks is not None:
+        model = apply_masks(model, common.load_masks(args, model))
+    if kind == "onnx":
+        export_onnx(model, args.output, batch=args.batch_size or "dynamic", opset=args.opset)
+    else:
+        export_program(model, args.output)
+    size = args.output.stat().st_size / 1e6
+    common.say(f"wrote {args.output}: {size:.1f} MB, answers like PyTorch at batch 1 and 3")
+    return 0

@@ -1,0 +1,220 @@
+"""Models as files for other runtimes: ONNX of plain operators, and torch.export programs.
+
+Both take what `apply_masks` returns, or a dense timm model. A file appears only after it has been
+read back and has answered like the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import io
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimvit.errors import ExportError, MismatchError, UsageError
+from slimvit.files import atomic_write
+
+TOLERANCE = 1e-4
+"""Largest relative error of a file's float32 logits; 1e-6 is usual."""
+OPSET = 18
+_PROTOBUF_LIMIT = 2_000_000_000  # bytes; one ONNX file cannot hold more
+_CHECKED_BATCHES = (1, 3)
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    batch: str | int = "dynamic",
+    opset: int = OPSET,
+    check: bool = True,
+) -> None:
+    """Write `images` [batch, C, H, W] -> `logits` [batch, classes], float32, as one ONNX file.
+
+    Args:
+        model: a model with its masks applied, or a dense one; it is not changed.
+        path: the file; it holds the weights too.
+        batch: "dynamic", or the one batch size that the file will take.
+        opset: version of ONNX's operator set, at least 18.
+        check: compare the file's logits in ONNX Runtime with the model's before it is put in place.
+
+    Raises:
+        UsageError: `batch` or `opset` is out of range.
+        ExportError: onnx, onnxscript or onnxruntime is missing, the model is too large for one
+            file, or it cannot be exported or written.
+        MismatchError: ONNX Runtime answers otherwise than the model.
+    """
+    if batch != "dynamic" and not (isinstance(batch, int) and batch >= 1):
+        raise UsageError(f'batch must be "dynamic" or at least 1, got {batch!r}')
+    if opset < 18:
+        raise UsageError(f"opset must be at least 18, got {opset}")
+    _require("onnx", "onnxscript", *(["onnxruntime"] if check else []))
+    model = _plain(model)
+    size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
+    if size > _PROTOBUF_LIMIT:
+        raise ExportError(f"one ONNX file holds at most 2 GB, the weights take {size / 1e9:.1f} GB")
+    images = _images(model, 2 if batch == "dynamic" else int(batch))
+    with _beside(path) as temporary:
+        with _as_export_error("ONNX"), _quiet():
+            program = torch.onnx.export(
+                model,
+                (images,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},) if batch == "dynamic" else None,
+                input_names=["images"],
+                output_names=["logits"],
+                opset_version=opset,
+                verbose=False,
+            )
+            assert program is not None
+            program.save(temporary, external_data=False)
+        if check:
+            batches = _CHECKED_BATCHES if batch == "dynamic" else (int(batch),)
+            _compare("ONNX Runtime", model, _onnxruntime(temporary), batches)
+        os.replace(temporary, path)
+
+
+def export_program(model: nn.Module, path: str | os.PathLike[str], *, check: bool = True) -> None:
+    """Write a `torch.export` program with a dynamic batch, for `torch.export.load(path).module()`.
+
+    Args:
+        model: a model with its masks applied, or a dense one; it is not changed.
+        path: the file, usually `*.pt2`.
+        check: compare the file's logits, read back, with the model's before it is put in place.
+
+    Raises:
+        ExportError: the model cannot be exported or written.
+        MismatchError: the file answers otherwise than the model.
+    """
+    model = _plain(model)
+    images = _images(model, 2)
+    buffer = io.BytesIO()
+    with _as_export_error("torch.export"), _quiet():
+        shapes = ({0: torch.export.Dim("batch")},)
+        program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+        torch.export.save(program, buffer)
+    if check:
+        buffer.seek(0)
+        loaded = torch.export.load(buffer).module()
+        _compare("torch.export", model, loaded, _CHECKED_BATCHES)
+    try:
+        atomic_write(path, buffer.getvalue())
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror}") from error
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """The worst image's ‖got − wanted‖ / ‖wanted‖ of logits [B, classes]; inf if not finite."""
+    if got.shape != wanted.shape or not bool(got.isfinite().all()):
+        return float("inf")
+    wanted = wanted.double().flatten(1)
+    off = (got.to(wanted) - wanted.view(got.shape)).flatten(1)
+    return (off.norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-30)).max().item()
+
+
+def sample_images(shape: tuple[int, int, int], batch: int, seed: int = 0) -> Tensor:
+    """Fixed random images [batch, C, H, W] on which models differ: coarse blobs with fine noise.
+
+    Noise alone looks alike to a model, image for image and patch for patch, and would let the
+    wrong tokens pass; on these, logits of the wrong tokens are some 20 % off and bfloat16 1 %.
+    """
+    channels, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(batch, channels, 7, 7, generator=generator)
+    blobs = nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")
+    return blobs + 0.2 * torch.randn(batch, channels, height, width, generator=generator)
+
+
+def _images(model: nn.Module, batch: int) -> Tensor:
+    embedding: Any = getattr(model, "patch_embed", None)
+    if getattr(embedding, "img_size", None) is None or not hasattr(embedding, "proj"):
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported: give a timm model "
+            "or what apply_masks makes of it"
+        )
+    return sample_images((embedding.proj.in_channels, *embedding.img_size), batch)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """A copy on the CPU in float32, in eval mode, that needs no gradient."""
+    return copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
+
+
+def _compare(
+    what: str, model: nn.Module, run: Callable[[Tensor], Tensor], batches: tuple[int, ...]
+) -> None:
+    for batch in batches:
+        images = _images(model, batch)
+        with torch.no_grad():
+            error = relative_error(run(images), model(images))
+        if not error <= TOLERANCE:
+            raise MismatchError(
+                f"the exported model in {what} is {error:.1e} off at batch {batch}, "
+                f"more than {TOLERANCE:.0e}"
+            )
+
+
+def _onnxruntime(path: str) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _require(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"exporting to ONNX needs {', '.join(missing)}: pip install 'slimvit[export]'"
+        )
+
+
+@contextlib.contextmanager
+def _beside(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A temporary neighbour of `path`, gone afterwards unless it was renamed."""
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ExportError(f"cannot write {path}: it is a folder or in none that exists")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            yield os.path.join(folder, "model")
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _as_export_error(what: str) -> Iterator[None]:
+    """Whatever an exporter raises, in one line; its own report stays as the cause."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise ExportError(f"{what} cannot export this model: {first.strip()}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters' progress and deprecation notes, which no user of ours can act on, silenced."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
