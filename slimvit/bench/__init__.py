@@ -1,0 +1,29 @@
+"""Dense and slim side by side: images per second of every runtime, measured in alternating rounds.
+
+    report = bench(model, masks, batch=8, precision="bfloat16")
+    report.ratios["slim_over_own_dense"], report.to_json()
+
+No runtime is timed whose logits do not match the reference.
+"""
+
+from slimvit.bench._keep import format_keep, parse_keep
+from slimvit.bench._report import CSV_COLUMNS, Report, Row, append_csv, check_csv
+from slimvit.bench._run import bench
+from slimvit.bench._runtimes import RUNTIMES, Runtime, Setting, Workload
+from slimvit.bench._verify import TOLERANCES
+
+__all__ = [
+    "CSV_COLUMNS",
+    "RUNTIMES",
+    "TOLERANCES",
+    "Report",
+    "Row",
+    "Runtime",
+    "Setting",
+    "Workload",
+    "append_csv",
+    "bench",
+    "check_csv",
+    "format_keep",
+    "parse_keep",
+]

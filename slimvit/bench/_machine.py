@@ -1,0 +1,61 @@
+"""What a measurement is worth nothing without: the device, the versions, the commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import slimvit
+
+PACKAGES = ("torch", "timm", "onnxruntime", "openvino")
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or the GPU's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of slimvit and of the runtimes, "" for what is not installed."""
+    found = {"slimvit": slimvit.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = ""
+    return found
+
+
+def commit() -> str:
+    """Short hash of the checkout that slimvit runs from, with "+" if its files differ; else ""."""
+    package = Path(slimvit.__file__).parent
+    if _git(package, "ls-files", "__init__.py") != "__init__.py":
+        return ""
+    changed = _git(package, "status", "--porcelain", "--untracked-files=no", "--", ":/")
+    return (_git(package, "rev-parse", "--short=12", "HEAD") or "") + ("+" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

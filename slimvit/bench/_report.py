@@ -1,0 +1,249 @@
+"""Results of a run: figures, ratios, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from slimvit.bench._keep import format_keep
+from slimvit.errors import UsageError
+from slimvit.files import atomic_write
+
+CSV_COLUMNS = (
+    "date",
+    "model",
+    "device",
+    "threads",
+    "batch",
+    "precision",
+    "kept",
+    "cut",
+    "runtime",
+    "row_precision",
+    "pruned",
+    "median",
+    "min",
+    "max",
+    "speedup",
+    "error",
+    "rounds",
+    "seconds",
+    "rejected",
+    "slimvit",
+    "torch",
+    "timm",
+    "onnxruntime",
+    "openvino",
+    "commit",
+)
+
+
+@dataclass
+class Row:
+    """One runtime with one model: images per second, one figure a round.
+
+    Attributes:
+        runtime: `slimvit:<back end>`, torch, torch.compile, onnxruntime or openvino.
+        pruned: whether it ran the slimmed model.
+        precision: what it computed in.
+        error: relative error of its logits to the float32 reference.
+        rates: images per second of each round.
+    """
+
+    runtime: str
+    pruned: bool
+    precision: str
+    error: float
+    rates: list[float] = field(default_factory=list)
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is one of slimvit's back ends."""
+        return self.runtime.startswith("slimvit:")
+
+    def images_per_second(self) -> dict[str, float]:
+        """Median, min and max over the rounds."""
+        return {"median": median(self.rates), "min": min(self.rates), "max": max(self.rates)}
+
+
+@dataclass
+class Report:
+    """A run: all its rows, and what they were measured on.
+
+    Attributes:
+        model: timm's name.
+        device: "cpu" or the CUDA device, as torch names it.
+        device_name: the hardware's name.
+        threads: CPU threads of every runtime.
+        batch: images a call.
+        precision: the precision asked for; a row has its own.
+        kept: n_1 … n_L.
+        cut: fraction of the MACs saved.
+        rows: dense ahead of slim, slimvit's first.
+        left_out: runtimes without a row, and why.
+        rounds: figures behind each median.
+        seconds: length of each round.
+        rejected: rounds thrown away because the machine was busy elsewhere.
+        disturbed: rounds that count although it was.
+        best_share: the largest share of the threads' CPU time that any row got.
+        versions: of slimvit, torch, timm, onnxruntime, openvino.
+        commit: of slimvit's checkout, or "".
+        date: UTC, ISO 8601, to the second.
+    """
+
+    model: str
+    device: str
+    device_name: str
+    threads: int
+    batch: int
+    precision: str
+    kept: tuple[int, ...]
+    cut: float
+    rows: list[Row]
+    left_out: dict[str, str]
+    rounds: int
+    seconds: float
+    rejected: int
+    disturbed: int
+    best_share: float
+    versions: dict[str, str]
+    commit: str
+    date: str
+
+    @property
+    def ideal(self) -> float:
+        """1 / (1 − cut): the speed-up that the arithmetic promises."""
+        return 1 / (1 - self.cut)
+
+    def find(self, runtime: str, pruned: bool) -> Row | None:
+        """The row of a runtime; "slimvit" finds slimvit's, whatever its back end."""
+        for row in self.rows:
+            if row.pruned == pruned and runtime in (row.runtime, row.runtime.split(":")[0]):
+                return row
+        return None
+
+    def strongest(self, pruned: bool) -> Row | None:
+        """The fastest row of the other runtimes; None where there is none."""
+        others = [row for row in self.rows if not row.ours and row.pruned == pruned]
+        return max(others, key=lambda row: median(row.rates), default=None)
+
+    def speedup(self, row: Row) -> float | None:
+        """A pruned row over the same runtime's dense row: the median of the rounds' ratios."""
+        dense = self.find(row.runtime, pruned=False)
+        return paired_ratio(row.rates, dense.rates) if row.pruned and dense else None
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Slim over dense by rounds, and how much of the ideal 1 / (1 − cut) that is.
+
+        `slim_over_strongest_dense` and `slim_over_strongest_slim` compare with the other runtimes,
+        `slim_over_own_dense` with the same back end; `…_over_ideal` divides by `ideal`.
+        """
+        slim = self.find("slimvit", pruned=True)
+        against = {
+            "slim_over_strongest_dense": self.strongest(pruned=False),
+            "slim_over_own_dense": self.find("slimvit", pruned=False),
+            "slim_over_strongest_slim": self.strongest(pruned=True),
+        }
+        found = {"ideal": self.ideal}
+        for name, row in against.items():
+            if slim is None or row is None:
+                continue
+            found[name] = paired_ratio(slim.rates, row.rates)
+            if not row.pruned:
+                found[f"{name}_over_ideal"] = found[name] / self.ideal
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` writes."""
+        rows: list[dict[str, Any]] = []
+        for row in self.rows:
+            entry = {
+                "runtime": row.runtime,
+                "pruned": row.pruned,
+                "precision": row.precision,
+                "images_per_second": row.images_per_second(),
+            }
+            if self.batch == 1:
+                entry["latency_ms"] = 1000 / median(row.rates)
+            rows.append(entry)
+        return {
+            "device": self.device,
+            "batch": self.batch,
+            "precision": self.precision,
+            "cut": self.cut,
+            "rows": rows,
+            "ratios": self.ratios,
+        }
+
+    def to_csv(self) -> list[dict[str, Any]]:
+        """One record a row, with the columns of CSV_COLUMNS."""
+        shared = {
+            "date": self.date,
+            "model": self.model,
+            "device": self.device_name,
+            "threads": self.threads,
+            "batch": self.batch,
+            "precision": self.precision,
+            "kept": format_keep(self.kept),
+            "cut": f"{self.cut:.4f}",
+            "rounds": self.rounds,
+            "seconds": self.seconds,
+            "rejected": self.rejected,
+            **self.versions,
+            "commit": self.commit,
+        }
+        records = []
+        for row in self.rows:
+            speedup = self.speedup(row)
+            own = {
+                "runtime": row.runtime,
+                "row_precision": row.precision,
+                "pruned": str(row.pruned).lower(),
+                "speedup": "" if speedup is None else f"{speedup:.4f}",
+                "error": f"{row.error:.1e}",
+            }
+            speeds = {name: f"{rate:.2f}" for name, rate in row.images_per_second().items()}
+            records.append({**shared, **own, **speeds})
+        return records
+
+
+def paired_ratio(fast: Sequence[float], slow: Sequence[float]) -> float:
+    """Median over rounds r of fast[r] / slow[r]: drift from round to round cancels out."""
+    return median(f / s for f, s in zip(fast, slow, strict=True))
+
+
+def check_csv(path: str | os.PathLike[str]) -> None:
+    """Refuse, before anything is measured, a file that records cannot be added to.
+
+    Raises:
+        UsageError: its folder is missing, or it has other columns.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder or in none that exists")
+    if path.exists():
+        with path.open(newline="") as file:
+            header = next(csv.reader(file), [])
+        if header and tuple(header) != CSV_COLUMNS:
+            raise UsageError(f"{path} has other columns than `slimvit bench` writes")
+
+
+def append_csv(path: str | os.PathLike[str], report: Report) -> None:
+    """Add the report's rows to a CSV file, whole or not at all; a new file gets a header."""
+    check_csv(path)
+    old = Path(path).read_bytes() if Path(path).exists() else b""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    if not old:
+        writer.writeheader()
+    writer.writerows(report.to_csv())
+    if old and not old.endswith(b"\n"):
+        old += b"\n"
+    atomic_write(path, old + text.getvalue().encode())

@@ -1,0 +1,192 @@
+"""One run: prepare every row, refuse those that answer wrong, time the rest in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from slimvit.bench import _machine
+from slimvit.bench._report import Report, Row
+from slimvit.bench._rounds import measure
+from slimvit.bench._runtimes import DTYPES, RUNTIMES, Runtime, Setting, Slimvit, Workload
+from slimvit.bench._verify import verify
+from slimvit.errors import MismatchError, SlimvitError, UsageError
+from slimvit.export import sample_images
+from slimvit.macs import cut
+from slimvit.masks import Masks
+from slimvit.models import spec
+
+_VERIFIED_IMAGES = 8
+_log = logging.getLogger("slimvit")
+_Group = list[tuple[Runtime, Row]]
+
+
+def bench(
+    model: nn.Module,
+    masks: Masks,
+    *,
+    batch: int = 8,
+    precision: str = "float32",
+    backend: str = "auto",
+    against: Sequence[str] | None = None,
+    threads: int | None = None,
+    rounds: int = 10,
+    seconds: float = 1.0,
+    tell: Callable[[str], object] = _log.info,
+) -> Report:
+    """Images per second of the dense and the slimmed model in every runtime, in alternating rounds.
+
+    Rows: slimvit dense (masks that keep everything) and slim; dense models in torch and
+    torch.compile; dense and exported slim models in ONNX Runtime and OpenVINO. Each takes float32
+    images and gives float32 logits, one batch at a time, with the same number of threads.
+
+    Args:
+        model: dense timm model in eval mode; its device is where everything runs. Not changed.
+        masks: kept sets.
+        batch: images a call.
+        precision: "float32", "bfloat16" or "float16". ONNX Runtime computes in float32 always.
+        backend: slimvit's back end, or "auto".
+        against: names out of RUNTIMES, each of which must work; None takes all that do.
+        threads: CPU threads of every runtime; None for torch's own number.
+        rounds: figures for each row, of which median, min and max are told.
+        seconds: length of a row's round.
+        tell: called with a line whenever a row is ready to be timed; compiling takes a while.
+
+    Returns:
+        Rows, ratios, and what was left out.
+
+    Raises:
+        UsageError: an argument is out of range, a runtime unknown.
+        SlimvitError: a runtime that was asked for does not work here.
+        MismatchError: a runtime's logits do not match the float32 reference.
+    """
+    _check(batch, precision, rounds, seconds, threads, against)
+    device = next(model.parameters()).device
+    threads = threads or torch.get_num_threads()
+    setting = Setting(device, batch, precision, threads, backend)
+    shape = spec(model)
+    model = copy.deepcopy(model).float().eval()
+    images = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
+    with _threads(threads), tempfile.TemporaryDirectory(prefix="slimvit-bench-") as folder:
+        work = Workload(model, masks, images, Path(folder))
+        groups, left_out = _prepare(work, setting, against, tell)
+        calls = [[runtime for runtime, _ in group] for group in groups]
+        measured = measure(calls, images, rounds=rounds, seconds=seconds, threads=threads)
+    for group, rates in zip(groups, measured.rates):
+        for (_, row), row_rates in zip(group, rates):
+            row.rates = row_rates
+    return Report(
+        model=shape.name,
+        device=str(device),
+        device_name=_machine.device_name(device),
+        threads=threads,
+        batch=batch,
+        precision=precision,
+        kept=masks.counts,
+        cut=cut(shape, masks),
+        rows=[row for group in groups for _, row in group],
+        left_out=left_out,
+        rounds=rounds,
+        seconds=seconds,
+        rejected=measured.rejected,
+        disturbed=measured.disturbed,
+        best_share=measured.best_share,
+        versions=_machine.versions(),
+        commit=_machine.commit(),
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+
+
+def _check(
+    batch: int,
+    precision: str,
+    rounds: int,
+    seconds: float,
+    threads: int | None,
+    against: Sequence[str] | None,
+) -> None:
+    for name, value in (("batch", batch), ("rounds", rounds), ("threads", threads)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}")
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"seconds must be positive and finite, got {seconds}")
+    if precision not in DTYPES:
+        raise UsageError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
+    for name in against or ():
+        if name not in RUNTIMES:
+            raise UsageError(f"unknown runtime {name!r}: one of {', '.join(RUNTIMES)}")
+
+
+def _prepare(
+    work: Workload,
+    setting: Setting,
+    against: Sequence[str] | None,
+    tell: Callable[[str], object],
+) -> tuple[list[_Group], dict[str, str]]:
+    """Every row that works here, ready and verified, by runtime; and why the others do not."""
+    references = _references(work)
+
+    def ready(kind: type[Runtime]) -> _Group:
+        forms = (False, True) if kind.prunes else (False,)
+        return [_row(kind(setting), pruned, work, references[pruned], tell) for pruned in forms]
+
+    groups = [ready(Slimvit)]
+    left_out: dict[str, str] = {}
+    for name in RUNTIMES if against is None else dict.fromkeys(against):
+        reason = RUNTIMES[name].why_not(setting)
+        if reason is None:
+            try:
+                groups.append(ready(RUNTIMES[name]))
+                continue
+            except MismatchError:
+                raise
+            except Exception as error:  # a foreign runtime may fail in any way
+                _log.debug("runtime %s", name, exc_info=True)
+                reason = next(iter(str(error).strip().splitlines()), repr(error))
+        if against is not None:
+            raise SlimvitError(f"runtime {name}: {reason}")
+        left_out[name] = reason
+    return groups, left_out
+
+
+@torch.inference_mode()
+def _references(work: Workload) -> dict[bool, torch.Tensor]:
+    """Float32 logits of the first images: dense from timm, pruned from `apply_masks`."""
+    images = work.images[:_VERIFIED_IMAGES]
+    return {pruned: work.network(pruned)(images).float().cpu() for pruned in (False, True)}
+
+
+def _row(
+    runtime: Runtime,
+    pruned: bool,
+    work: Workload,
+    reference: torch.Tensor,
+    tell: Callable[[str], object],
+) -> tuple[Runtime, Row]:
+    start = time.perf_counter()
+    runtime.prepare(work, pruned)
+    with torch.inference_mode():
+        logits = runtime(work.images)[:_VERIFIED_IMAGES]
+    error = verify(runtime.label, pruned, runtime.precision, logits, reference)
+    what = f"{runtime.label} {'slim' if pruned else 'dense'}"
+    tell(f"{what}: ready in {time.perf_counter() - start:.1f} s, error {error:.1e}")
+    return runtime, Row(runtime.label, pruned, runtime.precision, error)
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,174 @@
+"""slimvit bench: dense and slim side by side, in slimvit and in other runtimes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slimvit.cli import common
+from slimvit.errors import MasksError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimvit.bench import Report
+    from slimvit.masks import Masks
+
+HELP = "time dense and pruned models side by side in one run"
+_DISTURBED_SHARE = 0.75
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `slimvit bench`."""
+    common.add_model_arguments(parser)
+    kept = parser.add_mutually_exclusive_group(required=True)
+    kept.add_argument("--masks", type=Path, metavar="FILE", help="masks file")
+    kept.add_argument(
+        "--keep",
+        metavar="n1,…,nL",
+        help="tokens kept in each block, prefix tokens included, 111x7 for seven times 111; "
+        "the patches are spread evenly",
+    )
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", *common.backends()),
+        help="slimvit's back end (default auto; slimvit doctor tells what works)",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="LIST",
+        help="torch, torch.compile, onnxruntime, openvino, or none (default: all that work here)",
+    )
+    common.add_run_arguments(parser, batch_size=8)
+    parser.add_argument(
+        "--threads", type=common.whole_number(1), metavar="N", help="CPU threads of every runtime"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=common.whole_number(1),
+        default=10,
+        metavar="R",
+        help="rounds, of which median, min and max are told (default 10)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=common.number(above=0),
+        default=1.0,
+        metavar="S",
+        help="length of one row's turn in a round (default 1)",
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="CSV file to add the rows to")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table and the ratios, write the files."""
+    from slimvit.bench import append_csv, bench, check_csv
+
+    common.check_output("--json", args.json)
+    common.check_output("--csv", args.csv)
+    if args.csv is not None:
+        check_csv(args.csv)
+    model = common.load_model(args)
+    report = bench(
+        model,
+        _masks(args, model),
+        batch=args.batch_size,
+        precision=args.precision or "float32",
+        backend=args.backend,
+        against=_against(args.against),
+        threads=args.threads,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        tell=lambda line: print(line, file=sys.stderr),
+    )
+    common.say(describe(report))
+    if args.json is not None:
+        common.write_json(args.json, report.to_json())
+    if args.csv is not None:
+        append_csv(args.csv, report)
+    return 0
+
+
+def describe(report: Report) -> str:
+    """The table of rows, the ratios, and what a reader should know about both."""
+    header = ["runtime", "model", "precision", "images/s", "min", "max", "slim/dense"]
+    if report.batch == 1:
+        header.insert(4, "ms")
+    rows = []
+    for row in report.rows:
+        speed = row.images_per_second()
+        speedup = report.speedup(row)
+        cells = [row.runtime, "slim" if row.pruned else "dense", row.precision]
+        cells += [f"{speed[name]:.1f}" for name in ("median", "min", "max")]
+        if report.batch == 1:
+            cells.insert(4, f"{1000 / speed['median']:.2f}")
+        rows.append([*cells, "" if speedup is None else f"{speedup:.2f}"])
+    return "\n".join(
+        [
+            f"{report.model}, batch {report.batch}, {report.precision}, {report.device_name}, "
+            f"{report.threads} thread{'s' * (report.threads > 1)}, "
+            f"{100 * report.cut:.1f} % fewer MACs",
+            "",
+            common.table(rows, header),
+            "",
+            *_ratio_lines(report),
+            *_notes(report),
+        ]
+    )
+
+
+def _ratio_lines(report: Report) -> list[str]:
+    ratios = report.ratios
+    dense, slim = (getattr(report.strongest(pruned), "runtime", "") for pruned in (False, True))
+    lines = []
+    for name, words in (
+        ("slim_over_strongest_dense", f"slim / strongest dense ({dense})"),
+        ("slim_over_own_dense", "slim / own dense"),
+        ("slim_over_strongest_slim", f"slim / strongest slim ({slim})"),
+    ):
+        if name not in ratios:
+            continue
+        share = ratios.get(f"{name}_over_ideal")
+        ideal = "" if share is None else f"  {100 * share:.1f} % of the ideal {report.ideal:.2f}"
+        lines.append(f"{words:<40}{ratios[name]:6.2f}{ideal}")
+    return lines
+
+
+def _notes(report: Report) -> list[str]:
+    notes = [f"without {name}: {reason}" for name, reason in report.left_out.items()]
+    if report.rejected:
+        rest = f", {report.disturbed} more count all the same" if report.disturbed else ""
+        notes.append(
+            f"{report.rejected} turns rejected and repeated: the machine was busy elsewhere{rest}"
+        )
+    if report.best_share < _DISTURBED_SHARE:
+        notes.append(
+            f"no row got more than {100 * report.best_share:.0f} % of its threads' CPU time: "
+            "the machine is busy, or has fewer cores than --threads"
+        )
+    return ["", *notes] if notes else []
+
+
+def _masks(args: argparse.Namespace, model: nn.Module) -> Masks:
+    if args.masks is not None:
+        return common.load_masks(args, model)
+    from slimvit.bench import parse_keep
+    from slimvit.masks import Masks
+    from slimvit.models import check_masks, spec
+
+    shape = spec(model)
+    try:
+        masks = Masks.from_counts(parse_keep(args.keep), shape.grid, shape.prefix)
+        check_masks(masks, shape)
+    except MasksError as error:
+        raise UsageError(f"--keep {args.keep}: {error}") from error
+    return masks
+
+
+def _against(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    return [] if text == "none" else [name.strip() for name in text.split(",")]
