@@ -5,6 +5,7 @@ compiler is found, and where it is not, `_cuda.not_built.txt` tells `slimvit doc
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,24 +31,25 @@ def program(name: str) -> str | None:
 def cuda_compiler() -> str:
     if CUDA == "0":
         raise CompileError("SLIMVIT_CUDA=0 was set when slimvit was built")
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    nvccs = [shutil.which("nvcc", path=f"{home}/bin") for home in homes if home]
-    found = [os.environ.get("CUDACXX"), *nvccs[:-1], shutil.which("nvcc"), nvccs[-1]]
-    for compiler in filter(None, found):
-        return compiler
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    named = [os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc"]
+    for compiler in filter(None, [*named, "nvcc", "/usr/local/cuda/bin/nvcc"]):
+        if found := shutil.which(compiler):
+            return found
     raise CompileError(
         "no CUDA compiler was found when slimvit was built (CUDACXX, CUDA_HOME, CUDA_PATH, nvcc on "
         "PATH, /usr/local/cuda)"
     )
 
 
-def run(*command: str) -> None:
+def run(*command: str, compiler: str = "") -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, flush=True)
     if done.returncode:
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), -1)
-        raise CompileError(f"cmake failed: {' '.join(lines[first:][:3])}")
+        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), -5)
+        reason = re.sub(r"^CMake Error at \S+ \(\w+\): ", "", " ".join(lines[first:][:5]))
+        raise CompileError(f"cmake failed{compiler and f' with {compiler}'}: {reason}")
 
 
 class CMakeBuild(build_ext):
@@ -60,6 +62,7 @@ class CMakeBuild(build_ext):
         except CompileError as error:
             if not ext.optional:
                 raise
+            output.unlink(missing_ok=True)  # of an earlier build
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(f"{error}\n")
             self.warn(f"{ext.name} is not built and slimvit works without it: {error}")
@@ -72,6 +75,7 @@ class CMakeBuild(build_ext):
         cmake, ninja = program("cmake"), program("ninja")
         if cmake is None:
             raise CompileError("cmake was not found: pip install cmake")
+        cuda = cuda_compiler() if target == "_cuda" else ""
         options = {
             "SLIMVIT_MODULES": target,
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder,
@@ -79,14 +83,19 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": ninja,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
-            "CMAKE_CUDA_COMPILER": cuda_compiler() if target == "_cuda" else None,
+            "CMAKE_CUDA_COMPILER": cuda,
         }
-        work = str(Path(self.build_temp).resolve() / target)
         defines = [f"-D{name}={value}" for name, value in options.items() if value]
         generator = ["-G", "Ninja"] if ninja else []
         extra = shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        run(cmake, "-S", str(ROOT), "-B", work, *generator, *defines, *extra)
-        run(cmake, "--build", work)
+        # CMake refuses or half forgets the cache of another tree or compiler: then start afresh.
+        work = Path(self.build_temp).resolve() / target
+        made_for, key = work / "made_for.txt", f"{ROOT}\n{cuda}\n"
+        if not made_for.exists() or made_for.read_text() != key:
+            shutil.rmtree(work, ignore_errors=True)
+        run(cmake, "-S", str(ROOT), "-B", str(work), *generator, *defines, *extra, compiler=cuda)
+        made_for.write_text(key)
+        run(cmake, "--build", str(work), compiler=cuda)
 
     def copy_extensions_to_source(self) -> None:
         """In place, a module that was not built leaves its note, and no older module beside it."""

@@ -72,7 +72,7 @@ def describe(report: dict[str, Any]) -> str:
         ],
         "processor": [
             ("name", cpu["name"]),
-            ("cores", f"{cpu['cores']}, torch uses {cpu['threads'] or 'no'} threads"),
+            ("cores", f"{cpu['cores']}, torch uses {cpu['threads'] or 'none'}"),
             ("instructions", _instructions(cpu)),
             ("bfloat16", _BFLOAT16[cpu["bfloat16"]]),
         ],

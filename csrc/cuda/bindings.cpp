@@ -44,7 +44,8 @@ PYBIND11_MODULE(_cuda, m) {
       "probe", [](int device) { return reason(slimvit::probe(device)); }, py::arg("device"),
       "Run a one-thread kernel of this build: why it fails on that device, or None.");
   m.def(
-      "driver", [] {
+      "driver",
+      [] {
         const int version = slimvit::driver_version();
         return version == 0 ? std::optional<std::string>() : dotted(version);
       },
