@@ -69,7 +69,7 @@ def evaluate(
     classes = getattr(dense, "num_classes", 1) > 0
     sums = torch.zeros(8, dtype=torch.float64)
     for images, targets in tqdm(
-        loader, "evaluate", unit="batch", disable=not progress, leave=False
+        loader, "evaluate", unit="batch", disable=None if progress else True, leave=False
     ):
         images = images.to(device, non_blocking=True)
         answers = {"dense": dense(images).float(), "slim": slim(images).float()}

@@ -24,7 +24,7 @@ COMMANDS = {
     "bench": "time dense and pruned models side by side in one run",
     "show": "draw the kept patches of a masks file, block by block",
     "export": "write a pruned model as ONNX or as a torch.export program",
-    "doctor": "tell what works on this machine, and why the rest does not",
+    "doctor": "tell what works on this machine and why the rest does not",
     "demo": "prune, fine-tune, validate and time a small model in a few minutes",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,7 +128,14 @@ def run(args: argparse.Namespace) -> int:
         state = args.output.with_name(f"{args.output.stem}.search.safetensors")
         start = time.perf_counter()
         try:
-            result = search(model, images, state=state, restart=args.restart, **_options(args))
+            result = search(
+                model,
+                images,
+                state=state,
+                restart=args.restart,
+                progress=sys.stderr.isatty(),
+                **_options(args),
+            )
         except KeyboardInterrupt:
             if state.exists():
                 common.warn(f"stopped; the same command goes on from {state}")
