@@ -328,8 +328,12 @@ def test_prune_then_validate(call, out, epochs):
     assert "fewer MACs" in stdout and "wrote masks.safetensors" in stdout
     files = {"masks.safetensors", "p.json"} | ({"masks.weights.safetensors"} if epochs else set())
     assert set(os.listdir()) == files
-    slim = "masks.weights.safetensors" if epochs else None
-    assert call("validate", masks="masks.safetensors", slim_checkpoint=slim)[0] == 0
+    _, _, stderr = call("validate", masks="masks.safetensors")
+    assert ("--slim-checkpoint is not given" in stderr) == bool(epochs)
+    if epochs:
+        tuned = {"masks": "masks.safetensors", "slim_checkpoint": "masks.weights.safetensors"}
+        assert call("validate", **tuned)[::2] == (0, "")
+        assert call("finetune", **tuned)[::2] == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_data_arguments",
+    "add_masks_arguments",
     "add_model_arguments",
     "add_run_arguments",
     "backends",
@@ -35,11 +37,13 @@ __all__ = [
     "load_images",
     "load_masks",
     "load_model",
+    "load_slim_weights",
     "number",
     "processes",
     "say",
     "table",
     "warn",
+    "weights_beside",
     "whole_number",
     "write_json",
 ]
@@ -59,6 +63,18 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     group.add_argument("--img-size", type=whole_number(1), metavar="N", help="image side in pixels")
     group.add_argument(
         "--num-classes", type=whole_number(0), metavar="N", help="outputs of the head"
+    )
+
+
+def add_masks_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --masks and --slim-checkpoint."""
+    parser.add_argument("--masks", type=Path, required=True, metavar="FILE", help="masks file")
+    parser.add_argument(
+        "--slim-checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights of the pruned model, from finetune or from prune --epochs; the dense one "
+        "keeps its own",
     )
 
 
@@ -187,6 +203,25 @@ def load_masks(args: argparse.Namespace, model: nn.Module) -> Masks:
     return masks
 
 
+def load_slim_weights(args: argparse.Namespace, dense: nn.Module) -> nn.Module:
+    """The dense model with the weights of --slim-checkpoint; itself where there are none."""
+    from slimvit import models
+
+    tuned = weights_beside(args.masks)
+    if args.slim_checkpoint is None:
+        if tuned.exists():
+            warn(f"--slim-checkpoint is not given, but the search tuned weights: {tuned}")
+        return dense
+    slim = copy.deepcopy(dense)
+    models.load_checkpoint(slim, args.slim_checkpoint)
+    return slim
+
+
+def weights_beside(masks: Path) -> Path:
+    """Where a search with block fine-tuning puts the weights that belong to its masks."""
+    return masks.with_name(f"{masks.stem}.weights.safetensors")
+
+
 def load_images(
     args: argparse.Namespace,
     model: nn.Module,
@@ -206,16 +241,18 @@ def load_images(
         shard: (rank, world).
         seed: of the shuffling.
     """
+    from slimvit import models
     from slimvit.data import ImageFolder, image_transform, loader
 
+    spec = models.spec(model)
     images = ImageFolder(
         args.data_dir,
         args.class_map,
         subset=subset if subset is not None else args.subset,
         samples=args.samples if subset is None else None,
         transform=image_transform(model, training),
-        num_classes=model.num_classes,  # type: ignore[arg-type]
-        mode="L" if model.patch_embed.proj.in_channels == 1 else "RGB",  # type: ignore
+        num_classes=spec.num_classes,
+        mode="L" if spec.in_chans == 1 else "RGB",
     )
     workers = args.workers
     if workers is None:

@@ -25,7 +25,7 @@ HELP = "fine-tune a pruned model by distillation from the dense one"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `slimvit finetune`."""
     common.add_model_arguments(parser)
-    parser.add_argument("--masks", type=Path, required=True, metavar="FILE", help="masks file")
+    common.add_masks_arguments(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -90,13 +90,17 @@ def run(args: argparse.Namespace) -> int:
         if args.alpha > 0 and not images.dataset.labelled:
             common.warn(f"--alpha has no effect, no labels: {images.dataset.why_unlabelled}")
         result = finetune(
-            apply_masks(dense, masks),
+            apply_masks(common.load_slim_weights(args, dense), masks),
             dense,
             images,
             val_loader=checks,
             output=args.output,
             restart=args.restart,
-            info={"model": args.model, "data": images.dataset.fingerprint},
+            info={
+                "model": args.model,
+                "data": images.dataset.fingerprint,
+                "batch_size": args.batch_size,
+            },
             on_epoch=lambda entry: common.say(_line(entry, args.epochs)),
             **{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)},
         )

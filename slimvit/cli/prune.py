@@ -156,7 +156,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.precision not in (None, "float32"):
         raise UsageError(f"--precision must be float32 in a search, got {args.precision}")
     if args.weights_output is None and args.epochs > 0:
-        args.weights_output = args.output.with_name(f"{args.output.stem}.weights.safetensors")
+        args.weights_output = common.weights_beside(args.output)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

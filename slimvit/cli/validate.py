@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import copy
-from pathlib import Path
 
 from slimvit.cli import common
 from slimvit.evaluate import Evaluation, evaluate
 from slimvit.macs import cut, gmacs
-from slimvit.models import load_checkpoint, spec
+from slimvit.models import spec
 from slimvit.runtime import accelerate
 
 HELP = "top-1, top-5 and agreement of the pruned model with the dense one"
@@ -18,13 +16,7 @@ HELP = "top-1, top-5 and agreement of the pruned model with the dense one"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `slimvit validate`."""
     common.add_model_arguments(parser)
-    parser.add_argument("--masks", type=Path, required=True, metavar="FILE", help="masks file")
-    parser.add_argument(
-        "--slim-checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="weights of the pruned model after fine-tuning; the dense one keeps its own",
-    )
+    common.add_masks_arguments(parser)
     common.add_data_arguments(parser)
     common.add_run_arguments(parser)
     parser.add_argument(
@@ -40,11 +32,8 @@ def run(args: argparse.Namespace) -> int:
     common.check_output("--json", args.json)
     dense = common.load_model(args, need_weights=True)
     masks = common.load_masks(args, dense)
-    source = dense
-    if args.slim_checkpoint is not None:
-        source = copy.deepcopy(dense)
-        load_checkpoint(source, args.slim_checkpoint)
-    slim = accelerate(source, masks, backend=args.backend, precision=args.precision)
+    weights = common.load_slim_weights(args, dense)
+    slim = accelerate(weights, masks, backend=args.backend, precision=args.precision)
     images = common.load_images(args, dense)
     found = evaluate(dense, slim, images, progress=True)
     shape = spec(dense)

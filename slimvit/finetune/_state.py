@@ -78,13 +78,13 @@ def load_resume(
     return notes
 
 
-def fingerprint(settings: dict[str, Any], model: nn.Module) -> str:
-    """A hash of the settings and of the weights and masks that the run starts from."""
+def fingerprint(settings: dict[str, Any], slim: nn.Module, dense: nn.Module) -> str:
+    """A hash of the settings, the masks, and the weights that the run starts from."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    masks = getattr(model, "masks", None)
+    masks = getattr(slim, "masks", None)
     if masks is not None:
         digest.update(masks.keep.numpy().tobytes() + masks.semantics.encode())
-    for value in model.state_dict().values():
+    for value in [*slim.state_dict().values(), *dense.state_dict().values()]:
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

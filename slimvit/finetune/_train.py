@@ -119,7 +119,7 @@ class _Run:
             raise DataError(f"too few images: {self.world} processes need a batch each")
         plain = {**asdict(settings), "steps": self.steps, "world": self.world, "info": info}
         self.info = info
-        self.fingerprint = fingerprint(plain, slim)
+        self.fingerprint = fingerprint(plain, slim, dense)
         self._build()
 
     def _build(self) -> None:
