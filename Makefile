@@ -37,8 +37,8 @@ test: install
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 lint: install
-	$(VENV)/bin/ruff check
-	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/python -m ruff check
+	$(VENV)/bin/python -m ruff format --check
 
 bench: install
 	$(VENV)/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
@@ -46,4 +46,4 @@ bench: install
 clean:
 	rm -rf build dist *.egg-info demo-out .pytest_cache .ruff_cache .benchmarks $(STAMP)
 	rm -f slimvit/*.so slimvit/*.not_built.txt
-	find slimvit kernels tests benchmarks csrc -name __pycache__ -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
