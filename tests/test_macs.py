@@ -1,0 +1,117 @@
+"""MACs against torch's flop counter on what is really executed, and against the papers' numbers."""
+
+import pytest
+import timm
+import torch
+from references import MODELS, build, random_images, random_masks
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from slimvit.macs import cut, gmacs, paper_gmacs
+from slimvit.masks import SEMANTICS, Masks
+from slimvit.models import spec
+from slimvit.runtime import accelerate, apply_masks
+
+DEIT_TINY_COUNTS = [141, 141, 131, 121, *[111] * 7, 1]
+
+
+def counted(model: nn.Module, images: torch.Tensor) -> float:
+    """GMACs of one image: half of the floating-point operations that torch counts."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops() / 2 / len(images) / 1e9
+
+
+@pytest.fixture(scope="module")
+def deit_tiny():
+    return spec(timm.create_model("deit_tiny_patch16_224"))
+
+
+class TestFlopCounter:
+    @pytest.mark.parametrize("name", MODELS)
+    def test_dense(self, name):
+        model = build(name)
+        assert gmacs(spec(model)) == pytest.approx(counted(model, random_images(model, 2)), rel=1e-9)
+
+    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("semantics", SEMANTICS)
+    def test_accelerated(self, name, semantics):
+        model = build(name)
+        masks = random_masks(model, semantics)
+        run = counted(accelerate(model, masks), random_images(model, 2))
+        assert gmacs(spec(model), masks) == pytest.approx(run, rel=1e-9)
+
+    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("semantics", ["drop", "idle"])
+    def test_slim(self, name, semantics):
+        model = build(name)
+        masks = random_masks(model, semantics)
+        run = counted(apply_masks(model, masks), random_images(model, 2))
+        assert gmacs(spec(model), masks) == pytest.approx(run, rel=1e-9)
+
+    def test_deit_tiny(self, deit_tiny):
+        model = timm.create_model("deit_tiny_patch16_224").eval()
+        masks = Masks.from_counts(DEIT_TINY_COUNTS, (14, 14))
+        run = counted(apply_masks(model, masks), random_images(model, 1))
+        assert gmacs(deit_tiny, masks) == pytest.approx(run, rel=1e-9)
+
+
+class TestNumbers:
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("deit_tiny_patch16_224", 1.2537),
+            ("deit_small_patch16_224", 4.60),
+            ("deit_base_patch16_224", 17.56),
+        ],
+    )
+    def test_deit(self, name, expected):
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        digits = len(str(expected).split(".")[1])
+        assert round(gmacs(spec(model)), digits) == expected
+
+    def test_slim_deit_tiny(self, deit_tiny):
+        masks = Masks.from_counts(DEIT_TINY_COUNTS, (14, 14))
+        assert round(100 * cut(deit_tiny, masks), 1) == 45.0
+
+    def test_class_token_alone_in_the_last_block(self, deit_tiny):
+        masks = Masks.from_counts([197] * 11 + [1], (14, 14))
+        assert round(100 * cut(deit_tiny, masks), 1) == 6.9
+
+    def test_dense_masks_cut_nothing(self, deit_tiny):
+        for semantics in SEMANTICS:
+            assert cut(deit_tiny, Masks.dense(12, (14, 14), semantics=semantics)) == 0
+
+    def test_semantics_cost(self, deit_tiny):
+        drop, zero, idle = (
+            gmacs(deit_tiny, Masks.from_counts(DEIT_TINY_COUNTS, (14, 14), semantics=semantics))
+            for semantics in SEMANTICS
+        )
+        assert drop < zero < idle < gmacs(deit_tiny)
+        # One more key for n queries in each of the eleven blocks that receive fewer than N.
+        assert zero - drop == pytest.approx(2 * 192 * sum(DEIT_TINY_COUNTS[1:]) / 1e9, rel=1e-6)
+
+    def test_paper_formula(self, deit_tiny):
+        width, patches, classes = 192, 196, 1000
+        by_hand = patches * 768 * width + width * classes
+        for n in DEIT_TINY_COUNTS:
+            by_hand += 4 * n * width**2 + 2 * n**2 * width + 8 * n * width**2
+        masks = Masks.from_counts(DEIT_TINY_COUNTS, (14, 14))
+        assert paper_gmacs(deit_tiny, masks) == pytest.approx(by_hand / 1e9, rel=1e-12)
+        assert paper_gmacs(deit_tiny, masks) < gmacs(deit_tiny, masks)
+
+    def test_paper_formula_of_the_dense_model(self, deit_tiny):
+        assert paper_gmacs(deit_tiny) == gmacs(deit_tiny)
+
+    def test_two_heads(self):
+        one, two = (
+            spec(VisionTransformer(num_classes=classes, embed_dim=48, depth=1, num_heads=3))
+            for classes in (0, 1000)
+        )
+        assert gmacs(two) - gmacs(one) == pytest.approx(48 * 1000 / 1e9)
+        model = build("deit_distilled")
+        assert gmacs(spec(model)) - gmacs(spec(build("distilled_no_classes"))) == pytest.approx(
+            2 * 48 * 7 / 1e9
+        )
