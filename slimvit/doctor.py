@@ -89,8 +89,8 @@ def describe(report: dict[str, Any]) -> str:
 
 
 _BFLOAT16 = {
-    True: "fast: the processor multiplies it",
-    False: "slow: the processor has no instructions for it, float32 is faster",
+    True: "in hardware",
+    False: "not in hardware: the processor has no instructions for it",
     None: "unknown",
 }
 
