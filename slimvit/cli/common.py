@@ -1,4 +1,4 @@
-"""What the commands share: flags with timm's names, loading, tables and JSON files."""
+"""What the commands share: flags, loading, tables and JSON files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimvit.cli._arguments import (
+    add_data_arguments,
+    add_masks_arguments,
+    add_model_arguments,
+    add_run_arguments,
+)
 from slimvit.cli._types import kept_counts, number, whole_number
 from slimvit.errors import UsageError
 from slimvit.files import atomic_write
@@ -47,92 +53,6 @@ __all__ = [
     "whole_number",
     "write_json",
 ]
-
-PRECISIONS = ("float32", "bfloat16", "float16")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add --model, --pretrained, --checkpoint, --img-size and --num-classes."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", required=required, metavar="NAME", help="timm's name of it")
-    weights = group.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--pretrained", action="store_true", help="timm's weights, downloaded from the hub"
-    )
-    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights, safetensors")
-    group.add_argument("--img-size", type=whole_number(1), metavar="N", help="image side in pixels")
-    group.add_argument(
-        "--num-classes", type=whole_number(0), metavar="N", help="outputs of the head"
-    )
-
-
-def add_masks_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --masks and --slim-checkpoint."""
-    parser.add_argument("--masks", type=Path, required=True, metavar="FILE", help="masks file")
-    parser.add_argument(
-        "--slim-checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="weights of the pruned model, from finetune or from prune --epochs; the dense one "
-        "keeps its own",
-    )
-
-
-def add_data_arguments(
-    parser: argparse.ArgumentParser, required: bool = True, samples: int | None = None
-) -> None:
-    """Add --data-dir, --class-map, --subset, --samples (default `samples`) and --workers."""
-    group = parser.add_argument_group("images")
-    group.add_argument(
-        "--data-dir",
-        type=Path,
-        required=required,
-        metavar="DIR",
-        help="folder of images, or of class folders",
-    )
-    group.add_argument(
-        "--class-map",
-        type=Path,
-        metavar="FILE",
-        help="text file whose line i names the folder of class i; without it the sorted "
-        "folders are the classes, where there are as many as the model has",
-    )
-    group.add_argument(
-        "--subset", metavar="START:STOP", help="slice of the sorted list of images, such as 0:250"
-    )
-    group.add_argument(
-        "--samples",
-        type=whole_number(1),
-        default=samples,
-        metavar="N",
-        help=f"N images, evenly spaced over it (default {samples or 'all'})",
-    )
-    group.add_argument(
-        "--workers", type=whole_number(0), metavar="N", help="processes that decode images"
-    )
-
-
-def add_run_arguments(
-    parser: argparse.ArgumentParser,
-    batch_size: int = 32,
-    precision: str = "of the slim model (default float32)",
-) -> None:
-    """Add -b/--batch-size, --device, --precision, --json and --debug."""
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "-b",
-        "--batch-size",
-        type=whole_number(1),
-        default=batch_size,
-        metavar="N",
-        help=f"images a batch (default {batch_size})",
-    )
-    group.add_argument(
-        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 … (default cuda if there is one)"
-    )
-    group.add_argument("--precision", choices=PRECISIONS, help=precision)
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def backends() -> tuple[str, ...]:

@@ -236,7 +236,10 @@ class _Run:
         bad_norm = not math.isfinite(norm) and not self.scaler.is_enabled()
         if bad_norm or not math.isfinite(value):
             what = "gradient" if math.isfinite(value) else "loss"
-            raise SlimvitError(f"the {what} is not finite in {where}: {self._advice()}")
+            raise SlimvitError(
+                f"the {what} is not finite in {where}: try a lower learning rate or amp none; "
+                "the files of the last epoch are as they were"
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.item()
@@ -299,6 +302,3 @@ class _Run:
         if self.first and self.output is not None:
             kept = f"{self.output} holds epoch {done}" if done else "no epoch was finished"
             tqdm.write(f"stopped: {kept}; the same call goes on from there", file=sys.stderr)
-
-    def _advice(self) -> str:
-        return "try a lower learning rate or amp none; the files of the last epoch are as they were"
