@@ -65,7 +65,7 @@ def export_onnx(
         raise ExportError(f"one ONNX file holds at most 2 GB, the weights take {size / 1e9:.1f} GB")
     images = _images(model, 2 if batch == "dynamic" else int(batch))
     with _beside(path) as temporary:
-        with _as_export_error("ONNX"), _quiet():
+        with _as_export_error("ONNX"), quiet():
             program = torch.onnx.export(
                 model,
                 (images,),
@@ -99,7 +99,7 @@ def export_program(model: nn.Module, path: str | os.PathLike[str], *, check: boo
     model = _plain(model)
     images = _images(model, 2)
     buffer = io.BytesIO()
-    with _as_export_error("torch.export"), _quiet():
+    with _as_export_error("torch.export"), quiet():
         shapes = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(model, (images,), dynamic_shapes=shapes)
         torch.export.save(program, buffer)
@@ -133,6 +133,19 @@ def sample_images(shape: tuple[int, int, int], batch: int, seed: int = 0) -> Ten
     coarse = torch.randn(batch, channels, 7, 7, generator=generator)
     blobs = nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")
     return blobs + 0.2 * torch.randn(batch, channels, height, width, generator=generator)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Compilers' and exporters' progress and notes, which no user of ours can act on, silenced."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _images(model: nn.Module, batch: int) -> Tensor:
@@ -205,16 +218,3 @@ def _as_export_error(what: str) -> Iterator[None]:
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise ExportError(f"{what} cannot export this model: {first.strip()}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters' progress and deprecation notes, which no user of ours can act on, silenced."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

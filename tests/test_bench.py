@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -386,3 +387,40 @@ def test_the_command_refuses_bad_usage(capsys, options, message):
     err = capsys.readouterr().err
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def script(name):
+    """A script of benchmarks/, which is no package."""
+    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    found = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_charts_are_drawn_from_the_results(tmp_path):
+    append_csv(tmp_path / "speed.csv", report(ROWS))
+    (tmp_path / "accuracy.csv").write_text(
+        "model,method,score,tolerance,cut,top1,dense_top1,agreement\n"
+        "vit,search,eq6,0.01,0.35,77.0,80.0,90.0\n"
+        "vit,search,eq6,0.02,0.46,75.0,80.0,85.0\n"
+        "vit,uniform,,,0.46,70.0,80.0,80.0\n"
+    )
+    script("chart").main([str(path) for path in sorted(tmp_path.glob("*.csv"))])
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == ["accuracy.png", "speed-a-processor-t1-b8-float32.png"]
+
+
+def test_the_matrix_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    run = script("run")
+    create = run.models.create
+    small = {"img_size": 64, "num_classes": 10}
+    monkeypatch.setattr(run.models, "create", lambda name, **options: create(name, **small))
+    output = tmp_path / "results" / "speed.csv"
+    arguments = ["--models", "test_vit", "--precisions", "float32", "--keep", "12,9x2,5x2,1"]
+    arguments += ["--against", "torch", "--threads", "1", "--rounds", "1", "--seconds", "0.001"]
+    run.main([*arguments, "--output", str(output), "--batches", "1"])
+    assert len(output.read_text().splitlines()) == 4
+    run.main([*arguments, "--output", str(output), "--batches", "1", "2"])
+    assert "batch 1, float32: already in" in capsys.readouterr().out
+    assert len(output.read_text().splitlines()) == 7

@@ -7,13 +7,15 @@ No runtime is timed whose logits do not match the reference.
 """
 
 from slimvit.bench._keep import format_keep, parse_keep
+from slimvit.bench._machine import device_name
 from slimvit.bench._report import CSV_COLUMNS, Report, Row, append_csv, check_csv
 from slimvit.bench._run import bench
-from slimvit.bench._runtimes import RUNTIMES, Runtime, Setting, Workload
+from slimvit.bench._runtimes import DTYPES, RUNTIMES, Runtime, Setting, Workload
 from slimvit.bench._verify import TOLERANCES
 
 __all__ = [
     "CSV_COLUMNS",
+    "DTYPES",
     "RUNTIMES",
     "TOLERANCES",
     "Report",
@@ -24,6 +26,7 @@ __all__ = [
     "append_csv",
     "bench",
     "check_csv",
+    "device_name",
     "format_keep",
     "parse_keep",
 ]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from slimvit import backends
-from slimvit.export import export_onnx
+from slimvit.export import export_onnx, quiet
 from slimvit.masks import Masks
 from slimvit.runtime import accelerate, apply_masks
 
@@ -166,6 +166,8 @@ class TorchCompile(Torch):
         else:
             options = {"cpp.threads": self.setting.threads}
         self._net = torch.compile(self._net, fullgraph=True, dynamic=False, options=options)
+        with quiet(), torch.inference_mode():  # compiles now
+            self(work.images)
 
 
 class OnnxRuntime(Runtime):

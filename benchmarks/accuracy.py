@@ -1,0 +1,191 @@
+"""What pruning costs in accuracy: searches, ablations and fine-tuning on real images, as a CSV.
+
+    python benchmarks/accuracy.py --model deit_tiny_patch16_224 --checkpoint FILE \
+        --data-dir IMAGES --class-map SYNSETS --calibrate 0:250 --validate 250:500
+
+One row an experiment; a row that the CSV holds already is not run again, so that a stopped run
+goes on. Ablations keep as many tokens in every block as the first experiment found, so that only
+the choice of tokens differs; `uniform` keeps equally many in every block at the same cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+from slimvit import Masks, __version__, apply_masks, models
+from slimvit.bench._machine import commit
+from slimvit.data import ImageFolder, image_transform, loader
+from slimvit.evaluate import evaluate
+from slimvit.finetune import finetune
+from slimvit.search import Result, search
+
+COLUMNS = (
+    "model,method,score,tolerance,block_epochs,finetune_epochs,semantics,kept,cut,images,"
+    "top1,dense_top1,agreement,search_seconds,finetune_seconds,samples,slimvit,commit,date"
+).split(",")
+FINETUNE = {"epochs": 10, "lr": 3e-5}
+
+
+class Experiments:
+    """The experiments on one model; each adds one row to the CSV."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.model = models.create(args.model, checkpoint=args.checkpoint)
+        self.rows = _read(args.output)
+
+    def images(
+        self, subset: str, samples: int | None = None, training: bool = False
+    ) -> ImageFolder:
+        return ImageFolder(
+            self.args.data_dir,
+            class_map=self.args.class_map,
+            subset=subset,
+            samples=samples,
+            transform=image_transform(self.model, training=training),
+        )
+
+    def search(self, **options: object) -> tuple[Result, float]:
+        calibration = loader(self.images(self.args.calibrate, self.args.samples), 16)
+        start = time.perf_counter()
+        result = search(self.model, calibration, **options)  # type: ignore[arg-type]
+        return result, time.perf_counter() - start
+
+    def add(
+        self,
+        method: str,
+        find: Callable[[], tuple[Result, float]],
+        epochs: int = 0,
+        **about: object,
+    ) -> Masks | None:
+        """Run one experiment unless its row is there; the masks, if it ran."""
+        about = {"method": method, "finetune_epochs": epochs, **about}
+        if any(_same(row, self.args.model, about) for row in self.rows):
+            return None
+        result, seconds = find()
+        slim = apply_masks(result.model or self.model, result.masks)
+        start = time.perf_counter()
+        if epochs:
+            train = loader(self.images(self.args.calibrate, training=True), 32, shuffle_seed=0)
+            slim = finetune(slim, self.model, train, **(FINETUNE | {"epochs": epochs})).model
+        tuned = time.perf_counter() - start
+        measured = evaluate(
+            self.model, slim.eval(), loader(self.images(self.args.validate), 25), progress=True
+        )
+        row = {
+            "model": self.args.model,
+            "score": "eq6",
+            "block_epochs": 0,
+            "semantics": result.masks.semantics,
+            "kept": " ".join(map(str, result.masks.counts)),
+            "cut": round(result.cut, 4),
+            "images": measured.images,
+            "top1": round(measured.top1 or 0, 2),
+            "dense_top1": round(measured.dense_top1 or 0, 2),
+            "agreement": round(measured.agreement or 0, 2),
+            "search_seconds": round(seconds),
+            "finetune_seconds": round(tuned) if epochs else "",
+            "samples": self.args.samples,
+            "slimvit": __version__,
+            "commit": commit(),
+            "date": datetime.date.today().isoformat(),
+        } | about
+        self.rows.append({name: str(row.get(name, "")) for name in COLUMNS})
+        _write(self.args.output, self.rows)
+        print({k: row[k] for k in ("method", "cut", "top1", "dense_top1", "agreement")}, flush=True)
+        return result.masks
+
+    def all(self) -> None:
+        """Every experiment of the table in the README."""
+        for tolerance in (0.02, 0.01):
+            self.add(
+                "search",
+                lambda t=tolerance: self.search(tolerance=t),
+                tolerance=tolerance,
+                block_epochs=0,
+            )
+        self.ablations()
+        for tolerance in (0.02, 0.01):
+            self.add(
+                "search",
+                lambda t=tolerance: self.search(tolerance=t, epochs=3),
+                tolerance=tolerance,
+                block_epochs=3,
+            )
+        counts = self.first_counts()
+        for block_epochs in (0, 3):
+            self.add(
+                "search + fine-tuning",
+                lambda e=block_epochs: self.search(counts=counts, epochs=e),
+                epochs=FINETUNE["epochs"],
+                tolerance=0.02,
+                block_epochs=block_epochs,
+            )
+
+    def ablations(self) -> None:
+        """Other scores and other semantics at the counts of the first experiment."""
+        counts = self.first_counts()
+        for score in ("attention", "random"):
+            self.add("counts", lambda s=score: self.search(counts=counts, score=s), score=score)
+        for semantics in ("zero", "idle"):
+            self.add(
+                "counts",
+                lambda s=semantics: self.search(counts=counts, semantics=s),
+                semantics=semantics,
+            )
+        cut = float(self.first()["cut"])
+        self.add("uniform", lambda: self.search(cut=cut, uniform=True))
+
+    def first(self) -> dict[str, str]:
+        """The row of the search at tolerance 0.02."""
+        about = {"method": "search", "tolerance": 0.02, "block_epochs": 0}
+        return next(row for row in self.rows if _same(row, self.args.model, about))
+
+    def first_counts(self) -> tuple[int, ...]:
+        """Its kept counts."""
+        return tuple(map(int, self.first()["kept"].split()))
+
+
+def _same(row: dict[str, str], model: str, about: dict[str, object]) -> bool:
+    defaults = {"score": "eq6", "semantics": "drop", "finetune_epochs": 0, "block_epochs": 0}
+    wanted = {"model": model} | defaults | about
+    return all(row[name] == str(value) for name, value in wanted.items())
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--class-map")
+    parser.add_argument("--calibrate", default="0:250", help="images of the search (default 0:250)")
+    parser.add_argument("--validate", default="250:500", help="held-out images (default 250:500)")
+    parser.add_argument("--samples", type=int, default=128, help="images a search looks at")
+    here = Path(__file__).parent / "results" / "accuracy.csv"
+    parser.add_argument("--output", type=Path, default=here)
+    Experiments(parser.parse_args(argv)).all()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Run `slimvit bench` over models, batches and precisions and add the rows to one CSV file.
+
+    python benchmarks/run.py --threads 2
+    python benchmarks/run.py --masks 'masks/{model}.safetensors' --models deit_tiny_patch16_224
+
+What the file holds already is not measured again, so a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
+
+import argparse
+import csv
+import itertools
+from pathlib import Path
+
+import torch
+
+from slimvit import Masks, models
+from slimvit.bench import append_csv, bench, check_csv, device_name, format_keep, parse_keep
+from slimvit.cli.bench import describe
+
+MODELS = [f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")]
+RESULTS = Path(__file__).parent / "results"
+KEY = ("model", "device", "threads", "batch", "precision", "kept")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments().parse_args(argv)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    check_csv(args.output)
+    device = torch.device(args.device)
+    for name, batch, precision in itertools.product(args.models, args.batches, args.precisions):
+        torch.manual_seed(0)
+        checkpoint = args.checkpoint and args.checkpoint.format(model=name)
+        model = models.create(name, checkpoint=checkpoint).to(device)
+        masks = masks_of(args, model, name)
+        values = (name, device_name(device), args.threads, batch, precision)
+        if key_of(*values, format_keep(masks.counts)) in measured(args.output):
+            print(f"{name}, batch {batch}, {precision}: already in {args.output}")
+            continue
+        report = bench(
+            model,
+            masks,
+            batch=batch,
+            precision=precision,
+            backend=args.backend,
+            threads=args.threads,
+            rounds=args.rounds,
+            seconds=args.seconds,
+            against=args.against,
+            tell=print,
+        )
+        append_csv(args.output, report)
+        print(f"\n{describe(report)}\n", flush=True)
+        torch.compiler.reset()  # it refuses to compile the same code for the ninth model
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--precisions", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--masks", help="masks file; {model} stands for the model's name")
+    parser.add_argument(
+        "--keep", default="141,141,131,121,111x7,1", help="where no masks are given"
+    )
+    parser.add_argument("--checkpoint", help="weights; {model} stands for the model's name")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--against", nargs="*", help="runtimes; default: all that work here")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--output", type=Path, default=RESULTS / "speed.csv")
+    return parser
+
+
+def masks_of(args: argparse.Namespace, model: torch.nn.Module, name: str) -> Masks:
+    shape = models.spec(model)
+    if args.masks:
+        masks = Masks.load(args.masks.format(model=name))
+    else:
+        masks = Masks.from_counts(parse_keep(args.keep), shape.grid, shape.prefix)
+    models.check_masks(masks, shape)
+    return masks
+
+
+def measured(path: Path) -> set[tuple[str, ...]]:
+    """The runs that the file holds."""
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        return {key_of(*(record[name] for name in KEY)) for record in csv.DictReader(file)}
+
+
+def key_of(*values: object) -> tuple[str, ...]:
+    return tuple(map(str, values))
+
+
+if __name__ == "__main__":
+    main()
