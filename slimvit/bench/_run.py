@@ -158,11 +158,12 @@ def _prepare(
     return groups, left_out
 
 
-@torch.inference_mode()
 def _references(work: Workload) -> dict[bool, torch.Tensor]:
     """Float32 logits of the first images: dense from timm, pruned from `apply_masks`."""
     images = work.images[:_VERIFIED_IMAGES]
-    return {pruned: work.network(pruned)(images).float().cpu() for pruned in (False, True)}
+    networks = {pruned: work.network(pruned) for pruned in (False, True)}
+    with torch.inference_mode():
+        return {pruned: network(images).cpu() for pruned, network in networks.items()}
 
 
 def _row(

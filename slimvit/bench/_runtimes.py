@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slimvit import backends
 from slimvit.export import export_onnx, quiet
 from slimvit.masks import Masks
 from slimvit.runtime import accelerate, apply_masks
@@ -111,12 +110,6 @@ class Slimvit(Runtime):
 
     name = "slimvit"
     prunes = True
-
-    @classmethod
-    def why_not(cls, setting: Setting) -> str | None:
-        if setting.backend == "auto":
-            return None
-        return backends.why_not(setting.backend, setting.device, DTYPES[setting.precision])
 
     @property
     def label(self) -> str:
