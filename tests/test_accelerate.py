@@ -5,15 +5,8 @@ import pickle
 
 import pytest
 import torch
-from references import (
-    MODELS,
-    build,
-    off,
-    random_images,
-    random_masks,
-    reference_features,
-)
-from timm.layers import LayerScale
+from references import MODELS, build, off, random_images, random_masks, reference_features
+from timm.models.vision_transformer import LayerScale
 from torch import nn
 
 from slimvit.backends import NAMES, why_not

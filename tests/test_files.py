@@ -37,7 +37,9 @@ def test_full_disk(tmp_path, monkeypatch, existing, call):
     if existing is not None:
         path.write_bytes(existing)
     monkeypatch.setattr(os, call, full_disk)
-    with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: .*a\.bin'$") as caught:
+    with pytest.raises(
+        OSError, match=r"\[Errno 28\] No space left on device: .*a\.bin'$"
+    ) as caught:
         atomic_write(path, b"new")
     monkeypatch.undo()
     assert caught.value.filename == str(path)

@@ -32,7 +32,9 @@ class TestFlopCounter:
     @pytest.mark.parametrize("name", MODELS)
     def test_dense(self, name):
         model = build(name)
-        assert gmacs(spec(model)) == pytest.approx(counted(model, random_images(model, 2)), rel=1e-9)
+        assert gmacs(spec(model)) == pytest.approx(
+            counted(model, random_images(model, 2)), rel=1e-9
+        )
 
     @pytest.mark.parametrize("name", MODELS)
     @pytest.mark.parametrize("semantics", SEMANTICS)
@@ -67,8 +69,7 @@ class TestNumbers:
         ],
     )
     def test_deit(self, name, expected):
-        with torch.device("meta"):
-            model = timm.create_model(name)
+        model = timm.create_model(name, weight_init="skip")
         digits = len(str(expected).split(".")[1])
         assert round(gmacs(spec(model)), digits) == expected
 

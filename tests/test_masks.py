@@ -55,7 +55,10 @@ class TestRules:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"keep": torch.ones(3, 14)}, "keep must be [L, N] booleans, got torch.float32 [3, 14]"),
+            (
+                {"keep": torch.ones(3, 14)},
+                "keep must be [L, N] booleans, got torch.float32 [3, 14]",
+            ),
             ({"keep": torch.ones(14, dtype=torch.bool)}, "booleans, got torch.bool [14]"),
             ({"keep": [[True] * 14] * 3}, "keep must be [L, N] booleans, got list"),
             ({"keep": torch.ones(3, 14, dtype=torch.bool, device="meta")}, "on the CPU, got meta"),

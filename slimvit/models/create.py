@@ -38,6 +38,8 @@ def create(
         CheckpointError: the weights are missing, unreadable or do not fit.
     """
     _check_name(name)
+    if img_size is not None and img_size < 1:
+        raise UsageError(f"img_size must be at least 1, got {img_size}")
     options: dict[str, Any] = {"img_size": img_size, "num_classes": num_classes}
     options = {key: value for key, value in options.items() if value is not None}
     try:

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import torch
-from timm.layers import LayerScale, Mlp
+from timm.models.vision_transformer import LayerScale, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,8 +57,11 @@ class _Slim:
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Keep only what inference needs: layer scale goes into the projection before it, dropout
-        goes away, the key of the zero rows becomes a constant. Training is over after this."""
+        """Keep only what inference needs; training is over after this.
+
+        Layer scale goes into the projection before it, dropout goes away, and the key of the zero
+        rows becomes a constant.
+        """
         self.eval()
         for layer, module in enumerate(self.blocks):
             if self._dead[layer]:

@@ -7,7 +7,6 @@ import os
 import torch
 from torch import Tensor, nn
 
-from slimvit import models
 from slimvit.backends import choose
 from slimvit.errors import SlimvitError, UsageError
 from slimvit.masks import Masks
@@ -63,7 +62,7 @@ class AcceleratedViT(nn.Module):
             raise SlimvitError(f"images must be floating point, got {_name(x.dtype)}")
         return x.to(self.network.cls_token.dtype)
 
-    def extra_repr(self) -> str:
+    def extra_repr(self) -> str:  # noqa: D102
         return f"backend={self.backend}, precision={self.precision}, kept={self.masks.counts}"
 
 
