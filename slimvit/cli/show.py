@@ -7,7 +7,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimvit.errors import DataError, SlimvitError, UsageError
+from slimvit.cli import common
+from slimvit.errors import DataError, UsageError
 from slimvit.files import atomic_write
 from slimvit.masks import Masks
 
@@ -39,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table of kept counts and write the pictures asked for."""
     for flag, path in (("--output", args.output), ("--pyramid", args.pyramid)):
-        if path is not None:
-            _check_path(flag, path)
+        _check_path(flag, path)
     if args.image is not None and args.output is None:
         raise UsageError("--image needs --output, the picture to write")
     masks = Masks.load(args.masks)
@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
         figures[args.output] = masks.plot(image)
     if args.pyramid is not None:
         figures[args.pyramid] = masks.plot_pyramid()
-    drawn = {path: render(figure, path) for path, figure in figures.items()}
-    print(describe(masks))
+    drawn = {path: render(figure, path.suffix) for path, figure in figures.items()}
+    common.say(describe(masks))
     for path, content in drawn.items():
         atomic_write(path, content)
-        print(f"wrote {path}")
+        common.say(f"wrote {path}")
     return 0
 
 
@@ -63,27 +63,31 @@ def describe(masks: Masks) -> str:
     prefix = f"{masks.prefix} prefix token{'' if masks.prefix == 1 else 's'}"
     name = masks.model or "unnamed model"
     patches = f"{masks.grid[0]} x {masks.grid[1]} patches"
-    lines = [f"{name}: {patches} and {prefix}, pruned tokens: {masks.semantics}", ""]
-    errors = "" if masks.errors is None else "     error"
-    lines.append(f"block  kept  of {masks.tokens}{errors}")
-    for block, count in enumerate(masks.counts):
-        error = "" if masks.errors is None else f"  {masks.errors[block].item():8.4f}"
-        lines.append(f"{block + 1:5d} {count:5d}  {100 * count / masks.tokens:4.0f} %{error}")
-    return "\n".join(lines)
+    header = ["block", "kept", f"of {masks.tokens}"]
+    rows: list[list[object]] = [
+        [block + 1, count, f"{100 * count / masks.tokens:.0f} %"]
+        for block, count in enumerate(masks.counts)
+    ]
+    if masks.errors is not None:
+        header.append("error")
+        for row, error in zip(rows, masks.errors.tolist(), strict=True):
+            row.append(f"{error:.4f}")
+    return f"{name}: {patches} and {prefix}, pruned tokens: {masks.semantics}\n\n" + common.table(
+        rows, header
+    )
 
 
-def render(figure: Figure, path: Path) -> bytes:
-    """The picture file's content, in the format of the path's suffix."""
+def render(figure: Figure, suffix: str) -> bytes:
+    """The picture file's content, in the format of the suffix, one of SUFFIXES."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:].lower())
+    figure.savefig(buffer, format=suffix[1:].lower())
     return buffer.getvalue()
 
 
-def _check_path(flag: str, path: Path) -> None:
-    if path.suffix.lower() not in SUFFIXES:
+def _check_path(flag: str, path: Path | None) -> None:
+    if path is not None and path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{flag} must end in {', '.join(SUFFIXES)}, got {path}")
-    if not path.absolute().parent.is_dir():
-        raise SlimvitError(f"{flag}: the folder {path.absolute().parent} does not exist")
+    common.check_output(flag, path)
 
 
 def _read(path: Path) -> Image:
