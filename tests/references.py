@@ -51,7 +51,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "rms_norm": _by_hand(qk_norm=True, norm_layer=RmsNorm, qkv_bias=False),
     "scale_norms": _by_hand(scale_attn_norm=True, scale_mlp_norm=True, init_values=0.1),
     "no_embed_class": _by_hand(no_embed_class=True, reg_tokens=2),
-    "no_pos_embed": _by_hand(pos_embed="none"),
     "no_biases": _by_hand(qkv_bias=False, proj_bias=False, init_values=0.1),
     "dynamic_img_size": _timm("deit_tiny_patch16_224", dynamic_img_size=True),
     "dynamic_img_pad": _by_hand(img_size=(40, 50), dynamic_img_size=True, dynamic_img_pad=True),
@@ -62,8 +61,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "no_final_norm": _by_hand(final_norm=False),
     "depth_1": _by_hand(depth=1),
 }
-if "gated" in inspect.signature(Attention).parameters:  # newer timm only
-    MODELS["gated"] = _gated
+if "gated" in inspect.signature(Attention).parameters:  # older timm forgets the class token below
+    MODELS |= {"gated": _gated, "no_pos_embed": _by_hand(pos_embed="none")}
 
 
 def build(name: str, seed: int = 0) -> nn.Module:

@@ -268,3 +268,24 @@ class TestRefused:
             getattr(fast, call)(torch.zeros(1, 3, 32, 64))
         with pytest.raises(SlimvitError, match="images must be floating point, got uint8"):
             getattr(fast, call)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+class TestCuda:
+    @pytest.mark.parametrize("semantics", SEMANTICS)
+    @pytest.mark.parametrize(
+        ("precision", "limit"), [("float32", 5e-3), ("bfloat16", 0.1), ("float16", 0.02)]
+    )
+    def test_answers(self, semantics, precision, limit):
+        model = build("deit3")
+        images, masks = random_images(model, 3), random_masks(model, semantics)
+        exact = exact_answer(model, images, masks)
+        fast = accelerate(model.cuda(), masks, precision=precision)
+        assert {tensor.device.type for tensor in fast.state_dict().values()} == {"cuda"}
+        assert off(fast(images.cuda()).cpu(), exact) < limit
+
+    def test_moves(self):
+        model, fast = fast_pair("deit3", "zero")
+        images = random_images(model, 2)
+        wanted = fast(images)
+        assert off(fast.cuda()(images.cuda()).cpu(), wanted) < 5e-3
