@@ -45,7 +45,7 @@ def plot_layers(masks: Masks, image: object = None) -> Figure:
     rows = math.ceil(masks.depth / COLUMNS)
     columns = math.ceil(masks.depth / rows)
     height = masks.grid[0] / masks.grid[1]
-    figure = _figure(1.75 * columns, (1.75 * height + 0.27) * rows + 0.42)
+    figure = _figure(1.75 * columns, (1.75 * height + 0.23) * rows + 0.42)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for block, axis in enumerate(axes):
         axis.set_axis_off()
@@ -71,7 +71,7 @@ def plot_pyramid(masks: Masks) -> Figure:
 
     Source: Patch Slimming (Tang et al., CVPR 2022), Figure 5.
     """
-    figure = _figure(9.2, max(3.4, 0.27 * masks.depth + 1.2))
+    figure = _figure(9.2, max(3.4, 0.24 * masks.depth + 1.2))
     bars, lives = figure.subplots(1, 2, width_ratios=(1.35, 1))
     _bars(bars, masks)
     _lives(lives, masks)
@@ -160,7 +160,8 @@ def _lives(axis: Axes, masks: Masks) -> None:
     axis.spines[:].set_visible(False)
     axis.set_xlabel("deepest block that computes the patch", color=INK)
     ticks = _ticks(masks.depth)
-    bar = axis.figure.colorbar(drawn, ax=axis, shrink=0.8, ticks=[0, *ticks])
+    side = axis.inset_axes((1.04, 0, 0.05, 1))
+    bar = axis.figure.colorbar(drawn, cax=side, ticks=[0, *ticks])
     bar.set_ticklabels(["none", *map(str, ticks)])
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, colors=SOFT)
