@@ -14,7 +14,9 @@ _NO_KERNELS = "this version of slimvit has no {} kernels"
 _log = logging.getLogger("slimvit")
 
 
-def why_not(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
+def why_not(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> str | None:
     """The reason why a back end cannot run here, or None if it can.
 
     Args:
