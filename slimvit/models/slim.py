@@ -11,10 +11,11 @@ from timm.models.vision_transformer import LayerScale, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from slimvit.backends.packed_linear import PatchLinear
 from slimvit.errors import UnsupportedModelError
 from slimvit.masks import Masks
 from slimvit.models.vision_transformer import embed, parts
-from slimvit.ops import BlockParts, ExtraKey, scatter_tokens, slim_block, zero_key
+from slimvit.ops import BlockParts, ExtraKey, FoldedBlock, scatter_tokens, slim_block, zero_key
 
 
 class _Slim:
@@ -43,14 +44,18 @@ class _Slim:
         return self.norm(x)
 
     def _slim_layer(self, x: Tensor, layer: int, module: nn.Module) -> Tensor:
-        block, n = parts(module), self._counts[layer]
-        out = slim_block(x, block, n, extra_key=self._extra_key(layer, block))
+        n = self._counts[layer]
+        if isinstance(module, FoldedBlock):
+            out = module.forward(x, n, self._extra_key(layer, None))
+        else:
+            block = parts(module)
+            out = slim_block(x, block, n, extra_key=self._extra_key(layer, block))
         return torch.cat([out, x[n:]]) if self._idle and n < x.shape[0] else out
 
-    def _extra_key(self, layer: int, block: BlockParts) -> ExtraKey | None:
+    def _extra_key(self, layer: int, block: BlockParts | None) -> ExtraKey | None:
         if not self._dead[layer]:
             return None
-        if not self._folded:
+        if block is not None and not self._folded:
             return zero_key(block, self._dead[layer])
         key, value = getattr(self, f"_zero_key_{layer}"), getattr(self, f"_zero_value_{layer}")
         return ExtraKey(key, value, math.log(self._dead[layer]))
@@ -59,8 +64,8 @@ class _Slim:
     def fold(self) -> None:
         """Keep only what inference needs; training is over after this.
 
-        Layer scale goes into the projection before it, dropout goes away, and the key of the zero
-        rows becomes a constant.
+        Layer scale goes into the projection before it, dropout goes away, the key of the zero
+        rows becomes a constant, and plain blocks are computed with fewer calls.
         """
         self.eval()
         for layer, module in enumerate(self.blocks):
@@ -72,6 +77,10 @@ class _Slim:
             if type(module.mlp) is Mlp and isinstance(module.mlp.norm, nn.Identity):
                 module.ls2 = _fold_scale(module.ls2, module.mlp.fc2)
                 module.mlp = nn.Sequential(module.mlp.fc1, module.mlp.act, module.mlp.fc2)
+            if FoldedBlock.folds(parts(module)):
+                self.blocks[layer] = FoldedBlock(parts(module))
+        if PatchLinear.replaces(self.patch_embed.proj):
+            self.patch_embed.proj = PatchLinear(self.patch_embed.proj)
         self._folded = True
 
     def forward_features(

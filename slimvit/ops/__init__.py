@@ -1,5 +1,6 @@
 """The operations of a slimmed transformer, each defined by its reference in plain PyTorch."""
 
+from slimvit.ops.folded_block import FoldedBlock
 from slimvit.ops.scatter_tokens import scatter_tokens
 from slimvit.ops.slim_attention import attention_probabilities, slim_attention
 from slimvit.ops.slim_block import (
@@ -14,6 +15,7 @@ from slimvit.ops.slim_block import (
 __all__ = [
     "BlockParts",
     "ExtraKey",
+    "FoldedBlock",
     "attention_probabilities",
     "project_qkv",
     "scatter_tokens",

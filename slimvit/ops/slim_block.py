@@ -116,7 +116,7 @@ def _attention_branch(
     y_kept = take(y, keep)
     q, k, v = project_qkv(block, y_kept, y)  # [B, H, n, d], [B, H, m, d] twice
     if extra_key is not None:
-        k, v, key_bias = _append_key(k, v, key_bias, extra_key)
+        k, v, key_bias = append_key(k, v, key_bias, extra_key)
     dropout = block.attn_drop if block.proj.training else 0.0
     a = slim_attention(q, k, v, key_bias, dropout)
     a = block.attn_norm(a.permute(2, 0, 1, 3).reshape(n, x.shape[1], block.heads * block.head_dim))
@@ -143,9 +143,10 @@ def _heads(block: BlockParts, rows: Tensor, parts: int) -> tuple[Tensor, ...]:
     return rows.view(n, batch, parts, block.heads, block.head_dim).permute(2, 1, 3, 0, 4).unbind(0)
 
 
-def _append_key(
+def append_key(
     k: Tensor, v: Tensor, key_bias: Tensor | None, extra: ExtraKey
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values [B, H, m + 1, d] with the extra one last, and the bias of each, [m + 1]."""
     # In half precision log(rows) is rounded by up to 1 %, so all other biases move along with it.
     shift = _rounded(extra.bias, k.dtype) - extra.bias
     key_bias = k.new_full((k.shape[2],), shift) if key_bias is None else key_bias + shift

@@ -246,7 +246,7 @@ class _FirstBatch:
         self._loader = loader
         self.images: Tensor
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self):
         for number, batch in enumerate(self._loader):
             if number == 0:
                 self.images = batch if isinstance(batch, Tensor) else batch[0]

@@ -57,8 +57,8 @@ class BlockTuner:
                 loss = self._layer.relative_error(features, batch, n).mean()
             if not math.isfinite(loss.item()):
                 raise SlimvitError(
-                    f"fine-tuning of block {self._layer.index} diverged: the loss is {loss.item()}, "
-                    "lower the learning rate"
+                    f"fine-tuning of block {self._layer.index} diverged: "
+                    f"the loss is {loss.item()}, lower the learning rate"
                 )
             loss.backward()
         if dist.is_initialized():

@@ -1,0 +1,78 @@
+"""The slimmed block for inference: what `slim_block` computes, in fewer calls."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimvit.backends.packed_linear import PackedLinear, packable
+from slimvit.ops.slim_attention import slim_attention
+from slimvit.ops.slim_block import BlockParts, ExtraKey, append_key
+
+
+class FoldedBlock(nn.Module):
+    """`slim_block` of a plain block whose layer scale has been folded; see `folds`.
+
+    At batch 1 a small transformer spends as much time between its kernels as in them, the same for
+    few tokens as for many, so every call that is saved here brings the speed-up nearer the cut.
+
+    Args:
+        block: parts of the block; the weights are shared, not copied.
+    """
+
+    def __init__(self, block: BlockParts) -> None:
+        super().__init__()
+        self.heads, self.head_dim = block.heads, block.head_dim
+        self.inner = block.heads * block.head_dim
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.qkv = PackedLinear(block.qkv.weight, block.qkv.bias)
+        self.proj = PackedLinear(block.proj.weight, block.proj.bias)
+        self.fc1 = PackedLinear(block.mlp[0].weight, block.mlp[0].bias)
+        self.act = block.mlp[1]
+        self.fc2 = PackedLinear(block.mlp[2].weight, block.mlp[2].bias)
+        self._gelu = type(self.act) is nn.GELU and self.act.approximate == "none"
+
+    @staticmethod
+    def folds(block: BlockParts) -> bool:
+        """Whether a block is plain: LayerNorm, no qk-norm, no gate, MLP = fc1, activation, fc2."""
+        absent = (block.q_norm, block.k_norm, block.attn_norm, block.ls1, block.ls2)
+        norms = (block.norm1, block.norm2)
+        return (
+            all(isinstance(part, nn.Identity) for part in absent)
+            and all(isinstance(norm, nn.LayerNorm) and norm.elementwise_affine for norm in norms)
+            and block.gate is None
+            and isinstance(block.mlp, nn.Sequential)
+            and all(type(m) is nn.Linear for m in (block.proj, block.mlp[0], block.mlp[2]))
+        )
+
+    def forward(self, x: Tensor, keep: int, extra_key: ExtraKey | None = None) -> Tensor:
+        """The kept rows after the block, [n, B, D], of the alive tokens [m, B, D]; n = `keep`."""
+        packed = packable(x)
+        x_kept = x if keep == x.shape[0] else x[:keep]
+        q, k, v = self._project(_layer_norm(self.norm1, x), keep, packed)
+        key_bias = None
+        if extra_key is not None:
+            k, v, key_bias = append_key(k, v, None, extra_key)
+        a = slim_attention(q, k, v, key_bias)
+        a = a.permute(2, 0, 1, 3).reshape(keep, x.shape[1], self.inner)
+        x_kept = self.proj.forward(a, packed=packed, add=x_kept)
+        hidden = self.fc1.forward(_layer_norm(self.norm2, x_kept), packed=packed, gelu=self._gelu)
+        if not self._gelu:
+            hidden = self.act(hidden)
+        return self.fc2.forward(hidden, packed=packed, add=x_kept)
+
+    def _project(self, y: Tensor, keep: int, packed: bool) -> tuple[Tensor, ...]:
+        """Queries [B, H, n, d] of the kept rows, keys and values [B, H, m, d] of all."""
+        m, batch, _ = y.shape
+        shape = (batch, 3, self.heads, self.head_dim)
+        if keep == m:
+            qkv = self.qkv.forward(y, packed=packed)
+            return qkv.view(m, *shape).permute(2, 1, 3, 0, 4).unbind(0)
+        q = self.qkv.forward(y[:keep], slice(0, self.inner), packed=packed)
+        kv = self.qkv.forward(y, slice(self.inner, None), packed=packed)
+        k, v = kv.view(m, batch, 2, *shape[2:]).permute(2, 1, 3, 0, 4).unbind(0)
+        return q.view(keep, batch, *shape[2:]).permute(1, 2, 0, 3), k, v
+
+
+def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
