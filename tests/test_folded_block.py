@@ -121,6 +121,14 @@ def test_pack_follows_its_weight():
     assert layer(x.bfloat16(), packed=True).dtype == torch.bfloat16
 
 
+def test_model_built_in_inference_mode_is_not_packed():
+    with torch.inference_mode():
+        layer, x = PackedLinear(torch.randn(8, 4), torch.randn(8)), torch.randn(2, 4)
+        before = layer(x, packed=True)
+        layer.weight.zero_()
+        assert not torch.equal(layer(x, packed=True), before)
+
+
 def test_packing_is_for_inference_on_cpus():
     x = torch.randn(2, 3)
     assert packable(x)
