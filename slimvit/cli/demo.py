@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder for masks, pictures and report (default demo-out)",
     )  # fmt: skip
     parser.add_argument(
-        "--tolerance", type=common.number(above=0), default=0.02, metavar="T",
-        help="largest relative error of a block (default 0.02)",
+        "--tolerance", type=common.number(above=0), default=0.0015, metavar="T",
+        help="largest relative error of a block (default 0.0015)",
     )  # fmt: skip
     parser.add_argument(
         "--epochs", type=common.whole_number(0), default=3, metavar="E",

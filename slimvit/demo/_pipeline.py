@@ -50,10 +50,10 @@ class Settings:
         seed: of the training digits' rendering and of the random weights.
     """
 
-    tolerance: float = 0.02
+    tolerance: float = 0.0015
     calibration: int = 128
     granularity: int = 16
-    block_epochs: int = 1
+    block_epochs: int = 3
     epochs: int = 3
     training: int | None = None
     held_out: int | None = None
@@ -125,20 +125,22 @@ def run(settings: Settings, say: Say = print, progress: bool = True) -> Outcome:
         f"{len(train.labels)} digits to train on, {len(held_out.labels)} held out"
     )
     words = f"Algorithm 1 with block fine-tuning, tolerance {settings.tolerance}"
-    with clock("prune", f"[1/5] {words}"):
+    with clock("prune", f"[1/5] {words}") as note:
         found = _search(dense, train, settings, progress)
-    kept = ", ".join(map(str, found.masks.counts))
-    say(f"      kept {kept}: {100 * found.cut:.1f} % fewer MACs")
+        kept = ", ".join(map(str, found.masks.counts))
+        note(f"kept {kept}: {100 * found.cut:.1f} % fewer MACs")
     with clock("finetune", f"[2/5] fine-tuning the whole, {settings.epochs} epochs"):
         slim = apply_masks(found.model or dense, found.masks).eval()
         pruned = evaluate(dense, slim, validation)
         tuned = _finetune(slim, dense, train, settings, progress)
-    with clock("validate", f"[3/5] validating the accelerated model in {settings.precision}"):
+    with clock(
+        "validate", f"[3/5] validating the accelerated model in {settings.precision}"
+    ) as note:
         fast = accelerate(
             tuned, found.masks, backend=settings.backend, precision=settings.precision
         )
         final = evaluate(dense, fast, validation)
-    say(f"      top-1 {final.dense_top1:.1f} % dense, {final.top1:.1f} % slim")
+        note(f"held-out top-1 {final.dense_top1:.1f} % dense, {final.top1:.1f} % slim")
     with clock("bench", "[4/5] timing the digits ViT"), _status(progress):
         digits = _bench(tuned, found.masks, settings)
     words = f"timing {settings.compare}, random weights, same cut"
@@ -228,19 +230,20 @@ def same_cut(spec: Spec, masks: Masks, wanted: float) -> Masks:
 
 
 class _Clock:
-    """Tells each stage and how long it took."""
+    """Tells each stage, how long it took, and what came of it."""
 
     def __init__(self, say: Say) -> None:
         self.seconds: dict[str, float] = {}
         self._say = say
 
     @contextlib.contextmanager
-    def __call__(self, stage: str, words: str) -> Iterator[None]:
+    def __call__(self, stage: str, words: str) -> Iterator[Say]:
         start = time.perf_counter()
         self._say(f"{words} …")
-        yield
+        notes: list[str] = []
+        yield notes.append
         self.seconds[stage] = time.perf_counter() - start
-        self._say(f"      done in {self.seconds[stage]:.0f} s")
+        self._say("; ".join([f"      {self.seconds[stage]:.0f} s", *notes]))
 
 
 @contextlib.contextmanager
