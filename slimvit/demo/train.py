@@ -1,8 +1,8 @@
 """Train the digits model that `slimvit demo` prunes.
 
-The shipped weights come from `python -m slimvit.demo.train` with its default arguments: a quarter of
-an hour on one core. It sees the held-out digits once, after training, to measure the accuracy that
-it writes beside the weights.
+The shipped weights come from `python -m slimvit.demo.train` with its default arguments: a quarter
+of an hour on one core. It sees the held-out digits once, after training, to measure the accuracy
+that it writes beside the weights.
 """
 
 from __future__ import annotations
