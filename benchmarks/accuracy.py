@@ -131,8 +131,17 @@ class Experiments:
     def ablations(self) -> None:
         """Other scores and other semantics at the counts of the first experiment."""
         counts = self.first_counts()
-        for score in ("attention", "random"):
-            self.add("counts", lambda s=score: self.search(counts=counts, score=s), score=score)
+        self.add(
+            "counts",
+            lambda: self.search(counts=counts, score="attention"),
+            score="attention",
+        )
+        for seed in range(3):
+            self.add(
+                "counts",
+                lambda s=seed: self.search(counts=counts, score="random", seed=s),
+                score=f"random, seed {seed}",
+            )
         for semantics in ("zero", "idle"):
             self.add(
                 "counts",

@@ -10,9 +10,10 @@ import torch
 
 from slimvit import Masks, accelerate, apply_masks
 from slimvit.backends import NAMES, why_not
-from slimvit.bench import DTYPES, TOLERANCES, parse_keep
+from slimvit.bench import TOLERANCES, parse_keep
 from slimvit.export import relative_error, sample_images
 from slimvit.models import spec
+from slimvit.runtime import PRECISIONS
 
 COUNTS = parse_keep("141,141,131,121,111x7,1")
 KEPT = {"dense": (197,) * 12, "slim": COUNTS}
@@ -37,7 +38,7 @@ def precision(request):
 @torch.inference_mode()
 def test_timm(benchmark, model, images, precision):
     wanted = model(images)
-    dtype = DTYPES[precision]
+    dtype = PRECISIONS[precision]
     timed = timm.create_model("deit_tiny_patch16_224").eval()
     timed.load_state_dict(model.state_dict())
     timed.to(dtype)
@@ -49,7 +50,7 @@ def test_timm(benchmark, model, images, precision):
 @pytest.mark.parametrize("backend", NAMES)
 @torch.inference_mode()
 def test_accelerated(benchmark, model, images, precision, backend, kept):
-    reason = why_not(backend, "cpu", DTYPES[precision])
+    reason = why_not(backend, "cpu", PRECISIONS[precision])
     if reason:
         pytest.skip(reason)
     masks = Masks.from_counts(KEPT[kept], spec(model).grid)

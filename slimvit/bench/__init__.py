@@ -10,12 +10,11 @@ from slimvit.bench._keep import format_keep, parse_keep
 from slimvit.bench._machine import device_name
 from slimvit.bench._report import CSV_COLUMNS, Report, Row, append_csv, check_csv
 from slimvit.bench._run import bench
-from slimvit.bench._runtimes import DTYPES, RUNTIMES, Runtime, Setting, Workload
+from slimvit.bench._runtimes import RUNTIMES, Runtime, Setting, Workload
 from slimvit.bench._verify import TOLERANCES
 
 __all__ = [
     "CSV_COLUMNS",
-    "DTYPES",
     "RUNTIMES",
     "TOLERANCES",
     "Report",

@@ -17,13 +17,14 @@ from torch import nn
 from slimvit.bench import _machine
 from slimvit.bench._report import Report, Row
 from slimvit.bench._rounds import measure
-from slimvit.bench._runtimes import DTYPES, RUNTIMES, Runtime, Setting, Slimvit, Workload
+from slimvit.bench._runtimes import RUNTIMES, Runtime, Setting, Slimvit, Workload
 from slimvit.bench._verify import verify
 from slimvit.errors import MismatchError, SlimvitError, UsageError
 from slimvit.export import sample_images
 from slimvit.macs import cut
 from slimvit.masks import Masks
 from slimvit.models import spec
+from slimvit.runtime import PRECISIONS
 
 _VERIFIED_IMAGES = 8
 _log = logging.getLogger("slimvit")
@@ -119,8 +120,8 @@ def _check(
             raise UsageError(f"{name} must be at least 1, got {value}")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"seconds must be positive and finite, got {seconds}")
-    if precision not in DTYPES:
-        raise UsageError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     for name in against or ():
         if name not in RUNTIMES:
             raise UsageError(f"unknown runtime {name!r}: one of {', '.join(RUNTIMES)}")

@@ -21,9 +21,7 @@ from torch import Tensor, nn
 
 from slimvit.export import export_onnx, quiet
 from slimvit.masks import Masks
-from slimvit.runtime import accelerate, apply_masks
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from slimvit.runtime import PRECISIONS, accelerate, apply_masks
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class Torch(Runtime):
     name = "torch"
 
     def prepare(self, work: Workload, pruned: bool) -> None:
-        self._dtype = DTYPES[self.setting.precision]
+        self._dtype = PRECISIONS[self.setting.precision]
         self._net: Any = copy.deepcopy(work.network(pruned)).eval().to(self._dtype)
 
     def __call__(self, images: Tensor) -> Tensor:
