@@ -46,6 +46,13 @@ def test_store_holds_no_more_than_its_limit_in_memory(tmp_path):
     assert "new" in store._memory
 
 
+def test_full_disk_names_the_folder(tmp_path):
+    store = TensorStore(0, str(tmp_path))
+    os.symlink("/dev/full", os.path.join(store._folder.name, "0.bin"))
+    with pytest.raises(SlimvitError, match=rf"do not fit into {tmp_path}"):
+        store.put("a", torch.zeros(1 << 20))
+
+
 def test_features_are_those_of_the_model(tiny_vit):
     images = torch.randn(3, 3, 64, 64)
     features = Features(tiny_vit, [images], cache_bytes=0, progress=False)

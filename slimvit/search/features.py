@@ -46,7 +46,13 @@ class TensorStore:
         path = (
             self._files[key][0] if key in self._files else Path(self._folder.name, f"{number}.bin")
         )
-        value.view(-1).view(torch.uint8).numpy().tofile(path)
+        try:
+            value.view(-1).view(torch.uint8).numpy().tofile(path)
+        except OSError as error:
+            raise SlimvitError(
+                f"features do not fit into {self._folder.name}: {error}; choose another cache_dir "
+                "or a larger cache_bytes"
+            ) from error
         self._files[key] = (path, value.shape, value.dtype)
 
     def get(self, key: Hashable) -> Tensor:
