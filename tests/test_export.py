@@ -1,12 +1,15 @@
 """Exported files answer like the model, in any batch, and appear whole or not at all."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from slimvit import apply_masks, export
+from slimvit.bench import openvino_core
 from slimvit.cli import main
 from slimvit.errors import ExportError, MismatchError, UsageError
 from slimvit.export import export_onnx, export_program, relative_error, sample_images
@@ -44,11 +47,35 @@ def in_onnxruntime(path, batch):
 
 
 def in_openvino(path, batch):
-    ov = pytest.importorskip("openvino")
-    core = ov.Core()
+    pytest.importorskip("openvino")
+    core = openvino_core()
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(core.read_model(str(path)), "CPU", options)
     return torch.from_numpy(np.array(compiled([images(batch).numpy()])[0]))
+
+
+SIGNAL_AFTER_OPENVINO = """
+import gc, signal, sys
+from slimvit.bench import openvino_core
+
+path = sys.argv[1]
+compiled = openvino_core().compile_model(openvino_core().read_model(path), "CPU")
+del compiled
+gc.collect()
+seen = []
+signal.signal(signal.SIGCHLD, lambda *_: seen.append(1))
+signal.raise_signal(signal.SIGCHLD)
+print(len(seen))
+"""
+
+
+def test_signals_are_survived_after_openvino(slim, tmp_path):
+    pytest.importorskip("openvino")
+    path = tmp_path / "slim.onnx"
+    export_onnx(slim, path, check=False)
+    command = [sys.executable, "-c", SIGNAL_AFTER_OPENVINO, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
 
 
 def test_onnx_of_a_slim_model_matches_in_both_runtimes(slim, tmp_path):

@@ -10,7 +10,7 @@ from slimvit.bench._keep import format_keep, parse_keep
 from slimvit.bench._machine import device_name
 from slimvit.bench._report import CSV_COLUMNS, Report, Row, append_csv, check_csv
 from slimvit.bench._run import bench
-from slimvit.bench._runtimes import RUNTIMES, Runtime, Setting, Workload
+from slimvit.bench._runtimes import RUNTIMES, Runtime, Setting, Workload, openvino_core
 from slimvit.bench._verify import TOLERANCES
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "check_csv",
     "device_name",
     "format_keep",
+    "openvino_core",
     "parse_keep",
 ]

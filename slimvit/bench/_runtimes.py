@@ -204,9 +204,7 @@ class OpenVino(Runtime):
         return _needs("openvino", setting)
 
     def prepare(self, work: Workload, pruned: bool) -> None:
-        import openvino
-
-        core = openvino.Core()
+        core = openvino_core()
         model = core.read_model(str(work.onnx(pruned)))
         model.reshape(list(work.images.shape))
         options = {
@@ -222,6 +220,18 @@ class OpenVino(Runtime):
     def __call__(self, images: Tensor) -> Tensor:
         out = self._request.infer([images.numpy()], share_inputs=True, share_outputs=True)
         return torch.from_numpy(out[0])
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """The one Core of this process.
+
+    Compiling a model gives the thread a signal stack that goes away with the last Core while it
+    stays registered: the next signal, be it Ctrl-C or a child's end, would then end the process.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 RUNTIMES: dict[str, type[Runtime]] = {
