@@ -55,13 +55,19 @@ def in_openvino(path, batch):
 
 
 SIGNAL_AFTER_OPENVINO = """
-import gc, signal, sys
+import gc, signal, sys, threading
 from slimvit.bench import openvino_core
 
-path = sys.argv[1]
-compiled = openvino_core().compile_model(openvino_core().read_model(path), "CPU")
-del compiled
-gc.collect()
+def drop():
+    compiled.clear()
+    gc.collect()
+
+core = openvino_core()
+compiled = [core.compile_model(core.read_model(sys.argv[1]), "CPU")]
+del core
+thread = threading.Thread(target=drop)
+thread.start()
+thread.join()
 seen = []
 signal.signal(signal.SIGCHLD, lambda *_: seen.append(1))
 signal.raise_signal(signal.SIGCHLD)

@@ -226,8 +226,8 @@ class OpenVino(Runtime):
 def openvino_core() -> Any:
     """The one Core of this process.
 
-    Compiling a model gives the thread a signal stack that goes away with the last Core while it
-    stays registered: the next signal, be it Ctrl-C or a child's end, would then end the process.
+    Compiling a model gives the thread a signal stack. If another thread drops the last Core, the
+    stack goes away and stays registered: the next signal, Ctrl-C too, then ends the process.
     """
     import openvino
 
