@@ -75,10 +75,10 @@ print(len(seen))
 """
 
 
-def test_signals_are_survived_after_openvino(slim, tmp_path):
+def test_signals_are_survived_after_openvino(tiny_vit, tmp_path):
     pytest.importorskip("openvino")
-    path = tmp_path / "slim.onnx"
-    export_onnx(slim, path, check=False)
+    path = tmp_path / "dense.onnx"
+    export_onnx(tiny_vit, path, check=False)
     command = [sys.executable, "-c", SIGNAL_AFTER_OPENVINO, str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
