@@ -86,9 +86,9 @@ class Experiments:
             "kept": " ".join(map(str, result.masks.counts)),
             "cut": round(result.cut, 4),
             "images": measured.images,
-            "top1": round(measured.top1 or 0, 2),
-            "dense_top1": round(measured.dense_top1 or 0, 2),
-            "agreement": round(measured.agreement or 0, 2),
+            "top1": _percent(measured.top1, "top1"),
+            "dense_top1": _percent(measured.dense_top1, "dense_top1"),
+            "agreement": _percent(measured.agreement, "agreement"),
             "search_seconds": round(seconds),
             "finetune_seconds": round(tuned) if epochs else "",
             "samples": self.args.samples,
@@ -159,6 +159,12 @@ class Experiments:
     def first_counts(self) -> tuple[int, ...]:
         """Its kept counts."""
         return tuple(map(int, self.first()["kept"].split()))
+
+
+def _percent(value: float | None, name: str) -> float:
+    if value is None:
+        raise SystemExit(f"{name} needs labels: give --class-map, or one folder for each class")
+    return round(value, 2)
 
 
 def _same(row: dict[str, str], model: str, about: dict[str, object]) -> bool:

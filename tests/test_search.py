@@ -155,6 +155,20 @@ def test_wrong_score_is_named(tiny_vit, batches):
         quick(tiny_vit, batches, tolerance=0.1, score=lambda v: v.paths[:, 1:])
     with pytest.raises(SlimvitError, match="scores must be finite"):
         quick(tiny_vit, batches, tolerance=0.1, score=lambda v: v.paths / 0 * 0)
+    for bad in (lambda v: v.paths * 0, lambda v: -v.paths):
+        with pytest.raises(SlimvitError, match="not negative and not all zero, those of block 5"):
+            quick(tiny_vit, batches, tolerance=0.1, score=bad)
+
+
+def test_error_that_is_no_number_is_named(tiny_vit, batches, monkeypatch):
+    from slimvit.search.layer import Layer
+
+    def broken(self, features, batch, n):
+        return torch.full((3,), float("nan"))
+
+    monkeypatch.setattr(Layer, "relative_error", broken)
+    with pytest.raises(SlimvitError, match="relative error of block 6 must be a number, got NaN"):
+        quick(tiny_vit, batches, tolerance=0.1)
 
 
 def test_block_fine_tuning_lowers_the_error(tiny_vit, batches):

@@ -76,12 +76,20 @@ class Layer:
 
     @torch.no_grad()
     def error(self, features: Features, n: int) -> float:
-        """The relative error, averaged over all images of all processes."""
+        """The relative error, averaged over all images of all processes.
+
+        Raises:
+            SlimvitError: the error of an image is NaN.
+        """
         total = ExactMean(1)
         for batch in range(features.batches):
-            # Beyond 2^10 the exact size is of no interest, and the fixed point must not overflow.
-            error = self.relative_error(features, batch, n).nan_to_num(nan=1024.0)
-            total.add(error.clamp(max=1024.0)[:, None])
+            error = self.relative_error(features, batch, n)
+            if error.isnan().any():
+                raise SlimvitError(
+                    f"the relative error of block {self.index + 1} must be a number, "
+                    f"got NaN with {n} tokens kept in block {self.index}"
+                )
+            total.add(error.clamp(max=64.0)[:, None])  # far beyond use, and fixed point overflows
         return float(total.mean())
 
 
@@ -115,7 +123,7 @@ def score_layer(
         seed: handed to the score.
 
     Raises:
-        SlimvitError: the score's shape is not [b, N] or it is not finite.
+        SlimvitError: a score is not [b, N], not finite, negative, or zero for all tokens.
     """
     total = ExactMean(tokens)
     for batch in range(features.batches):
@@ -140,6 +148,9 @@ def _normalised(values: Tensor, images: int, tokens: int, index: int) -> Tensor:
         raise SlimvitError(
             f"a score must be [b, N] = [{images}, {tokens}], got {list(values.shape)}"
         )
-    if not torch.isfinite(values).all():
-        raise SlimvitError(f"scores must be finite, those of block {index} are not")
-    return values / values.sum(1, keepdim=True)
+    sums = values.sum(1, keepdim=True)
+    if not torch.isfinite(values).all() or (values < 0).any() or (sums <= 0).any():
+        raise SlimvitError(
+            f"scores must be finite, not negative and not all zero, those of block {index} are not"
+        )
+    return values / sums

@@ -1,7 +1,7 @@
 """How much each token of a block matters. A new score is one function here, or any callable.
 
-A score sees one batch of calibration images at block t and returns [b, N], higher for tokens that
-should be kept. It is normalised per image and averaged over the images by the caller.
+A score sees one batch of calibration images at block t and returns [b, N], not negative, higher for
+tokens that should be kept. It is normalised per image and averaged over the images by the caller.
 """
 
 from __future__ import annotations
