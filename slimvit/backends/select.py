@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 
+from collections.abc import Callable
+
 import torch
 
+from slimvit.backends import cpu
 from slimvit.errors import SlimvitError, UsageError
 
 NAMES = ("torch", "cpu", "triton", "cuda")
@@ -29,6 +32,8 @@ def why_not(
     """
     if name not in NAMES:
         raise UsageError(f"unknown back end {name!r}: one of auto, {', '.join(NAMES)}")
+    if name == "cpu":
+        return cpu.why_not(device, dtype)
     if name != "torch":
         return _NO_KERNELS.format(name)
     if torch.device(device).type == "cpu" and dtype == torch.float16:
@@ -36,8 +41,19 @@ def why_not(
     return None
 
 
-def choose(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
+def choose(
+    name: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    refuses: Callable[[str], str | None] = lambda _: None,
+) -> str:
     """The back end to use: `name` itself, or the fastest that works for "auto".
+
+    Args:
+        name: one of NAMES, or "auto".
+        device: where the model runs.
+        dtype: what it computes in.
+        refuses: the reason why a back end does not compute this very model, or None.
 
     Raises:
         SlimvitError: an explicit back end cannot run here; the message has the reason.
@@ -46,10 +62,17 @@ def choose(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
         reason = why_not(name, device, dtype)
         if reason is not None:
             raise SlimvitError(f"back end {name}: {reason} (slimvit doctor tells what works here)")
+        reason = refuses(name)
+        if reason is not None:
+            raise SlimvitError(f"back end {name} does not compute this model: {reason}")
         return name
     for candidate in _FASTEST_FIRST:
         reason = why_not(candidate, device, dtype)
+        if reason is not None:
+            _log.debug("back end %s passed over: %s", candidate, reason)
+            continue
+        reason = refuses(candidate)
         if reason is None:
             return candidate
-        _log.debug("back end %s passed over: %s", candidate, reason)
+        _log.warning("back end %s passed over for this model: %s", candidate, reason)
     raise SlimvitError(f"no back end computes {dtype} on {device}: {reason}")

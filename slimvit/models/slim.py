@@ -15,7 +15,15 @@ from slimvit.backends.packed_linear import PatchLinear
 from slimvit.errors import UnsupportedModelError
 from slimvit.masks import Masks
 from slimvit.models.vision_transformer import embed, parts
-from slimvit.ops import BlockParts, ExtraKey, FoldedBlock, scatter_tokens, slim_block, zero_key
+from slimvit.ops import (
+    BlockParts,
+    ExtraKey,
+    FoldedBlock,
+    NetworkParts,
+    scatter_tokens,
+    slim_block,
+    zero_key,
+)
 
 
 class _Slim:
@@ -77,11 +85,57 @@ class _Slim:
             if type(module.mlp) is Mlp and isinstance(module.mlp.norm, nn.Identity):
                 module.ls2 = _fold_scale(module.ls2, module.mlp.fc2)
                 module.mlp = nn.Sequential(module.mlp.fc1, module.mlp.act, module.mlp.fc2)
-            if FoldedBlock.folds(parts(module)):
+            if FoldedBlock.why_not(parts(module)) is None:
                 self.blocks[layer] = FoldedBlock(parts(module))
         if PatchLinear.replaces(self.patch_embed.proj):
             self.patch_embed.proj = PatchLinear(self.patch_embed.proj)
         self._folded = True
+
+    @torch.no_grad()
+    def network_parts(self) -> NetworkParts | str:
+        """What a back end needs to compute the folded network by itself, or why it cannot."""
+        embedding = self.patch_embed
+        if not isinstance(embedding.proj, PatchLinear):
+            return "its patches overlap or leave gaps"
+        if not isinstance(embedding.norm, nn.Identity):
+            return "patches are normalised one by one"
+        height, width = embedding.proj.patch
+        if tuple(size % side for size, side in zip(embedding.img_size, (height, width))) != (0, 0):
+            return "images are padded to whole patches"
+        channels = embedding.proj.in_channels
+        blank = self.cls_token.new_zeros(1, channels, *embedding.img_size)
+        table = self._pos_embed(embedding(blank))[0]  # [N, D]
+        linears = [getattr(self, name, None) for name in ("head", "head_dist")]
+        heads = [linear for linear in linears if linear is not None]
+        plain = isinstance(self.fc_norm, nn.Identity) and all(type(h) is nn.Linear for h in heads)
+        return NetworkParts(
+            image_size=tuple(embedding.img_size),
+            patch_weight=embedding.proj.linear.weight.unflatten(1, (channels, height, width)),
+            table=table.index_select(0, self._order),
+            order=self._order[self.masks.prefix :] - self.masks.prefix,
+            norm_pre=self.norm_pre,
+            blocks=[m if isinstance(m, FoldedBlock) else parts(m) for m in self.blocks],
+            extra_keys=[
+                self._extra_key(layer, None if isinstance(m, FoldedBlock) else parts(m))
+                for layer, m in enumerate(self.blocks)
+            ],
+            norm=self.norm,
+            heads=heads if plain else [],
+            counts=self._counts,
+            idle=self._idle,
+        )
+
+    def keep_head(self) -> None:
+        """Drop everything ahead of the final norm: `forward_head` is all that still works."""
+        self.patch_embed = self.pos_embed = self.reg_token = None
+        self.cls_token = nn.Parameter(self.cls_token.new_zeros(()), requires_grad=False)
+        self.blocks, self.norm_pre, self.norm = nn.ModuleList(), nn.Identity(), nn.Identity()
+        for name in [name for name, _ in self.named_buffers() if name.startswith("_zero_")]:
+            delattr(self, name)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Tokens in lifetime order, [B, n, D], back in their places: [B, N, D], zero elsewhere."""
+        return scatter_tokens(x, self._order[: x.shape[1]], self.masks.tokens)
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -91,8 +145,7 @@ class _Slim:
         With `idle` masks pruned tokens hold their last value instead of zero.
         """
         _refuse_attention_mask(attn_mask, is_causal)
-        x = self._slim_tokens(x).transpose(0, 1)
-        return scatter_tokens(x, self._order[: x.shape[1]], self.masks.tokens)
+        return self.scatter(self._slim_tokens(x).transpose(0, 1))
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False

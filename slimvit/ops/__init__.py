@@ -11,16 +11,21 @@ from slimvit.ops.slim_block import (
     take,
     zero_key,
 )
+from slimvit.ops.slim_vit import NetworkParts, PackedNetwork, pack_block, why_not_packed
 
 __all__ = [
     "BlockParts",
     "ExtraKey",
     "FoldedBlock",
+    "NetworkParts",
+    "PackedNetwork",
     "attention_probabilities",
+    "pack_block",
     "project_qkv",
     "scatter_tokens",
     "slim_attention",
     "slim_block",
     "take",
+    "why_not_packed",
     "zero_key",
 ]

@@ -11,7 +11,7 @@ from slimvit.ops.slim_block import BlockParts, ExtraKey, append_key
 
 
 class FoldedBlock(nn.Module):
-    """`slim_block` of a plain block whose layer scale has been folded; see `folds`.
+    """`slim_block` of a plain block whose layer scale has been folded; see `why_not`.
 
     At batch 1 a small transformer spends as much time between its kernels as in them, the same for
     few tokens as for many, so every call that is saved here brings the speed-up nearer the cut.
@@ -33,17 +33,23 @@ class FoldedBlock(nn.Module):
         self._gelu = type(self.act) is nn.GELU and self.act.approximate == "none"
 
     @staticmethod
-    def folds(block: BlockParts) -> bool:
-        """Whether a block is plain: LayerNorm, no qk-norm, no gate, MLP = fc1, activation, fc2."""
-        absent = (block.q_norm, block.k_norm, block.attn_norm, block.ls1, block.ls2)
-        norms = (block.norm1, block.norm2)
-        return (
-            all(isinstance(part, nn.Identity) for part in absent)
-            and all(isinstance(norm, nn.LayerNorm) and norm.elementwise_affine for norm in norms)
-            and block.gate is None
-            and isinstance(block.mlp, nn.Sequential)
-            and all(type(m) is nn.Linear for m in (block.proj, block.mlp[0], block.mlp[2]))
-        )
+    def why_not(block: BlockParts) -> str | None:
+        """Why a block is not plain: LayerNorm, no qk-norm, no gate, MLP = fc1, activation, fc2."""
+        for name in ("q_norm", "k_norm", "attn_norm", "ls1", "ls2"):
+            part = getattr(block, name)
+            if not isinstance(part, nn.Identity):
+                return f"it has {name}, a {type(part).__name__}"
+        for norm in (block.norm1, block.norm2):
+            if not isinstance(norm, nn.LayerNorm) or not norm.elementwise_affine:
+                return f"its norm is {type(norm).__name__}, not LayerNorm with weights"
+        if block.gate is not None:
+            return "its attention is gated"
+        if not isinstance(block.mlp, nn.Sequential):
+            return f"its MLP is {type(block.mlp).__name__}, not two layers and an activation"
+        for layer in (block.proj, block.mlp[0], block.mlp[2]):
+            if type(layer) is not nn.Linear:
+                return f"it has {type(layer).__name__} in place of Linear"
+        return None
 
     def forward(self, x: Tensor, keep: int, extra_key: ExtraKey | None = None) -> Tensor:
         """The kept rows after the block, [n, B, D], of the alive tokens [m, B, D]; n = `keep`."""

@@ -1,0 +1,103 @@
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/packs.h"
+
+// 2^x and the activations of an MLP, on vectors. Coefficients are minimax fits of our own.
+
+namespace slimvit {
+namespace {
+
+// c[0] + c[1] x + c[2] x² + …
+template <class S, int N>
+SLIMVIT_INLINE typename S::F polynomial(const float (&c)[N], typename S::F x) {
+  auto y = S::set(c[N - 1]);
+#pragma GCC unroll 16
+  for (int i = N - 2; i >= 0; --i) y = S::fma(y, x, S::set(c[i]));
+  return y;
+}
+
+// 2^x for x ≤ 127, zero or nearly so below -125; relative error 2e-9 and rounding for float32, and
+// 3e-6, a thousandth of its rounding, for bfloat16.
+template <class S, typename T>
+SLIMVIT_INLINE typename S::F exp2(typename S::F x) {
+  x = S::max(S::set(-125.0f), x);
+  const auto n = S::round(x);
+  const auto r = S::sub(x, n);
+  if constexpr (kStep<T> == 1) {
+    constexpr float c[] = {1.0f,           0.693147206f,  0.240226469f,  0.0555032878f,
+                           0.00961848896f, 0.00133999315f, 0.000153458122f};
+    return S::scale(polynomial<S>(c, r), n);
+  } else {
+    constexpr float c[] = {0.999999261f, 0.693121814f, 0.240247448f, 0.0559178632f, 0.00957010206f};
+    return S::scale(polynomial<S>(c, r), n);
+  }
+}
+
+// x Φ(x) = 0.5 x (1 + erf(x / √2)). Φ(x) - 0.5 = x R(x²), R rational with a relative error below
+// float32 rounding; for bfloat16 a polynomial, off by at most 6e-5.
+template <class S, typename T>
+SLIMVIT_INLINE typename S::F gelu(typename S::F x) {
+  const float kEnd = kStep<T> == 1 ? 5.5f : 4.5f;  // beyond it Φ is 0 or 1
+  const auto clamped = S::min(S::set(kEnd), S::max(S::set(-kEnd), x));
+  const auto u = S::mul(clamped, clamped);
+  if constexpr (kStep<T> == 1) {
+    constexpr float p[] = {0.398941985f,    0.0351415224f,   0.00476156386f,
+                           0.000182849535f, 6.53064209e-06f, 2.22163281e-08f};
+    constexpr float q[] = {1.0f,           0.254750321f,    0.0293982247f,
+                           0.00196238591f, 7.86072961e-05f, 1.19540235e-06f};
+    const auto ratio = S::div(S::mul(clamped, polynomial<S>(p, u)), polynomial<S>(q, u));
+    return S::mul(x, S::add(ratio, S::set(0.5f)));
+  } else {
+    constexpr float p[] = {0.398827816f,     -0.0662177937f,   0.00974668603f,  -0.00109219575f,
+                           9.18379699e-05f,  -5.64822981e-06f, 2.43648234e-07f, -6.90961473e-09f,
+                           1.14736176e-10f,  -8.39734768e-13f};
+    return S::mul(x, S::fma(clamped, polynomial<S>(p, u), S::set(0.5f)));
+  }
+}
+
+// x / (1 + exp(-z)); z a multiple of x.
+template <class S, typename T>
+SLIMVIT_INLINE typename S::F gated(typename S::F x, typename S::F z) {
+  const auto t = S::min(S::set(125.0f), S::mul(z, S::set(-1.44269504f)));
+  return S::div(x, S::add(S::set(1.0f), exp2<S, T>(t)));
+}
+
+template <class S, typename T>
+SLIMVIT_INLINE typename S::F activate(Activation kind, typename S::F x) {
+  if (kind == Activation::gelu) return gelu<S, T>(x);
+  if (kind == Activation::quick_gelu) return gated<S, T>(x, S::mul(x, S::set(1.702f)));
+  // gelu_tanh: 0.5 x (1 + tanh(y)) = x / (1 + exp(-2 y)), y = sqrt(2 / π) (x + 0.044715 x³).
+  const auto cube = S::fma(S::mul(S::mul(x, x), x), S::set(0.044715f), x);
+  return gated<S, T>(x, S::mul(cube, S::set(1.59576912f)));
+}
+
+// out = activation(result).
+template <class S, typename T>
+struct Activate : FromBias<S> {
+  static constexpr int kMaxVecs = S::kVecs;
+  T* out;
+  long ld;
+  Activation kind;
+
+  template <int MR, int NV>
+  SLIMVIT_INLINE void end(typename S::F (&acc)[MR][NV], long row, long column) const {
+    if (kind == Activation::gelu)
+      each<MR, NV>(acc, row, column, [](auto x) { return gelu<S, T>(x); });
+    else
+      each<MR, NV>(acc, row, column, [&](auto x) { return activate<S, T>(kind, x); });
+  }
+
+ private:
+  template <int MR, int NV, class Fn>
+  SLIMVIT_INLINE void each(typename S::F (&acc)[MR][NV], long row, long column, Fn fn) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j)
+        S::store(out + (row + i) * ld + column + j * S::kLanes, fn(acc[i][j]));
+  }
+};
+
+}  // namespace
+}  // namespace slimvit

@@ -1,0 +1,177 @@
+#pragma once
+
+#include "cpu/numbers.h"
+
+// Matrix products of a few hundred rows by packed columns, with what follows them fused in.
+
+namespace slimvit {
+namespace {
+
+// Columns in panels of `vecs` vectors, the last one narrower: [panel][step of k][column][kStep].
+// Columns come in whole vectors and k in whole steps; padding is zero.
+template <class S, typename T>
+struct Panels {
+  const T* data;
+  long n;     // columns, with padding
+  long k;     // depth, with padding
+  int vecs;   // vectors across a whole panel
+
+  static long columns(long n) { return round_up(n, S::kLanes); }
+  static long depth(long k) { return round_up(k, kStep<T>); }
+  static long size(long n, long k) { return columns(n) * depth(k); }
+};
+
+// acc[i][j] += a[i] · b[:, j] over `steps` steps.
+template <class S, typename T, int MR, int NV>
+SLIMVIT_INLINE void multiply(typename S::F (&acc)[MR][NV], const T* a, long lda, const T* b,
+                             long steps) {
+  for (long s = 0; s < steps; ++s) {
+    decltype(S::operand(b)) column[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) column[j] = S::operand(b + j * S::kLanes * kStep<T>);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const auto x = S::broadcast(a + i * lda);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] = S::dot(acc[i][j], x, column[j]);
+    }
+    a += kStep<T>;
+    b += NV * S::kLanes * kStep<T>;
+  }
+}
+
+template <class S, typename T, int MR, int NV, class Epilogue>
+void tile(const T* a, long lda, const T* b, long steps, long row, long column, Epilogue& epilogue) {
+  typename S::F acc[MR][NV];
+  epilogue.template begin<MR, NV>(acc, column);
+  multiply<S, T, MR, NV>(acc, a, lda, b, steps);
+  epilogue.template end<MR, NV>(acc, row, column);
+}
+
+template <class S, typename T, int NV, class Epilogue>
+SLIMVIT_INLINE void tile_of(int rows, const T* a, long lda, const T* b, long steps, long row,
+                            long column, Epilogue& epilogue) {
+  const auto run = [&](auto count) {
+    constexpr int kCount = decltype(count)::value;
+    if constexpr (kCount <= S::rows(NV))
+      tile<S, T, kCount, NV>(a, lda, b, steps, row, column, epilogue);
+  };
+  switch (rows) {
+    case 1: return run(Int<1>{});
+    case 2: return run(Int<2>{});
+    case 3: return run(Int<3>{});
+    case 4: return run(Int<4>{});
+    case 5: return run(Int<5>{});
+    case 6: return run(Int<6>{});
+    case 7: return run(Int<7>{});
+    default: return run(Int<8>{});
+  }
+}
+
+// Rows [0, m) of `a` times all columns of `b`, over k in [k0, k0 + depth); `a` starts at k0.
+// Rows go outside: a tile's rows stay in the first cache while the columns stream past.
+template <class S, typename T, class Epilogue>
+void gemm(const T* a, long lda, long m, const Panels<S, T>& b, long k0, long depth,
+          Epilogue& epilogue) {
+  constexpr int kMaxVecs = Epilogue::kMaxVecs;
+  const long steps = depth / kStep<T>;
+  const long tiles = (m + S::rows(b.vecs) - 1) / S::rows(b.vecs);
+  for (long t = 0; t < tiles; ++t) {
+    const long row = m * t / tiles;
+    const int rows = static_cast<int>(m * (t + 1) / tiles - row);
+    for (long column = 0; column < b.n;) {
+      const long vecs = least(b.vecs, (b.n - column) / S::kLanes);
+      const T* panel = b.data + column * b.k + k0 * vecs * S::kLanes;
+      const T* rows_of_a = a + row * lda;
+      if (vecs == 1)
+        tile_of<S, T, 1>(rows, rows_of_a, lda, panel, steps, row, column, epilogue);
+      else if (vecs == 2)
+        tile_of<S, T, 2>(rows, rows_of_a, lda, panel, steps, row, column, epilogue);
+      else if constexpr (kMaxVecs >= 3) {
+        if (vecs == 3)
+          tile_of<S, T, 3>(rows, rows_of_a, lda, panel, steps, row, column, epilogue);
+        else if constexpr (kMaxVecs >= 4)
+          tile_of<S, T, 4>(rows, rows_of_a, lda, panel, steps, row, column, epilogue);
+      }
+      column += vecs * S::kLanes;
+    }
+  }
+}
+
+template <class S, typename T, class Epilogue>
+void gemm(const T* a, long lda, long m, const Panels<S, T>& b, Epilogue& epilogue) {
+  gemm(a, lda, m, b, 0, b.k, epilogue);
+}
+
+// Accumulators that start at a bias, or at zero.
+template <class S>
+struct FromBias {
+  const float* bias;  // [n], padded to whole vectors; or null
+
+  template <int MR, int NV>
+  SLIMVIT_INLINE void begin(typename S::F (&acc)[MR][NV], long column) const {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      const auto x = bias == nullptr ? S::zero() : S::load(bias + column + j * S::kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) acc[i][j] = x;
+    }
+  }
+};
+
+// out = result.
+template <class S, typename T>
+struct Store : FromBias<S> {
+  static constexpr int kMaxVecs = S::kVecs;
+  T* out;
+  long ld;
+
+  template <int MR, int NV>
+  SLIMVIT_INLINE void end(typename S::F (&acc)[MR][NV], long row, long column) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j)
+        S::store(out + (row + i) * ld + column + j * S::kLanes, acc[i][j]);
+  }
+};
+
+// out += result, in float32.
+template <class S>
+struct Accumulate : FromBias<S> {
+  static constexpr int kMaxVecs = S::kVecs;
+  float* out;
+  long ld;
+
+  template <int MR, int NV>
+  SLIMVIT_INLINE void end(typename S::F (&acc)[MR][NV], long row, long column) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) {
+        float* p = out + (row + i) * ld + column + j * S::kLanes;
+        S::store(p, S::add(S::load(p), acc[i][j]));
+      }
+  }
+};
+
+// ---- packing, once per model -------------------------------------------------------------------
+
+// W [n, k] in float32, row by row, times `factor`, as the columns of a matrix product.
+template <class S, typename T>
+void pack_columns(const float* weight, long n, long k, int vecs, float factor, T* out) {
+  const long columns = Panels<S, T>::columns(n), depth = Panels<S, T>::depth(k);
+  for (long first = 0; first < columns; first += vecs * S::kLanes) {
+    const long width = least(vecs * S::kLanes, columns - first);
+    T* panel = out + first * depth;
+    for (long c = 0; c < width; ++c)
+      for (long i = 0; i < depth; ++i) {
+        const bool inside = first + c < n && i < k;
+        const float x = inside ? factor * weight[(first + c) * k + i] : 0.0f;
+        narrow(x, panel[(i / kStep<T> * width + c) * kStep<T> + i % kStep<T>]);
+      }
+  }
+}
+
+}  // namespace
+}  // namespace slimvit

@@ -1,0 +1,5 @@
+#include "cpu/vec_avx512.h"
+
+#include "cpu/instruction_set.h"
+
+SLIMVIT_KERNELS(avx512_bf16, Avx512Bf16)

@@ -1,0 +1,5 @@
+#include "cpu/vec_portable.h"
+
+#include "cpu/instruction_set.h"
+
+SLIMVIT_KERNELS(portable, Portable)

@@ -1,0 +1,103 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+// Weights, laid out once for the kernels of one instruction set: plain bytes that start with a
+// header, so that whoever owns them may copy or keep them as any other array.
+
+namespace slimvit {
+
+enum class Dtype : std::int32_t { float32, bfloat16 };
+enum class Activation : std::int32_t { gelu, gelu_tanh, quick_gelu };
+
+inline constexpr std::int64_t kAlignment = 64;
+
+struct PackHead {
+  enum class Kind : std::int32_t { block = 1, embedding, head };
+  static constexpr std::uint32_t kMagic = 0x54565353;
+
+  std::uint32_t magic;
+  Kind kind;
+  Isa isa;
+  Dtype dtype;
+  std::int64_t bytes;
+};
+
+// Offsets count bytes from the header; 0 means absent.
+struct Norm {
+  std::int64_t weight, bias;  // float32 [D]
+  float eps;
+};
+
+struct Linear {
+  std::int64_t weight, bias;  // Panels; float32 [n], padded
+};
+
+struct BlockShape {
+  std::int32_t width, heads, head_dim, hidden;
+  Activation activation;
+  float eps1, eps2;
+  float extra_bias;  // logit bias of the extra key, if there is one
+
+  long inner() const { return static_cast<long>(heads) * head_dim; }
+};
+
+// Weights in float32, row by row, [out, in]; null where a model has none.
+struct BlockWeights {
+  const float *norm1_weight, *norm1_bias, *qkv_weight, *qkv_bias, *proj_weight, *proj_bias;
+  const float *norm2_weight, *norm2_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
+  const float *extra_key, *extra_value;  // [H · d]
+};
+
+struct BlockPack {
+  PackHead head;
+  BlockShape shape;
+  Norm norm1, norm2;
+  Linear q, kv, proj, fc1, fc2;
+  std::int64_t extra;  // T [2 · H · d]: key, then value
+};
+
+struct EmbeddingShape {
+  std::int32_t channels, image_height, image_width, patch_height, patch_width;
+  std::int32_t tokens, prefix, width;
+  float eps;  // of the norm after the embedding
+
+  long rows() const { return image_height / patch_height; }
+  long columns() const { return image_width / patch_width; }
+  long patch() const { return static_cast<long>(channels) * patch_height * patch_width; }
+};
+
+struct EmbeddingWeights {
+  const float* weight;              // [D, C · ph · pw]
+  const float* table;               // [N, D], lifetime order: what each token starts from
+  const std::int32_t* order;        // [N - prefix], lifetime order: which patch it is
+  const float *norm_weight, *norm_bias;  // [D], or null
+};
+
+struct EmbeddingPack {
+  PackHead head;
+  EmbeddingShape shape;
+  std::int64_t table, order, weight;
+  Norm norm;
+};
+
+struct HeadShape {
+  std::int32_t width, classes, heads;  // heads: 0, 1, or 2 that are averaged; one token each
+  float eps;
+};
+
+struct HeadWeights {
+  const float *norm_weight, *norm_bias;  // [D], or null
+  const float *weight[2], *bias[2];      // [classes, D], [classes] or null
+};
+
+struct HeadPack {
+  PackHead head;
+  HeadShape shape;
+  Norm norm;
+  Linear linear[2];
+};
+
+}  // namespace slimvit

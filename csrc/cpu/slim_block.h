@@ -1,0 +1,327 @@
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/layer_norm.h"
+#include "cpu/memory.h"
+#include "cpu/slim_attention.h"
+
+// One slimmed block: y = LN1(x); x' = x[kept] + Attn(y[kept], y); out = x' + MLP(LN2(x')).
+
+namespace slimvit {
+namespace {
+
+constexpr long kMlpRows = 256;     // rows whose hidden layer is held at a time
+constexpr long kPatchRows = 48;    // rows of the patch embedding that are held at a time
+constexpr long kMlpColumns = 768;  // columns of the hidden layer: whole panels on every instruction set
+
+// ---- packing -----------------------------------------------------------------------------------
+
+inline void copy_floats(const float* from, long n, float* to) {
+  for (long i = 0; i < n; ++i) to[i] = from[i];
+}
+
+template <class S, typename T>
+Linear take_linear(Sections& sections, long n, long k) {
+  return {sections.take<T>(Panels<S, T>::size(n, k)), sections.take<float>(Panels<S, T>::columns(n))};
+}
+
+template <class S, typename T>
+void pack_linear(void* pack, const Linear& to, const float* weight, const float* bias, long n,
+                 long k, float factor = 1.0f) {
+  pack_columns<S, T>(weight, n, k, S::kVecs, factor, section<T>(pack, to.weight));
+  float* out = section<float>(pack, to.bias);
+  for (long i = 0; i < Panels<S, T>::columns(n); ++i)
+    out[i] = bias != nullptr && i < n ? factor * bias[i] : 0.0f;
+}
+
+template <class S, typename T>
+Panels<S, T> panels(const T* data, long n, long k) {
+  return {data, Panels<S, T>::columns(n), Panels<S, T>::depth(k), S::kVecs};
+}
+
+template <class S, typename T>
+constexpr PackHead pack_head_of(PackHead::Kind kind, std::int64_t bytes) {
+  const Dtype dtype = kStep<T> == 1 ? Dtype::float32 : Dtype::bfloat16;
+  return {PackHead::kMagic, kind, S::kIsa, dtype, bytes};
+}
+
+// Bytes of the pack; writes it unless `out` is null.
+template <class S, typename T>
+std::int64_t pack_block(const BlockShape& shape, const BlockWeights& w, void* out) {
+  const long width = shape.width, inner = shape.inner(), hidden = shape.hidden;
+  Sections sections(sizeof(BlockPack));
+  BlockPack pack{};
+  pack.shape = shape;
+  pack.norm1 = {sections.take<float>(width), sections.take<float>(width), shape.eps1};
+  pack.norm2 = {sections.take<float>(width), sections.take<float>(width), shape.eps2};
+  pack.q = take_linear<S, T>(sections, inner, width);
+  pack.kv = take_linear<S, T>(sections, 2 * inner, width);
+  pack.proj = take_linear<S, T>(sections, width, inner);
+  pack.fc1 = take_linear<S, T>(sections, hidden, width);
+  pack.fc2 = take_linear<S, T>(sections, width, hidden);
+  if (w.extra_key != nullptr) pack.extra = sections.take<T>(2 * inner + 2 * S::kLanes);
+  pack.head = pack_head_of<S, T>(PackHead::Kind::block, sections.used());
+  if (out == nullptr) return sections.used();
+
+  __builtin_memset(out, 0, sections.used());
+  __builtin_memcpy(out, &pack, sizeof(pack));
+  copy_floats(w.norm1_weight, width, section<float>(out, pack.norm1.weight));
+  copy_floats(w.norm1_bias, width, section<float>(out, pack.norm1.bias));
+  copy_floats(w.norm2_weight, width, section<float>(out, pack.norm2.weight));
+  copy_floats(w.norm2_bias, width, section<float>(out, pack.norm2.bias));
+  // The softmax works with powers of two.
+  const float scale = kLog2E / __builtin_sqrtf(static_cast<float>(shape.head_dim));
+  const float* kv_bias = w.qkv_bias == nullptr ? nullptr : w.qkv_bias + inner;
+  pack_linear<S, T>(out, pack.q, w.qkv_weight, w.qkv_bias, inner, width, scale);
+  pack_linear<S, T>(out, pack.kv, w.qkv_weight + inner * width, kv_bias, 2 * inner, width);
+  pack_linear<S, T>(out, pack.proj, w.proj_weight, w.proj_bias, width, inner);
+  pack_linear<S, T>(out, pack.fc1, w.fc1_weight, w.fc1_bias, hidden, width);
+  pack_linear<S, T>(out, pack.fc2, w.fc2_weight, w.fc2_bias, width, hidden);
+  if (w.extra_key != nullptr) {
+    T* extra = section<T>(out, pack.extra);
+    for (long i = 0; i < inner; ++i) {
+      narrow(w.extra_key[i], extra[i]);
+      narrow(w.extra_value[i], extra[inner + i]);
+    }
+  }
+  return sections.used();
+}
+
+// ---- memory ------------------------------------------------------------------------------------
+
+// What one group of images needs, shared by the workers of its team.
+template <typename T>
+struct Shared {
+  float *x, *gathered;  // [rows, D]
+  T *y, *y_kept;        // [rows, D]
+  T *q, *a;             // [rows, H · d]
+  T* kv;                // [rows, 2 · H · d]
+  T *keys, *values;     // packed, by image and head
+
+  // `keys`: all images' keys, the extra ones too, each image's padded to whole vectors.
+  static Shared make(Parts& parts, long rows, long keys, const BlockShape& shape) {
+    const long inner = shape.inner(), packed = keys * inner;
+    Shared shared;
+    shared.x = parts.take<float>(rows * shape.width);
+    shared.gathered = parts.take<float>(rows * shape.width);
+    shared.y = parts.take<T>(rows * shape.width);
+    shared.y_kept = parts.take<T>(rows * shape.width);
+    shared.q = parts.take<T>(rows * inner);
+    shared.a = parts.take<T>(rows * inner);
+    shared.kv = parts.take<T>(rows * 2 * inner);
+    shared.keys = parts.take<T>(packed);
+    shared.values = parts.take<T>(packed);
+    return shared;
+  }
+};
+
+// What a worker needs for itself.
+template <class S, typename T>
+struct Own {
+  AttentionMemory<S, T> attention;
+  float* bias;  // [columns]
+  T* hidden;    // [kMlpRows, kMlpColumns]
+  T* patches;   // [kPatchRows, patch]
+
+  static Own make(Parts& parts, long tokens, long patch) {
+    const long columns = Panels<S, T>::columns(tokens + 1);
+    Own own;
+    own.attention.logits = parts.take<float>(kQueryRows * columns);
+    own.attention.largest = parts.take<float>(kQueryRows * S::kLanes);
+    own.attention.scale = parts.take<float>(kQueryRows);
+    own.attention.p = parts.take<T>(kQueryRows * columns);
+    own.bias = parts.take<float>(columns);
+    own.hidden = parts.take<T>(kMlpRows * kMlpColumns);
+    own.patches = parts.take<T>(kPatchRows * Panels<S, T>::depth(patch));
+    return own;
+  }
+};
+
+// ---- computing ---------------------------------------------------------------------------------
+
+// Which of the `m` rows of `images` images a block keeps, and how their keys are biased.
+struct Kept {
+  long images, m, n;
+  const std::int64_t* index;  // [images, n], or null: the first n
+  const float* bias;          // [m], or [images, m] where bias_image = m; or null
+  long bias_image;
+
+  // Whether kept rows must be moved together first.
+  bool gathers() const { return index != nullptr || (images > 1 && n < m); }
+  long source(long row) const {
+    const long image = row / n, i = row % n;
+    return image * m + (index == nullptr ? i : index[row]);
+  }
+};
+
+template <class S, typename T>
+class Block {
+ public:
+  Block(const BlockPack& pack, const Kept& kept, const Team& team, Shared<T>& shared, Own<S, T>& own)
+      : pack_(pack), shape_(pack.shape), kept_(kept), team_(team), shared_(shared), own_(own) {}
+
+  // shared.x [images · m, D] becomes [images · n, D]; where nothing is gathered, rows from n on stay.
+  void run() {
+    const long rows = kept_.images * kept_.m, rows_out = kept_.images * kept_.n;
+    keys_and_values(share(rows, team_.rank, team_.size), share(rows, team_.rank + 1, team_.size));
+    team_.sync();
+    const long begin = share(rows_out, team_.rank, team_.size);
+    const long end = share(rows_out, team_.rank + 1, team_.size);
+    pack_heads();
+    queries(begin, end);
+    team_.sync();
+    attend(begin, end);
+    float* x = (kept_.gathers() ? shared_.gathered : shared_.x) + begin * width();
+    project(shared_.a + begin * inner(), end - begin, x);
+    for (long row = begin; row < end; row += kMlpRows)
+      mlp(least(kMlpRows, end - row), x + (row - begin) * width(), shared_.y + row * width());
+    if (kept_.gathers()) {
+      float* old = shared_.x;
+      shared_.x = shared_.gathered;
+      shared_.gathered = old;
+    }
+    team_.sync();
+  }
+
+ private:
+  long width() const { return shape_.width; }
+  long inner() const { return shape_.inner(); }
+
+  Panels<S, T> columns_of(const Linear& linear, long n, long k) const {
+    return panels<S, T>(section<T>(pack_, linear.weight), n, k);
+  }
+  const float* bias_of(const Linear& linear) const { return section<float>(pack_, linear.bias); }
+
+  void norm(const Norm& norm, const float* x, long rows, T* y) const {
+    layer_norm<S>(x, width(), rows, width(), section<float>(pack_, norm.weight),
+                  section<float>(pack_, norm.bias), norm.eps, y, width());
+  }
+
+  void keys_and_values(long begin, long end) {
+    T* y = shared_.y + begin * width();
+    norm(pack_.norm1, shared_.x + begin * width(), end - begin, y);
+    Store<S, T> store{{bias_of(pack_.kv)}, shared_.kv + begin * 2 * inner(), 2 * inner()};
+    gemm(y, width(), end - begin, columns_of(pack_.kv, 2 * inner(), width()), store);
+  }
+
+  long packed_size() const { return Panels<S, T>::columns(kept_.m + 1) * shape_.head_dim; }
+
+  void pack_heads() {
+    const long items = kept_.images * shape_.heads, d = shape_.head_dim;
+    const T* extra = section<T>(pack_, pack_.extra);
+    const long end = share(items, team_.rank + 1, team_.size);
+    for (long i = share(items, team_.rank, team_.size); i < end; ++i) {
+      const long image = i / shape_.heads, head = i % shape_.heads;
+      const T* k = shared_.kv + image * kept_.m * 2 * inner() + head * d;
+      const T* extra_key = extra == nullptr ? nullptr : extra + head * d;
+      const T* extra_value = extra == nullptr ? nullptr : extra_key + inner();
+      const long at = i * packed_size();
+      pack_keys<S, T>(k, 2 * inner(), kept_.m, d, extra_key, shared_.keys + at);
+      pack_values<S, T>(k + inner(), 2 * inner(), kept_.m, d, extra_value, shared_.values + at);
+    }
+  }
+
+  void queries(long begin, long end) {
+    const T* y = shared_.y;
+    if (kept_.gathers()) {
+      y = shared_.y_kept;
+      for (long row = begin; row < end; ++row) {
+        const long from = kept_.source(row) * width();
+        __builtin_memcpy(shared_.gathered + row * width(), shared_.x + from, width() * sizeof(float));
+        __builtin_memcpy(shared_.y_kept + row * width(), shared_.y + from, width() * sizeof(T));
+      }
+    }
+    Store<S, T> store{{bias_of(pack_.q)}, shared_.q + begin * inner(), inner()};
+    gemm(y + begin * width(), width(), end - begin, columns_of(pack_.q, inner(), width()), store);
+  }
+
+  void attend(long begin, long end) {
+    const long d = shape_.head_dim, keys = kept_.m + (pack_.extra != 0);
+    for (long row = begin; row < end;) {
+      const long image = row / kept_.n, until = least(end, (image + 1) * kept_.n);
+      logit_bias(image, keys);
+      for (long head = 0; head < shape_.heads; ++head) {
+        const long at = row * inner() + head * d;
+        const long packed = (image * shape_.heads + head) * packed_size();
+        slim_attention<S, T>(shared_.q + at, inner(), until - row, shared_.keys + packed,
+                             shared_.values + packed, own_.bias, keys, d, shared_.a + at, inner(),
+                             own_.attention);
+      }
+      row = until;
+    }
+  }
+
+  void logit_bias(long image, long keys) {
+    const float* bias = kept_.bias == nullptr ? nullptr : kept_.bias + image * kept_.bias_image;
+    for (long i = 0; i < kept_.m; ++i) own_.bias[i] = bias == nullptr ? 0.0f : kLog2E * bias[i];
+    if (keys > kept_.m) own_.bias[kept_.m] = kLog2E * shape_.extra_bias;
+    for (long i = keys; i < Panels<S, T>::columns(keys); ++i) own_.bias[i] = kMinusInfinity;
+  }
+
+  void project(const T* a, long rows, float* x) const {
+    Accumulate<S> add{{bias_of(pack_.proj)}, x, width()};
+    gemm(a, inner(), rows, columns_of(pack_.proj, width(), inner()), add);
+  }
+
+  // The hidden layer never leaves the cache: some columns of it at a time, at once used up.
+  void mlp(long rows, float* x, T* y) const {
+    norm(pack_.norm2, x, rows, y);
+    const long hidden = shape_.hidden;
+    const T* fc1 = section<T>(pack_, pack_.fc1.weight);
+    const Panels<S, T> fc2 = columns_of(pack_.fc2, width(), hidden);
+    for (long first = 0; first < hidden; first += kMlpColumns) {
+      const long columns = least(kMlpColumns, hidden - first);
+      Activate<S, T> activate{{bias_of(pack_.fc1) + first}, own_.hidden, columns, shape_.activation};
+      gemm(y, width(), rows, panels<S, T>(fc1 + first * width(), columns, width()), activate);
+      Accumulate<S> add{{first == 0 ? bias_of(pack_.fc2) : nullptr}, x, width()};
+      gemm(own_.hidden, columns, rows, fc2, first, columns, add);
+    }
+  }
+
+  const BlockPack& pack_;
+  const BlockShape& shape_;
+  const Kept kept_;
+  const Team team_;
+  Shared<T>& shared_;
+  Own<S, T>& own_;
+};
+
+// The op: images one after another, each with all workers of the team.
+template <class S, typename T>
+std::int64_t block_memory(const BlockCall& call) {
+  Parts parts(nullptr);
+  Shared<T>::make(parts, call.m, Panels<S, T>::columns(call.m + 1), call.pack->shape);
+  return parts.used();
+}
+
+template <class S, typename T>
+void block(const BlockCall& call, long first, long count, const Team& team, char* shared, char* own) {
+  const long width = call.pack->shape.width;
+  Parts shared_parts(shared), own_parts(own);
+  auto memory = Shared<T>::make(shared_parts, call.m, Panels<S, T>::columns(call.m + 1),
+                                call.pack->shape);
+  auto worker = Own<S, T>::make(own_parts, call.m, 0);
+  for (long image = first; image < first + count; ++image) {
+    const long begin = share(call.m, team.rank, team.size);
+    const long end = share(call.m, team.rank + 1, team.size);
+    for (long t = begin; t < end; ++t)
+      copy_floats(call.x + image * call.x_image + t * call.x_token, width, memory.x + t * width);
+    team.sync();
+    const Kept kept{1, call.m, call.n, call.index == nullptr ? nullptr : call.index + image * call.n,
+                    call.key_bias == nullptr ? nullptr : call.key_bias + image * call.bias_image, 0};
+    Block<S, T>(*call.pack, kept, team, memory, worker).run();
+    for (long t = share(call.n, team.rank, team.size); t < share(call.n, team.rank + 1, team.size); ++t)
+      copy_floats(memory.x + t * width, width, call.out + image * call.out_image + t * call.out_token);
+    team.sync();
+  }
+}
+
+template <class S, typename T>
+std::int64_t own_memory(long tokens, long patch) {
+  Parts parts(nullptr);
+  Own<S, T>::make(parts, tokens, patch);
+  return parts.used();
+}
+
+}  // namespace
+}  // namespace slimvit

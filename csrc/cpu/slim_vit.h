@@ -1,0 +1,273 @@
+#pragma once
+
+#include "cpu/slim_block.h"
+
+// A whole network: patch embedding, blocks, final norm and head, one group of images at a time.
+
+namespace slimvit {
+namespace {
+
+constexpr long kGroupRows = 48;  // images share a pass over the weights while they have fewer rows
+
+// ---- packing -----------------------------------------------------------------------------------
+
+template <class S>
+Norm take_norm(Sections& sections, const float* weight, long width, float eps) {
+  if (weight == nullptr) return {0, 0, eps};
+  return {sections.take<float>(width), sections.take<float>(width), eps};
+}
+
+inline void pack_norm(void* out, const Norm& norm, const float* weight, const float* bias,
+                      long width) {
+  if (weight == nullptr) return;
+  copy_floats(weight, width, section<float>(out, norm.weight));
+  copy_floats(bias, width, section<float>(out, norm.bias));
+}
+
+template <class S, typename T>
+std::int64_t pack_embedding(const EmbeddingShape& shape, const EmbeddingWeights& w, void* out) {
+  const long width = shape.width, tokens = shape.tokens, patches = tokens - shape.prefix;
+  Sections sections(sizeof(EmbeddingPack));
+  EmbeddingPack pack{};
+  pack.shape = shape;
+  pack.table = sections.take<float>(tokens * width);
+  pack.order = sections.take<std::int32_t>(patches);
+  pack.weight = sections.take<T>(Panels<S, T>::size(width, shape.patch()));
+  pack.norm = take_norm<S>(sections, w.norm_weight, width, shape.eps);
+  pack.head = pack_head_of<S, T>(PackHead::Kind::embedding, sections.used());
+  if (out == nullptr) return sections.used();
+
+  __builtin_memset(out, 0, sections.used());
+  __builtin_memcpy(out, &pack, sizeof(pack));
+  copy_floats(w.table, tokens * width, section<float>(out, pack.table));
+  __builtin_memcpy(section<std::int32_t>(out, pack.order), w.order, patches * sizeof(std::int32_t));
+  pack_columns<S, T>(w.weight, width, shape.patch(), S::kVecs, 1.0f, section<T>(out, pack.weight));
+  pack_norm(out, pack.norm, w.norm_weight, w.norm_bias, width);
+  return sections.used();
+}
+
+template <class S, typename T>
+std::int64_t pack_head(const HeadShape& shape, const HeadWeights& w, void* out) {
+  Sections sections(sizeof(HeadPack));
+  HeadPack pack{};
+  pack.shape = shape;
+  pack.norm = take_norm<S>(sections, w.norm_weight, shape.width, shape.eps);
+  for (int i = 0; i < shape.heads; ++i)
+    pack.linear[i] = take_linear<S, T>(sections, shape.classes, shape.width);
+  pack.head = pack_head_of<S, T>(PackHead::Kind::head, sections.used());
+  if (out == nullptr) return sections.used();
+
+  __builtin_memset(out, 0, sections.used());
+  __builtin_memcpy(out, &pack, sizeof(pack));
+  pack_norm(out, pack.norm, w.norm_weight, w.norm_bias, shape.width);
+  for (int i = 0; i < shape.heads; ++i)
+    pack_linear<S, T>(out, pack.linear[i], w.weight[i], w.bias[i], shape.classes, shape.width,
+                      1.0f / static_cast<float>(shape.heads));
+  return sections.used();
+}
+
+// ---- computing ---------------------------------------------------------------------------------
+
+template <class S, typename T>
+class Network {
+ public:
+  Network(const NetworkCall& call, const Team& team, char* shared, char* own)
+      : call_(call), team_(team), shape_(call.blocks[0]->shape), in_(call.embedding->shape) {
+    Parts own_parts(own);
+    own_ = Own<S, T>::make(own_parts, in_.tokens, in_.patch());
+    lay_out(shared);
+  }
+
+  // Bytes that a team needs.
+  static std::int64_t memory(const NetworkCall& call) {
+    Network network(call, Team{}, nullptr, nullptr);
+    return network.used_;
+  }
+
+  void run(long first, long count) {
+    for (long done = 0; done < count; done += call_.chunk)
+      chunk(first + done, least(call_.chunk, count - done));
+  }
+
+ private:
+  long width() const { return shape_.width; }
+  long alive(long layer) const {
+    return layer == 0 || call_.idle ? in_.tokens : call_.counts[layer - 1];
+  }
+  // Rows that an image has after the blocks.
+  long rows_out() const { return call_.idle ? in_.tokens : call_.counts[call_.depth - 1]; }
+
+  // Images that go through a block together: one, until their kept rows are too few to be worth
+  // reading the weights for. Never shrinks from block to block, since kept rows never grow.
+  long group(long layer, long count) const {
+    if (call_.idle || team_.size > 1) return 1;
+    return most(1, least(count, kGroupRows / call_.counts[layer]));
+  }
+
+  void lay_out(char* shared) {
+    const long count = call_.chunk;
+    Parts parts(shared);
+    chunk_ = parts.take<float>(count * in_.tokens * width());
+    result_ = parts.take<float>(count * Panels<S, T>::columns(call_.head->shape.classes));
+    long rows = count, keys = 0;
+    for (long layer = 0; layer < call_.depth; ++layer) {
+      const long images = group(layer, count), m = alive(layer);
+      rows = most(rows, images * m);
+      keys = most(keys, images * Panels<S, T>::columns(m + 1));
+    }
+    shared_ = Shared<T>::make(parts, rows, keys, shape_);
+    used_ = parts.used();
+  }
+
+  // Images of one chunk: blocks in stages of equal group size, so that most stay in the cache.
+  void chunk(long first, long count) {
+    for (long layer = 0; layer < call_.depth;) {
+      const long g = group(layer, count);
+      long end = layer + 1;
+      while (end < call_.depth && group(end, count) == g) ++end;
+      const long m = alive(layer), n = call_.idle ? in_.tokens : call_.counts[end - 1];
+      for (long image = 0; image < count; image += g) {
+        const long images = least(g, count - image);
+        if (layer == 0)
+          embed(first + image, images);
+        else
+          move(chunk_ + image * m * width(), shared_.x, images * m);
+        for (long l = layer; l < end; ++l) {
+          const Kept kept{images, alive(l), call_.counts[l], nullptr, nullptr, 0};
+          Block<S, T>(*call_.blocks[l], kept, team_, shared_, own_).run();
+        }
+        move(shared_.x, chunk_ + image * n * width(), images * n);
+      }
+      layer = end;
+    }
+    answer(first, count);
+  }
+
+  // The workers' shares of some rows; all are done when it returns.
+  void move(const float* from, float* to, long rows) const {
+    const long begin = share(rows, team_.rank, team_.size);
+    const long end = share(rows, team_.rank + 1, team_.size);
+    copy_floats(from + begin * width(), (end - begin) * width(), to + begin * width());
+    team_.sync();
+  }
+
+  // Z_0 in lifetime order: what each token starts from, plus its patch times the weights.
+  void embed(long first, long images) {
+    const EmbeddingPack& pack = *call_.embedding;
+    const auto* weight = section<T>(pack, pack.weight);
+    const auto* order = section<std::int32_t>(pack, pack.order);
+    const float* table = section<float>(pack, pack.table);
+    const long tokens = in_.tokens, depth = Panels<S, T>::depth(in_.patch());
+    const auto columns = panels<S, T>(weight, width(), in_.patch());
+    for (long image = 0; image < images; ++image) {
+      float* x = shared_.x + image * tokens * width();
+      const long end = share(tokens, team_.rank + 1, team_.size);
+      for (long row = share(tokens, team_.rank, team_.size); row < end;) {
+        const long rows = least(kPatchRows, end - row);
+        copy_floats(table + row * width(), rows * width(), x + row * width());
+        const long skip = least(rows, most(0, in_.prefix - row));
+        for (long r = skip; r < rows; ++r)
+          patch(first + image, order[row + r - in_.prefix], own_.patches + (r - skip) * depth);
+        Accumulate<S> add{{nullptr}, x + (row + skip) * width(), width()};
+        gemm(own_.patches, depth, rows - skip, columns, add);
+        if (pack.norm.weight != 0) norm(pack.norm, x + row * width(), width(), rows, x + row * width());
+        row += rows;
+      }
+    }
+    team_.sync();
+  }
+
+  void patch(long image, long which, T* out) const {
+    if (call_.images_dtype == Dtype::float32)
+      read_patch(static_cast<const float*>(call_.images), image, which, out);
+    else
+      read_patch(static_cast<const bf16*>(call_.images), image, which, out);
+  }
+
+  template <typename In>
+  void read_patch(const In* images, long image, long which, T* out) const {
+    const long height = in_.image_height, length = in_.image_width;
+    const long down = which / in_.columns() * in_.patch_height;
+    const long right = which % in_.columns() * in_.patch_width;
+    const T* start = out;
+    for (long c = 0; c < in_.channels; ++c) {
+      const In* corner = images + ((image * in_.channels + c) * height + down) * length + right;
+      for (long y = 0; y < in_.patch_height; ++y, corner += length, out += in_.patch_width) {
+        long i = 0;
+        for (; i + S::kLanes <= in_.patch_width; i += S::kLanes) S::store(out + i, S::load(corner + i));
+        for (; i < in_.patch_width; ++i) narrow(widen(corner[i]), out[i]);
+      }
+    }
+    for (; out < start + Panels<S, T>::depth(in_.patch()); ++out) narrow(0.0f, *out);
+  }
+
+  template <typename Out>
+  void norm(const Norm& norm, const float* x, long ldx, long rows, Out* y) const {
+    const HeadPack& pack = *call_.head;
+    const char* base = &norm == &pack.norm ? reinterpret_cast<const char*>(&pack)
+                                           : reinterpret_cast<const char*>(call_.embedding);
+    layer_norm<S>(x, ldx, rows, width(), reinterpret_cast<const float*>(base + norm.weight),
+                  reinterpret_cast<const float*>(base + norm.bias), norm.eps, y, width());
+  }
+
+  // `rows` rows of the chunk, `ld` apart, after the final norm if there is one.
+  template <typename Out>
+  void final_norm(const float* x, long ldx, long rows, Out* y) const {
+    const HeadPack& pack = *call_.head;
+    if (pack.norm.weight != 0) return norm(pack.norm, x, ldx, rows, y);
+    for (long r = 0; r < rows; ++r)
+      for (long c = 0; c < width(); c += S::kLanes)
+        S::store(y + r * width() + c, S::load(x + r * ldx + c));
+  }
+
+  void answer(long first, long count) {
+    const long rows = rows_out();
+    if (call_.tokens) {
+      const long begin = share(count * rows, team_.rank, team_.size);
+      const long end = share(count * rows, team_.rank + 1, team_.size);
+      final_norm(chunk_ + begin * width(), width(), end - begin,
+                 call_.out + (first * rows + begin) * width());
+    } else if (team_.rank == 0) {
+      logits(first, count, rows);
+    }
+    team_.sync();
+  }
+
+  void logits(long first, long count, long rows) {
+    const HeadPack& pack = *call_.head;
+    const long classes = pack.shape.classes, ld = Panels<S, T>::columns(classes);
+    for (long i = 0; i < count * ld; ++i) result_[i] = 0.0f;
+    for (int head = 0; head < pack.shape.heads; ++head) {
+      final_norm(chunk_ + head * width(), rows * width(), count, shared_.y);
+      const Linear& linear = pack.linear[head];
+      Accumulate<S> add{{section<float>(pack, linear.bias)}, result_, ld};
+      gemm(shared_.y, width(), count, panels<S, T>(section<T>(pack, linear.weight), classes, width()),
+           add);
+    }
+    for (long i = 0; i < count; ++i)
+      copy_floats(result_ + i * ld, classes, call_.out + (first + i) * classes);
+  }
+
+  const NetworkCall& call_;
+  const Team team_;
+  const BlockShape& shape_;
+  const EmbeddingShape& in_;
+  float *chunk_, *result_;
+  Shared<T> shared_;
+  Own<S, T> own_;
+  std::int64_t used_ = 0;
+};
+
+template <class S, typename T>
+std::int64_t network_memory(const NetworkCall& call) {
+  return Network<S, T>::memory(call);
+}
+
+template <class S, typename T>
+void network(const NetworkCall& call, long first, long count, const Team& team, char* shared,
+             char* own) {
+  Network<S, T>(call, team, shared, own).run(first, count);
+}
+
+}  // namespace
+}  // namespace slimvit

@@ -1,0 +1,250 @@
+"""The C++ kernels: weights packed into plain byte tensors, and the calls that take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimvit import _extensions
+from slimvit.errors import SlimvitError
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot compute in `dtype` on a device, or None if they can."""
+    reason = _extensions.why_not("_cpu")
+    if reason is not None:
+        return reason
+    if torch.device(device).type != "cpu":
+        return f"it computes on CPUs, not on {torch.device(device).type}"
+    if dtype not in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        return f"{name} is not computed on CPUs: use float32 or bfloat16"
+    try:
+        _module().chosen()
+    except ValueError as error:  # SLIMVIT_ISA
+        return str(error)
+    return None
+
+
+def pack_block(
+    weights: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    *,
+    heads: int,
+    head_dim: int,
+    activation: str,
+    eps: tuple[float, float],
+    extra_bias: float = 0.0,
+) -> Tensor:
+    """One block's weights as the kernels of the chosen instruction set read them.
+
+    Args:
+        weights: weight and bias of norm1 [D], qkv [3·H·d, D], proj [D, H·d], norm2 [D],
+            fc1 [hidden, D] and fc2 [D, hidden], then key and value [H·d] of the extra key; None
+            where there is none.
+        dtype: what the block computes in, float32 or bfloat16.
+        heads: H.
+        head_dim: d, a multiple of 16, as are D and hidden.
+        activation: "gelu", "gelu_tanh" or "quick_gelu".
+        eps: of norm1 and norm2.
+        extra_bias: logit bias of the extra key.
+
+    Returns:
+        uint8, one-dimensional.
+
+    Raises:
+        SlimvitError: a shape that the kernels do not take.
+    """
+    hidden, width = weights[8].shape
+    options = {
+        "width": width,
+        "heads": heads,
+        "head_dim": head_dim,
+        "hidden": hidden,
+        "activation": activation,
+        "eps1": eps[0],
+        "eps2": eps[1],
+        "extra_bias": extra_bias,
+    }
+    return _pack(_module().pack_block, options, weights, dtype)
+
+
+def pack_embedding(
+    weight: Tensor,
+    table: Tensor,
+    order: Tensor,
+    norm: tuple[Tensor, Tensor, float] | None,
+    dtype: torch.dtype,
+    *,
+    image_size: tuple[int, int],
+) -> Tensor:
+    """The patch embedding as the kernels read it.
+
+    Args:
+        weight: [D, C, ph, pw].
+        table: what each token starts from, bias and position included, in lifetime order, [N, D].
+        order: which patch follows which prefix token in lifetime order, [P], integers.
+        norm: weight, bias and eps of the norm after it, or None.
+        dtype: what it computes in, float32 or bfloat16.
+        image_size: height and width in pixels.
+
+    Returns:
+        uint8, one-dimensional.
+
+    Raises:
+        SlimvitError: a shape that the kernels do not take.
+    """
+    width, channels, patch_height, patch_width = weight.shape
+    norm_weight, norm_bias, eps = norm or (None, None, 0.0)
+    options = {
+        "channels": channels,
+        "image_height": image_size[0],
+        "image_width": image_size[1],
+        "patch_height": patch_height,
+        "patch_width": patch_width,
+        "tokens": table.shape[0],
+        "prefix": table.shape[0] - order.shape[0],
+        "width": width,
+        "eps": eps,
+    }
+    arrays = (weight, table, order.to(torch.int32), norm_weight, norm_bias)
+    return _pack(_module().pack_embedding, options, arrays, dtype)
+
+
+def pack_head(
+    norm: tuple[Tensor, Tensor, float] | None,
+    linears: Sequence[tuple[Tensor, Tensor | None]],
+    dtype: torch.dtype,
+    *,
+    width: int,
+) -> Tensor:
+    """The final norm and the heads, whose logits are averaged, as the kernels read them.
+
+    Args:
+        norm: weight, bias and eps, or None.
+        linears: weight [classes, D] and bias [classes] of each head: none, one, or two.
+        dtype: what it computes in, float32 or bfloat16.
+        width: D.
+
+    Returns:
+        uint8, one-dimensional.
+    """
+    norm_weight, norm_bias, eps = norm or (None, None, 0.0)
+    classes = linears[0][0].shape[0] if linears else 0
+    heads = [*linears, (None, None), (None, None)][:2]
+    arrays = (norm_weight, norm_bias, *heads[0], *heads[1])
+    options = {"width": width, "classes": classes, "heads": len(linears), "eps": eps}
+    return _pack(_module().pack_head, options, arrays, dtype)
+
+
+def slim_block(
+    x: Tensor, pack: Tensor, n: int, index: Tensor | None, key_bias: Tensor | None
+) -> Tensor:
+    """The kept rows [n, B, D] after a packed block, of the alive tokens x [m, B, D]; float32.
+
+    `index` [B, n], int64, names the kept rows, None the first n; `key_bias` is [m] or [B, m].
+    """
+    m, batch, width = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    out = x.new_empty(n, batch, width)
+    index = None if index is None else index.contiguous()
+    key_bias = None if key_bias is None else key_bias.float().contiguous()
+    bias_image = m if key_bias is not None and key_bias.dim() == 2 else 0
+    _call(
+        _module().slim_block,
+        *(_address(pack), pack.numel()),
+        *(_address(x), x.stride(1), x.stride(0)),
+        *(_address(out), out.stride(1), out.stride(0)),
+        *(_address(index), _address(key_bias), bias_image),
+        *(batch, m, n, torch.get_num_threads()),
+    )
+    return out
+
+
+def slim_vit(
+    images: Tensor,
+    embedding: Tensor,
+    blocks: Sequence[Tensor],
+    head: Tensor,
+    counts: Sequence[int],
+    idle: bool,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    """Images [B, C, H, W], float32 or bfloat16, through a packed network, to float32.
+
+    Logits [B, columns] where `rows` is 0, else tokens after the final norm, [B, rows, columns].
+    """
+    images = images.contiguous()
+    shape = (images.shape[0], rows, columns) if rows else (images.shape[0], columns)
+    out = torch.empty(shape, dtype=torch.float32)
+    _call(
+        _module().slim_vit,
+        *(_address(embedding), embedding.numel()),
+        [_address(block) for block in blocks],
+        [block.numel() for block in blocks],
+        *(_address(head), head.numel(), counts, idle, rows, columns),
+        *(_address(images), DTYPES[images.dtype], images.shape[1:]),
+        *(_address(out), images.shape[0], torch.get_num_threads()),
+    )
+    return out
+
+
+def peak(dtype: torch.dtype) -> float:
+    """Measured peak of one thread at products in `dtype`, floating-point operations per second."""
+    return _call(_module().peak, DTYPES[dtype])
+
+
+def _module() -> ModuleType:
+    module = _extensions.load("_cpu")
+    if module is None:
+        raise SlimvitError(f"back end cpu: {_extensions.why_not('_cpu')}")
+    return module
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise SlimvitError(f"back end cpu: {error}") from error
+
+
+def _pack(
+    function: Callable[..., int],
+    options: dict[str, Any],
+    arrays: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> Tensor:
+    plain = [None if array is None else _plain(array) for array in arrays]
+
+    def call(out: int) -> int:
+        weights = [_address(array) for array in plain]
+        return function(**options, weights=weights, dtype=DTYPES[dtype], out=out)
+
+    pack = torch.empty(_call(call, 0), dtype=torch.uint8)
+    _call(call, _address(pack))
+    return pack
+
+
+def _plain(array: Tensor) -> Tensor:
+    array = array.detach()
+    return (array.float() if array.is_floating_point() else array).contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def divides(**sizes: int) -> str | None:
+    """Why the kernels do not take such sizes, by name, or None: they work in vectors of 16."""
+    for name, size in sizes.items():
+        if size % 16:
+            return f"{name} must be a multiple of 16, got {size}"
+    return None
+

@@ -1,0 +1,188 @@
+"""Whole blocks and whole networks in one call each: the `torch.library` ops of the C++ kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from slimvit.backends import cpu
+from slimvit.ops.folded_block import FoldedBlock
+from slimvit.ops.slim_block import BlockParts, ExtraKey
+
+_library = torch.library.Library("slimvit", "DEF")
+_library.define(
+    "slim_block(Tensor x, Tensor pack, SymInt n, Tensor? index=None, Tensor? key_bias=None)"
+    " -> Tensor"
+)
+_library.define(
+    "slim_vit(Tensor images, Tensor embedding, Tensor[] blocks, Tensor head, int[] counts,"
+    " bool idle, int rows, int columns) -> Tensor"
+)
+_library.impl("slim_block", cpu.slim_block, "CPU")
+_library.impl("slim_vit", cpu.slim_vit, "CPU")
+
+
+@torch.library.register_fake("slimvit::slim_block", lib=_library)
+def _slim_block(
+    x: Tensor, pack: Tensor, n: int, index: Tensor | None = None, key_bias: Tensor | None = None
+) -> Tensor:
+    return x.new_empty(n, x.shape[1], x.shape[2])
+
+
+@torch.library.register_fake("slimvit::slim_vit", lib=_library)
+def _slim_vit(
+    images: Tensor,
+    embedding: Tensor,
+    blocks: list[Tensor],
+    head: Tensor,
+    counts: list[int],
+    idle: bool,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    shape = (images.shape[0], rows, columns) if rows else (images.shape[0], columns)
+    return images.new_empty(shape, dtype=torch.float32)
+
+
+class NetworkParts(NamedTuple):
+    """A slimmed network after folding, whatever the names in the foreign model.
+
+    Attributes:
+        image_size: height and width in pixels.
+        patch_weight: [D, C, ph, pw].
+        table: what each token starts from, in lifetime order, [N, D]: patch bias and position, or
+            the prefix token itself.
+        order: which patch follows the prefix tokens in lifetime order, [P], int64.
+        norm_pre: LayerNorm after the embedding, or Identity.
+        blocks: the blocks.
+        extra_keys: of each block, the key that stands for zero rows, or None.
+        norm: final LayerNorm, or Identity.
+        heads: linear layers, each of a token of its own, whose logits are averaged; empty where
+            logits need anything more.
+        counts: kept tokens n of each block.
+        idle: whether pruned tokens stay keys and values.
+    """
+
+    image_size: tuple[int, int]
+    patch_weight: Tensor
+    table: Tensor
+    order: Tensor
+    norm_pre: nn.Module
+    blocks: list[FoldedBlock | BlockParts]
+    extra_keys: list[ExtraKey | None]
+    norm: nn.Module
+    heads: list[nn.Linear]
+    counts: tuple[int, ...]
+    idle: bool
+
+
+def why_not_packed(parts: NetworkParts) -> str | None:
+    """Why the C++ kernels do not compute such a network, or None if they do."""
+    for number, block in enumerate(parts.blocks, 1):
+        reason = _why_not_block(block)
+        if reason is not None:
+            return f"block {number}: {reason}"
+    for name, norm in (("the norm before the blocks", parts.norm_pre), ("the norm", parts.norm)):
+        if not isinstance(norm, nn.Identity) and _layer_norm(norm) is None:
+            return f"{name} is {type(norm).__name__}, not LayerNorm"
+    return None
+
+
+def _why_not_block(block: FoldedBlock | BlockParts) -> str | None:
+    if not isinstance(block, FoldedBlock):
+        return FoldedBlock.why_not(block) or "it was not folded"
+    if _activation(block.act) is None:
+        return f"the activation is {type(block.act).__name__}, not GELU or QuickGELU"
+    hidden, width = block.fc1.weight.shape
+    return cpu.divides(width=width, head_dim=block.head_dim, hidden=hidden)
+
+
+def pack_block(block: FoldedBlock, dtype: torch.dtype, extra: ExtraKey | None = None) -> Tensor:
+    """What `slimvit::slim_block` takes as its weights.
+
+    Args:
+        block: a plain block, folded.
+        dtype: what the kernels compute in: float32, or bfloat16 accumulated in float32.
+        extra: one more key and value that all images share.
+
+    Returns:
+        uint8, one-dimensional; for the instruction set that `slimvit doctor` names.
+    """
+    inner = block.heads * block.head_dim
+    layers = (block.norm1, block.qkv, block.proj, block.norm2, block.fc1, block.fc2)
+    weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    norms = (block.norm1, block.norm2)
+    for i, norm in zip((1, 7), norms):
+        weights[i] = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
+    key, value = (None, None) if extra is None else (extra.key, extra.value)
+    weights += [None if part is None else part.reshape(inner) for part in (key, value)]
+    return cpu.pack_block(
+        weights,
+        dtype,
+        heads=block.heads,
+        head_dim=block.head_dim,
+        activation=_activation(block.act),
+        eps=(block.norm1.eps, block.norm2.eps),
+        extra_bias=0.0 if extra is None else extra.bias,
+    )
+
+
+class PackedNetwork(nn.Module):
+    """A slimmed network whose weights are packed for the C++ kernels: one call for all of it.
+
+    Args:
+        parts: the network; weights are copied.
+        dtype: what it computes in: float32, or bfloat16 accumulated in float32.
+    """
+
+    def __init__(self, parts: NetworkParts, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.counts, self.idle, self.dtype = list(parts.counts), parts.idle, dtype
+        self.tokens, self.width = parts.table.shape
+        self.classes = parts.heads[0].out_features if parts.heads else 0
+        embedding = cpu.pack_embedding(
+            parts.patch_weight,
+            parts.table,
+            parts.order,
+            _layer_norm(parts.norm_pre),
+            dtype,
+            image_size=parts.image_size,
+        )
+        linears = [(head.weight, head.bias) for head in parts.heads]
+        head = cpu.pack_head(_layer_norm(parts.norm), linears, dtype, width=self.width)
+        self.register_buffer("embedding", embedding, persistent=False)
+        self.register_buffer("head", head, persistent=False)
+        for i, (block, extra) in enumerate(zip(parts.blocks, parts.extra_keys)):
+            pack = pack_block(block, dtype, extra)
+            self.register_buffer(f"block_{i}", pack, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes], float32, of images [B, C, H, W]; for a network with heads."""
+        return self._call(images, 0, self.classes)
+
+    def forward_tokens(self, images: Tensor) -> Tensor:
+        """Tokens after the final norm in lifetime order, [B, n_L, D] ([B, N, D] where idle)."""
+        return self._call(images, self.tokens if self.idle else self.counts[-1], self.width)
+
+    def _call(self, images: Tensor, rows: int, columns: int) -> Tensor:
+        blocks = [self._buffers[f"block_{i}"] for i in range(len(self.counts))]
+        return torch.ops.slimvit.slim_vit(
+            images, self.embedding, blocks, self.head, self.counts, self.idle, rows, columns
+        )
+
+
+def _layer_norm(norm: nn.Module) -> tuple[Tensor, Tensor, float] | None:
+    if not isinstance(norm, nn.LayerNorm) or not norm.elementwise_affine:
+        return None
+    bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
+    return norm.weight, bias, norm.eps
+
+
+def _activation(module: nn.Module) -> str | None:
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(
+        type(module).__name__
+    )
