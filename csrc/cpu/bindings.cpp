@@ -113,10 +113,17 @@ EmbeddingShape embedding_shape(int channels, int image_height, int image_width, 
   return shape;
 }
 
-EmbeddingWeights embedding_weights(const std::vector<Address>& a) {
+EmbeddingWeights embedding_weights(const std::vector<Address>& a, const EmbeddingShape& shape) {
   require(a.size() == 5, "an embedding has 5 arrays, got " + std::to_string(a.size()));
-  return {at<const float>(a[0]), at<const float>(a[1]), at<const std::int32_t>(a[2]),
-          at<const float>(a[3]), at<const float>(a[4])};
+  const auto* order = at<const std::int32_t>(a[2]);
+  std::vector<bool> seen(shape.tokens - shape.prefix);
+  for (std::size_t i = 0; i < seen.size(); ++i) {
+    const bool fits = order[i] >= 0 && order[i] < static_cast<long>(seen.size()) && !seen[order[i]];
+    require(fits, "order must name every patch once, got " + std::to_string(order[i]));
+    seen[order[i]] = true;
+  }
+  return {at<const float>(a[0]), at<const float>(a[1]), order, at<const float>(a[3]),
+          at<const float>(a[4])};
 }
 
 HeadShape head_shape(int width, int classes, int heads, float eps) {
@@ -263,10 +270,9 @@ PYBIND11_MODULE(_cpu, m) {
                              int patch_width, int tokens, int prefix, int width, float eps,
                              const std::vector<Address>& weights, const std::string& dtype,
                              Address out) {
-    return pack(kernels_for(dtype).pack_embedding,
-                embedding_shape(channels, image_height, image_width, patch_height, patch_width,
-                                tokens, prefix, width, eps),
-                embedding_weights(weights), out);
+    const EmbeddingShape shape = embedding_shape(channels, image_height, image_width, patch_height,
+                                                 patch_width, tokens, prefix, width, eps);
+    return pack(kernels_for(dtype).pack_embedding, shape, embedding_weights(weights, shape), out);
   }, py::kw_only(), py::arg("channels"), py::arg("image_height"), py::arg("image_width"),
      py::arg("patch_height"), py::arg("patch_width"), py::arg("tokens"), py::arg("prefix"),
      py::arg("width"), py::arg("eps"), py::arg("weights"), py::arg("dtype"), py::arg("out"),
@@ -280,6 +286,10 @@ PYBIND11_MODULE(_cpu, m) {
      py::arg("weights"), py::arg("dtype"), py::arg("out"),
      "Lay out the final norm and the head; returns the bytes that takes, and only that where out "
      "is 0.");
+  m.def("prefer_huge_pages", [](Address begin, std::int64_t bytes) {
+    prefer_huge_pages(at<void>(begin), bytes);
+  }, py::arg("begin"), py::arg("bytes"),
+     "Ask the system for huge pages where it has them: weights are read end to end for every image.");
   m.def("slim_block", &slim_block, py::arg("pack"), py::arg("pack_bytes"), py::arg("x"),
         py::arg("x_image"), py::arg("x_token"), py::arg("out"), py::arg("out_image"),
         py::arg("out_token"), py::arg("index"), py::arg("key_bias"), py::arg("bias_image"),

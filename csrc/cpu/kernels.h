@@ -68,7 +68,7 @@ struct Kernels {
   void (*block)(const BlockCall&, long first, long count, const Team&, char* shared, char* own);
   std::int64_t (*network_memory)(const NetworkCall&);
   void (*network)(const NetworkCall&, long first, long count, const Team&, char* shared, char* own);
-  std::int64_t (*own_memory)(long tokens, long patch);
+  std::int64_t (*own_memory)(long tokens);
 
   double (*peak)(long rounds);  // floating-point operations of a run of nothing but products
 };

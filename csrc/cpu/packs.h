@@ -79,7 +79,8 @@ struct EmbeddingWeights {
 struct EmbeddingPack {
   PackHead head;
   EmbeddingShape shape;
-  std::int64_t table, order, weight;
+  std::int64_t table, weight;
+  std::int64_t place;  // int32 [patches]: where each patch stands among them in lifetime order
   Norm norm;
 };
 

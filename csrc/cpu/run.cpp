@@ -1,6 +1,9 @@
 #include "cpu/run.h"
 
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -13,6 +16,7 @@
 namespace slimvit {
 namespace {
 
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr long kChunk = 8;  // images that one thread takes through the depth together
 
 struct Free {
@@ -29,9 +33,11 @@ struct Workspace {
     if (wanted > size) {
       bytes.reset();
       size = 0;
-      bytes.reset(static_cast<char*>(std::aligned_alloc(kAlignment, wanted)));
+      const std::size_t whole = (wanted + kHugePage - 1) / kHugePage * kHugePage;
+      bytes.reset(static_cast<char*>(std::aligned_alloc(kHugePage, whole)));
       if (bytes == nullptr) throw std::bad_alloc();
-      size = wanted;
+      prefer_huge_pages(bytes.get(), static_cast<std::int64_t>(whole));
+      size = whole;
     }
     if (barriers.size() < static_cast<std::size_t>(threads)) barriers.resize(threads);
   }
@@ -122,7 +128,7 @@ void run(const BlockCall& call, int threads) {
   const PackHead& head = call.pack->head;
   const Kernels& k = kernels(head.isa, head.dtype);
   divide(
-      call, threads, k.own_memory(call.m, 0), k.block_memory(call),
+      call, threads, k.own_memory(call.m), k.block_memory(call),
       [&](long first, long count, const Team& team, char* shared, char* own) {
         k.block(call, first, count, team, shared, own);
       });
@@ -132,12 +138,22 @@ void run(NetworkCall call, int threads) {
   call.chunk = std::clamp<long>(call.batch / threads, 1, kChunk);
   const PackHead& head = call.embedding->head;
   const Kernels& k = kernels(head.isa, head.dtype);
-  const EmbeddingShape& in = call.embedding->shape;
   divide(
-      call, threads, k.own_memory(in.tokens, in.patch()), k.network_memory(call),
+      call, threads, k.own_memory(call.embedding->shape.tokens), k.network_memory(call),
       [&](long first, long count, const Team& team, char* shared, char* own) {
         k.network(call, first, count, team, shared, own);
       });
+}
+
+void prefer_huge_pages(void* begin, std::int64_t bytes) {
+#if defined(__linux__)
+  const auto first = (reinterpret_cast<std::uintptr_t>(begin) + kHugePage - 1) / kHugePage;
+  const auto last = (reinterpret_cast<std::uintptr_t>(begin) + bytes) / kHugePage;
+  if (last > first)
+    madvise(reinterpret_cast<void*>(first * kHugePage), (last - first) * kHugePage, MADV_HUGEPAGE);
+#else
+  (void)begin, (void)bytes;
+#endif
 }
 
 double measure_peak(Isa isa, Dtype dtype) {

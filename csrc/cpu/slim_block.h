@@ -11,7 +11,6 @@ namespace slimvit {
 namespace {
 
 constexpr long kMlpRows = 256;     // rows whose hidden layer is held at a time
-constexpr long kPatchRows = 48;    // rows of the patch embedding that are held at a time
 constexpr long kMlpColumns = 768;  // columns of the hidden layer: whole panels on every instruction set
 
 // ---- packing -----------------------------------------------------------------------------------
@@ -121,9 +120,8 @@ struct Own {
   AttentionMemory<S, T> attention;
   float* bias;  // [columns]
   T* hidden;    // [kMlpRows, kMlpColumns]
-  T* patches;   // [kPatchRows, patch]
 
-  static Own make(Parts& parts, long tokens, long patch) {
+  static Own make(Parts& parts, long tokens) {
     const long columns = Panels<S, T>::columns(tokens + 1);
     Own own;
     own.attention.logits = parts.take<float>(kQueryRows * columns);
@@ -132,7 +130,6 @@ struct Own {
     own.attention.p = parts.take<T>(kQueryRows * columns);
     own.bias = parts.take<float>(columns);
     own.hidden = parts.take<T>(kMlpRows * kMlpColumns);
-    own.patches = parts.take<T>(kPatchRows * Panels<S, T>::depth(patch));
     return own;
   }
 };
@@ -300,7 +297,7 @@ void block(const BlockCall& call, long first, long count, const Team& team, char
   Parts shared_parts(shared), own_parts(own);
   auto memory = Shared<T>::make(shared_parts, call.m, Panels<S, T>::columns(call.m + 1),
                                 call.pack->shape);
-  auto worker = Own<S, T>::make(own_parts, call.m, 0);
+  auto worker = Own<S, T>::make(own_parts, call.m);
   for (long image = first; image < first + count; ++image) {
     const long begin = share(call.m, team.rank, team.size);
     const long end = share(call.m, team.rank + 1, team.size);
@@ -317,9 +314,9 @@ void block(const BlockCall& call, long first, long count, const Team& team, char
 }
 
 template <class S, typename T>
-std::int64_t own_memory(long tokens, long patch) {
+std::int64_t own_memory(long tokens) {
   Parts parts(nullptr);
-  Own<S, T>::make(parts, tokens, patch);
+  Own<S, T>::make(parts, tokens);
   return parts.used();
 }
 

@@ -31,7 +31,7 @@ std::int64_t pack_embedding(const EmbeddingShape& shape, const EmbeddingWeights&
   EmbeddingPack pack{};
   pack.shape = shape;
   pack.table = sections.take<float>(tokens * width);
-  pack.order = sections.take<std::int32_t>(patches);
+  pack.place = sections.take<std::int32_t>(patches);
   pack.weight = sections.take<T>(Panels<S, T>::size(width, shape.patch()));
   pack.norm = take_norm<S>(sections, w.norm_weight, width, shape.eps);
   pack.head = pack_head_of<S, T>(PackHead::Kind::embedding, sections.used());
@@ -40,7 +40,8 @@ std::int64_t pack_embedding(const EmbeddingShape& shape, const EmbeddingWeights&
   __builtin_memset(out, 0, sections.used());
   __builtin_memcpy(out, &pack, sizeof(pack));
   copy_floats(w.table, tokens * width, section<float>(out, pack.table));
-  __builtin_memcpy(section<std::int32_t>(out, pack.order), w.order, patches * sizeof(std::int32_t));
+  auto* place = section<std::int32_t>(out, pack.place);
+  for (std::int32_t i = 0; i < patches; ++i) place[w.order[i]] = i;
   pack_columns<S, T>(w.weight, width, shape.patch(), S::kVecs, 1.0f, section<T>(out, pack.weight));
   pack_norm(out, pack.norm, w.norm_weight, w.norm_bias, width);
   return sections.used();
@@ -74,7 +75,7 @@ class Network {
   Network(const NetworkCall& call, const Team& team, char* shared, char* own)
       : call_(call), team_(team), shape_(call.blocks[0]->shape), in_(call.embedding->shape) {
     Parts own_parts(own);
-    own_ = Own<S, T>::make(own_parts, in_.tokens, in_.patch());
+    own_ = Own<S, T>::make(own_parts, in_.tokens);
     lay_out(shared);
   }
 
@@ -109,6 +110,7 @@ class Network {
     Parts parts(shared);
     chunk_ = parts.take<float>(count * in_.tokens * width());
     result_ = parts.take<float>(count * Panels<S, T>::columns(call_.head->shape.classes));
+    patches_ = parts.take<T>((in_.tokens - in_.prefix) * Panels<S, T>::depth(in_.patch()));
     long rows = count, keys = 0;
     for (long layer = 0; layer < call_.depth; ++layer) {
       const long images = group(layer, count), m = alive(layer);
@@ -154,51 +156,54 @@ class Network {
   // Z_0 in lifetime order: what each token starts from, plus its patch times the weights.
   void embed(long first, long images) {
     const EmbeddingPack& pack = *call_.embedding;
-    const auto* weight = section<T>(pack, pack.weight);
-    const auto* order = section<std::int32_t>(pack, pack.order);
     const float* table = section<float>(pack, pack.table);
     const long tokens = in_.tokens, depth = Panels<S, T>::depth(in_.patch());
-    const auto columns = panels<S, T>(weight, width(), in_.patch());
+    const auto columns = panels<S, T>(section<T>(pack, pack.weight), width(), in_.patch());
+    const long begin = share(tokens, team_.rank, team_.size);
+    const long end = share(tokens, team_.rank + 1, team_.size);
+    const long patches = most(begin, in_.prefix);
     for (long image = 0; image < images; ++image) {
+      if (call_.images_dtype == Dtype::float32)
+        read_patches(static_cast<const float*>(call_.images), first + image);
+      else
+        read_patches(static_cast<const bf16*>(call_.images), first + image);
+      team_.sync();
       float* x = shared_.x + image * tokens * width();
-      const long end = share(tokens, team_.rank + 1, team_.size);
-      for (long row = share(tokens, team_.rank, team_.size); row < end;) {
-        const long rows = least(kPatchRows, end - row);
-        copy_floats(table + row * width(), rows * width(), x + row * width());
-        const long skip = least(rows, most(0, in_.prefix - row));
-        for (long r = skip; r < rows; ++r)
-          patch(first + image, order[row + r - in_.prefix], own_.patches + (r - skip) * depth);
-        Accumulate<S> add{{nullptr}, x + (row + skip) * width(), width()};
-        gemm(own_.patches, depth, rows - skip, columns, add);
-        if (pack.norm.weight != 0) norm(pack.norm, x + row * width(), width(), rows, x + row * width());
-        row += rows;
-      }
+      copy_floats(table + begin * width(), (end - begin) * width(), x + begin * width());
+      Accumulate<S> add{{nullptr}, x + patches * width(), width()};
+      gemm(patches_ + (patches - in_.prefix) * depth, depth, most(0, end - patches), columns, add);
+      if (pack.norm.weight != 0)
+        norm(pack.norm, x + begin * width(), width(), end - begin, x + begin * width());
+      team_.sync();
     }
-    team_.sync();
   }
 
-  void patch(long image, long which, T* out) const {
-    if (call_.images_dtype == Dtype::float32)
-      read_patch(static_cast<const float*>(call_.images), image, which, out);
-    else
-      read_patch(static_cast<const bf16*>(call_.images), image, which, out);
+  // The worker's share of an image as rows of patches in lifetime order. The image is read as it
+  // lies in memory, which the processor foresees; the patches scatter, but within the cache.
+  template <typename In>
+  void read_patches(const In* images, long image) const {
+    const auto* place = section<std::int32_t>(*call_.embedding, call_.embedding->place);
+    const long depth = Panels<S, T>::depth(in_.patch());
+    const long down = share(in_.rows(), team_.rank, team_.size);
+    const long below = share(in_.rows(), team_.rank + 1, team_.size);
+    for (long c = 0; c < in_.channels; ++c)
+      for (long y = down * in_.patch_height; y < below * in_.patch_height; ++y) {
+        const In* row = images + ((image * in_.channels + c) * in_.image_height + y) * in_.image_width;
+        const std::int32_t* places = place + y / in_.patch_height * in_.columns();
+        T* to = patches_ + (c * in_.patch_height + y % in_.patch_height) * in_.patch_width;
+        for (long i = 0; i < in_.columns(); ++i, row += in_.patch_width)
+          read_row(row, to + places[i] * depth);
+      }
+    if (depth > in_.patch())
+      for (long i = down * in_.columns(); i < below * in_.columns(); ++i)
+        narrow(0.0f, patches_[place[i] * depth + in_.patch()]);
   }
 
   template <typename In>
-  void read_patch(const In* images, long image, long which, T* out) const {
-    const long height = in_.image_height, length = in_.image_width;
-    const long down = which / in_.columns() * in_.patch_height;
-    const long right = which % in_.columns() * in_.patch_width;
-    const T* start = out;
-    for (long c = 0; c < in_.channels; ++c) {
-      const In* corner = images + ((image * in_.channels + c) * height + down) * length + right;
-      for (long y = 0; y < in_.patch_height; ++y, corner += length, out += in_.patch_width) {
-        long i = 0;
-        for (; i + S::kLanes <= in_.patch_width; i += S::kLanes) S::store(out + i, S::load(corner + i));
-        for (; i < in_.patch_width; ++i) narrow(widen(corner[i]), out[i]);
-      }
-    }
-    for (; out < start + Panels<S, T>::depth(in_.patch()); ++out) narrow(0.0f, *out);
+  void read_row(const In* row, T* out) const {
+    long i = 0;
+    for (; i + S::kLanes <= in_.patch_width; i += S::kLanes) S::store(out + i, S::load(row + i));
+    for (; i < in_.patch_width; ++i) narrow(widen(row[i]), out[i]);
   }
 
   template <typename Out>
@@ -253,6 +258,7 @@ class Network {
   const BlockShape& shape_;
   const EmbeddingShape& in_;
   float *chunk_, *result_;
+  T* patches_;
   Shared<T> shared_;
   Own<S, T> own_;
   std::int64_t used_ = 0;

@@ -12,6 +12,7 @@ from torch import Tensor
 from slimvit import _extensions
 from slimvit.errors import SlimvitError
 
+_HUGE_PAGE = 2 << 20
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -141,6 +142,20 @@ def pack_head(
     arrays = (norm_weight, norm_bias, *heads[0], *heads[1])
     options = {"width": width, "classes": classes, "heads": len(linears), "eps": eps}
     return _pack(_module().pack_head, options, arrays, dtype)
+
+
+def join(packs: Sequence[Tensor]) -> list[Tensor]:
+    """The same packs as parts of one tensor, in huge pages where the system has them.
+
+    A network reads its weights from end to end for every image, and small pages cost time.
+    """
+    whole = torch.empty(sum(pack.numel() for pack in packs) + _HUGE_PAGE, dtype=torch.uint8)
+    start = -whole.data_ptr() % _HUGE_PAGE
+    _module().prefer_huge_pages(_address(whole), whole.numel())
+    parts = list(whole[start : start + sum(p.numel() for p in packs)].split([p.numel() for p in packs]))
+    for part, pack in zip(parts, packs):
+        part.copy_(pack)
+    return parts
 
 
 def slim_block(

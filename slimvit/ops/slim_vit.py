@@ -99,13 +99,15 @@ def _why_not_block(block: FoldedBlock | BlockParts) -> str | None:
     return cpu.divides(width=width, head_dim=block.head_dim, hidden=hidden)
 
 
-def pack_block(block: FoldedBlock, dtype: torch.dtype, extra: ExtraKey | None = None) -> Tensor:
+def pack_block(
+    block: FoldedBlock, extra: ExtraKey | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """What `slimvit::slim_block` takes as its weights.
 
     Args:
         block: a plain block, folded.
-        dtype: what the kernels compute in: float32, or bfloat16 accumulated in float32.
         extra: one more key and value that all images share.
+        dtype: what the kernels compute in: float32, or bfloat16 accumulated in float32.
 
     Returns:
         uint8, one-dimensional; for the instruction set that `slimvit doctor` names.
@@ -152,11 +154,10 @@ class PackedNetwork(nn.Module):
         )
         linears = [(head.weight, head.bias) for head in parts.heads]
         head = cpu.pack_head(_layer_norm(parts.norm), linears, dtype, width=self.width)
-        self.register_buffer("embedding", embedding, persistent=False)
-        self.register_buffer("head", head, persistent=False)
-        for i, (block, extra) in enumerate(zip(parts.blocks, parts.extra_keys)):
-            pack = pack_block(block, dtype, extra)
-            self.register_buffer(f"block_{i}", pack, persistent=False)
+        blocks = [pack_block(*block, dtype) for block in zip(parts.blocks, parts.extra_keys)]
+        names = ["embedding", *(f"block_{i}" for i in range(len(blocks))), "head"]
+        for name, pack in zip(names, cpu.join([embedding, *blocks, head])):
+            self.register_buffer(name, pack, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes], float32, of images [B, C, H, W]; for a network with heads."""
