@@ -32,14 +32,15 @@ def exact_answer(model: nn.Module, images: torch.Tensor, masks: Masks) -> torch.
     return model.forward_head(reference_features(model, images.double(), masks))
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 class TestAnswers:
     @pytest.mark.parametrize("name", MODELS)
     @pytest.mark.parametrize("semantics", SEMANTICS)
-    def test_dense_masks_answer_like_timm(self, name, semantics):
+    def test_dense_masks_answer_like_timm(self, name, semantics, backend):
         model = build(name)
         read = spec(model)
         masks = Masks.dense(read.depth, read.grid, read.prefix, semantics=semantics)
-        fast = accelerate(model, masks)
+        fast = accelerate(model, masks, backend=backend)
         images = random_images(model, 3)
         with torch.no_grad():
             assert off(fast(images), model(images)) < FLOAT32
@@ -49,8 +50,8 @@ class TestAnswers:
 
     @pytest.mark.parametrize("name", MODELS)
     @pytest.mark.parametrize("semantics", SEMANTICS)
-    def test_equals_timms_blocks(self, poison_empty, name, semantics):
-        model, fast = fast_pair(name, semantics)
+    def test_equals_timms_blocks(self, poison_empty, name, semantics, backend):
+        model, fast = fast_pair(name, semantics, backend=backend)
         images = random_images(model, 3)
         features = reference_features(model, images, fast.masks)
         assert off(fast.forward_features(images), features) < FLOAT32
@@ -61,8 +62,8 @@ class TestAnswers:
 
     @pytest.mark.parametrize("name", MODELS)
     @pytest.mark.parametrize("semantics", SEMANTICS)
-    def test_bfloat16_errs_no_more_than_torch(self, name, semantics):
-        model, fast = fast_pair(name, semantics, precision="bfloat16")
+    def test_bfloat16_errs_no_more_than_torch(self, name, semantics, backend):
+        model, fast = fast_pair(name, semantics, backend=backend, precision="bfloat16")
         images = random_images(model, 16)
         exact = exact_answer(model, images, fast.masks)
         half = copy.deepcopy(model).bfloat16()
@@ -71,7 +72,7 @@ class TestAnswers:
             torchs = mean_off(half.forward_head(features), exact)
         assert mean_off(fast(images), exact) < 2 * torchs
 
-    def test_real(self, real):
+    def test_real(self, real, backend):
         from slimvit.models import create
 
         name = "deit_tiny_patch16_224"
@@ -80,8 +81,10 @@ class TestAnswers:
         masks = Masks.from_counts([141, 141, 131, 121, *[111] * 7, 1], (14, 14))
         with torch.no_grad():
             wanted = apply_masks(model, masks)(images)
-        assert off(accelerate(model, masks)(images), wanted) < FLOAT32
-        assert off(accelerate(model, masks, precision="bfloat16")(images), wanted) < 0.05
+        fast = accelerate(model, masks, backend=backend)
+        assert off(fast(images), wanted) < FLOAT32
+        fast = accelerate(model, masks, backend=backend, precision="bfloat16")
+        assert off(fast(images), wanted) < 0.05
 
 
 def mean_off(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -93,7 +96,7 @@ def mean_off(got: torch.Tensor, wanted: torch.Tensor) -> float:
 class TestFolding:
     @pytest.mark.parametrize("name", LAYER_SCALED)
     def test_layer_scale_is_folded(self, name):
-        model, fast = fast_pair(name)
+        model, fast = fast_pair(name, backend="torch")
         assert any(isinstance(module, LayerScale) for module in model.modules())
         left = [name for name, m in fast.named_modules() if isinstance(m, LayerScale)]
         # GLU MLPs keep theirs: only timm's plain Mlp is taken apart.
@@ -135,11 +138,12 @@ class TestFolding:
 
 
 class TestModule:
-    def test_attributes(self):
-        model, fast = fast_pair("deit_distilled", "zero")
-        assert (fast.backend, fast.precision, fast.num_classes) == ("torch", "float32", 7)
+    @pytest.mark.parametrize("backend", ["cpu", "torch"])
+    def test_attributes(self, backend):
+        model, fast = fast_pair("deit_distilled", "zero", backend=backend)
+        assert (fast.backend, fast.precision, fast.num_classes) == (backend, "float32", 7)
         assert fast.masks.semantics == "zero"
-        assert "backend=torch, precision=float32, kept=(16, 12, 7)" in repr(fast)
+        assert f"backend={backend}, precision=float32, kept=(16, 12, 7)" in repr(fast)
 
     @pytest.mark.parametrize("training", [False, True])
     def test_stays_in_eval_mode(self, training):
@@ -172,7 +176,7 @@ class TestModule:
             assert {str(x.dtype) for x in floats} == {f"torch.{fast.precision}"}
 
     def test_moves(self):
-        model, fast = fast_pair("deit3", "zero")
+        model, fast = fast_pair("deit3", "zero", backend="torch")
         images = random_images(model, 2)
         wanted = fast(images)
         fast.to(torch.bfloat16)
@@ -182,11 +186,12 @@ class TestModule:
         fast.to("meta")
         assert fast(images.to("meta")).shape == (2, 7)
 
-    def test_copies(self):
-        model, fast = fast_pair("deit3", "zero", precision="bfloat16")
+    @pytest.mark.parametrize("backend", ["cpu", "torch"])
+    def test_copies(self, backend):
+        model, fast = fast_pair("deit3", "zero", precision="bfloat16", backend=backend)
         images = random_images(model, 2)
         for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-            assert (twin.backend, twin.precision) == ("torch", "bfloat16")
+            assert (twin.backend, twin.precision) == (backend, "bfloat16")
             assert torch.equal(twin(images), fast(images))
 
     def test_masks_given_as_a_path(self, tmp_path):
@@ -261,9 +266,25 @@ class TestRefused:
         assert str(caught.value).startswith(f"back end {backend}: {reason}")
         assert "slimvit doctor" in str(caught.value)
 
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("qk_norm", "block 1: it has q_norm, a LayerNorm"),
+            ("rms_norm", "block 1: it has q_norm, a RmsNorm"),
+            ("dinov2_swiglu", "block 1: it has ls2, a LayerScale"),
+            ("dynamic_img_pad", "images are padded to whole patches"),
+        ],
+    )
+    def test_a_model_that_the_cpu_kernels_do_not_compute(self, name, reason, caplog):
+        with pytest.raises(SlimvitError, match=f"back end cpu does not compute this.*{reason}"):
+            fast_pair(name, backend="cpu")
+        assert fast_pair(name)[1].backend == "torch"
+        assert f"back end cpu passed over for this model: {reason}" in caplog.text
+
+    @pytest.mark.parametrize("backend", ["cpu", "torch"])
     @pytest.mark.parametrize("call", ["forward", "forward_features"])
-    def test_wrong_images(self, call):
-        _, fast = fast_pair()
+    def test_wrong_images(self, call, backend):
+        _, fast = fast_pair(backend=backend)
         with pytest.raises(SlimvitError, match=r"must be \[B, 3, 64, 64\], got \[1, 3, 32, 64\]"):
             getattr(fast, call)(torch.zeros(1, 3, 32, 64))
         with pytest.raises(SlimvitError, match="images must be floating point, got uint8"):
@@ -285,7 +306,7 @@ class TestCuda:
         assert off(fast(images.cuda()).cpu(), exact) < limit
 
     def test_moves(self):
-        model, fast = fast_pair("deit3", "zero")
+        model, fast = fast_pair("deit3", "zero", backend="torch")
         images = random_images(model, 2)
         wanted = fast(images)
         assert off(fast.cuda()(images.cuda()).cpu(), wanted) < 5e-3

@@ -160,7 +160,7 @@ def test_a_runtime_that_does_not_work_is_left_out_with_the_reason(vit, masks, mo
     monkeypatch.setattr(Other, "why_not", classmethod(lambda cls, setting: "not here"))
     report = bench(vit, masks, **QUICK)
     assert report.left_out == {"other": "not here"}
-    assert [row.runtime for row in report.rows] == ["slimvit:torch"] * 2
+    assert [row.runtime for row in report.rows] == ["slimvit:cpu"] * 2
     with pytest.raises(SlimvitError, match="runtime other: not here"):
         bench(vit, masks, against=["other"], **QUICK)
 

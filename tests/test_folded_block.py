@@ -33,7 +33,7 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("m, keep, batch", [(1, 1, 1), (17, 17, 3), (63, 40, 1), (197, 1, 3)])
 def test_folded_block_is_slim_block(block, dtype, m, keep, batch, poison_empty):
     parts = block._replace(qkv=block.qkv)
-    assert FoldedBlock.folds(parts)
+    assert FoldedBlock.why_not(parts) is None
     torch.manual_seed(m)
     x = torch.randn(m, batch, parts.qkv.in_features)
     reference = copy.deepcopy(nn.ModuleList(p for p in parts if isinstance(p, nn.Module))).double()
@@ -78,12 +78,20 @@ def test_other_activations(block, act):
         )
 
 
-def test_what_is_not_plain_is_not_folded(block):
-    d = block.head_dim
-    assert not FoldedBlock.folds(block._replace(q_norm=nn.LayerNorm(d)))
-    assert not FoldedBlock.folds(block._replace(gate=block.proj))
-    assert not FoldedBlock.folds(block._replace(norm1=nn.RMSNorm(64)))
-    assert not FoldedBlock.folds(block._replace(ls1=nn.Linear(1, 1)))
+@pytest.mark.parametrize(
+    "name, part, reason",
+    [
+        ("q_norm", nn.LayerNorm(32), "it has q_norm, a LayerNorm"),
+        ("ls1", nn.Linear(1, 1), "it has ls1, a Linear"),
+        ("gate", nn.Linear(1, 1), "its attention is gated"),
+        ("norm1", nn.RMSNorm(64), "its norm is RMSNorm, not LayerNorm with weights"),
+        ("norm2", nn.LayerNorm(64, elementwise_affine=False), "its norm is LayerNorm"),
+        ("mlp", nn.Linear(1, 1), "its MLP is Linear, not two layers and an activation"),
+        ("proj", nn.Identity(), "it has Identity in place of Linear"),
+    ],
+)
+def test_what_is_not_plain_is_not_folded(block, name, part, reason):
+    assert FoldedBlock.why_not(block._replace(**{name: part})).startswith(reason)
 
 
 @pytest.mark.parametrize("bias", [True, False])
