@@ -236,7 +236,7 @@ REFUSED = {
         "block 3 projects queries by ParametrizedLinear: only a plain Linear can be split",
     ),
     "slim_already": (slim, "SlimVisionTransformer is slimmed already: give the dense model"),
-    "fast_already": (fast, "AcceleratedViT is slimmed already: give the dense model"),
+    "fast_already": (fast, "is slimmed already: give the dense model"),
 }
 
 

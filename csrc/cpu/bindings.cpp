@@ -116,10 +116,10 @@ EmbeddingShape embedding_shape(int channels, int image_height, int image_width, 
 EmbeddingWeights embedding_weights(const std::vector<Address>& a, const EmbeddingShape& shape) {
   require(a.size() == 5, "an embedding has 5 arrays, got " + std::to_string(a.size()));
   const auto* order = at<const std::int32_t>(a[2]);
-  std::vector<bool> seen(shape.tokens - shape.prefix);
+  std::vector<bool> seen(shape.tokens);
   for (std::size_t i = 0; i < seen.size(); ++i) {
     const bool fits = order[i] >= 0 && order[i] < static_cast<long>(seen.size()) && !seen[order[i]];
-    require(fits, "order must name every patch once, got " + std::to_string(order[i]));
+    require(fits, "order must name every token once, got " + std::to_string(order[i]));
     seen[order[i]] = true;
   }
   return {at<const float>(a[0]), at<const float>(a[1]), order, at<const float>(a[3]),
@@ -155,14 +155,19 @@ void require_positive_threads(int threads) {
 
 void slim_block(Address pack_address, std::int64_t pack_bytes, Address x, long x_image,
                 long x_token, Address out, long out_image, long out_token, Address index,
-                Address key_bias, long bias_image, long batch, long m, long n, int threads) {
+                Address key_bias, long bias_image, long width, long batch, long m, long n,
+                int threads) {
   const auto* pack = pack_at<BlockPack>(pack_address, pack_bytes, PackHead::Kind::block);
   require_positive_threads(threads);
-  require(batch >= 0 && n >= 1 && m >= 1 && (index != 0 || n <= m), "wrong sizes");
+  require(width == pack->shape.width, "x must be [m, B, " + std::to_string(pack->shape.width) +
+                                          "], got [" + join({m, batch, width}) + "]");
+  require(batch >= 0 && m >= 1, "x must hold a token");
+  require(n >= 1 && (index != 0 || n <= m), "n must be in [1, m] = [1, " + std::to_string(m) +
+                                                "], got " + std::to_string(n));
   const auto* positions = at<const std::int64_t>(index);
   for (long i = 0; positions != nullptr && i < batch * n; ++i)
     require(positions[i] >= 0 && positions[i] < m,
-            "keep must be in [0, m) = [0, " + std::to_string(m) + "), got " +
+            "index must be in [0, m) = [0, " + std::to_string(m) + "), got " +
                 std::to_string(positions[i]));
   const BlockCall call{pack,      at<const float>(x), x_image,
                        x_token,   at<float>(out),     out_image,
@@ -293,7 +298,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("slim_block", &slim_block, py::arg("pack"), py::arg("pack_bytes"), py::arg("x"),
         py::arg("x_image"), py::arg("x_token"), py::arg("out"), py::arg("out_image"),
         py::arg("out_token"), py::arg("index"), py::arg("key_bias"), py::arg("bias_image"),
-        py::arg("batch"), py::arg("m"), py::arg("n"), py::arg("threads"),
+        py::arg("width"), py::arg("batch"), py::arg("m"), py::arg("n"), py::arg("threads"),
         "Images through one block: float32 tokens, strides counted in floats.");
   m.def("slim_vit", &slim_vit, py::arg("embedding"), py::arg("embedding_bytes"), py::arg("blocks"),
         py::arg("block_bytes"), py::arg("head"), py::arg("head_bytes"), py::arg("counts"),

@@ -33,7 +33,7 @@ const Kernels& kernels(Isa isa, Dtype dtype) {
 
 void Barrier::wait() {
   constexpr int kSpins = 20000;  // about 0.5 ms; then other threads may need the processor
-  const int generation = __atomic_load_n(&generation_, __ATOMIC_ACQUIRE);
+  const unsigned generation = __atomic_load_n(&generation_, __ATOMIC_ACQUIRE);
   if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == size_) {
     __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&generation_, generation + 1, __ATOMIC_RELEASE);

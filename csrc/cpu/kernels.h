@@ -17,7 +17,7 @@ class Barrier {
  private:
   int size_ = 1;
   int arrived_ = 0;
-  int generation_ = 0;
+  unsigned generation_ = 0;  // wraps around
 };
 
 struct Team {

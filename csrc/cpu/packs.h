@@ -72,7 +72,7 @@ struct EmbeddingShape {
 struct EmbeddingWeights {
   const float* weight;              // [D, C · ph · pw]
   const float* table;               // [N, D], lifetime order: what each token starts from
-  const std::int32_t* order;        // [N - prefix], lifetime order: which patch it is
+  const std::int32_t* order;        // [N]: which token comes where in lifetime order
   const float *norm_weight, *norm_bias;  // [D], or null
 };
 
@@ -80,7 +80,7 @@ struct EmbeddingPack {
   PackHead head;
   EmbeddingShape shape;
   std::int64_t table, weight;
-  std::int64_t place;  // int32 [patches]: where each patch stands among them in lifetime order
+  std::int64_t place;  // int32 [N]: where each token stands in lifetime order
   Norm norm;
 };
 

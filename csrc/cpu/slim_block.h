@@ -287,7 +287,7 @@ class Block {
 template <class S, typename T>
 std::int64_t block_memory(const BlockCall& call) {
   Parts parts(nullptr);
-  Shared<T>::make(parts, call.m, Panels<S, T>::columns(call.m + 1), call.pack->shape);
+  Shared<T>::make(parts, most(call.m, call.n), Panels<S, T>::columns(call.m + 1), call.pack->shape);
   return parts.used();
 }
 
@@ -295,7 +295,8 @@ template <class S, typename T>
 void block(const BlockCall& call, long first, long count, const Team& team, char* shared, char* own) {
   const long width = call.pack->shape.width;
   Parts shared_parts(shared), own_parts(own);
-  auto memory = Shared<T>::make(shared_parts, call.m, Panels<S, T>::columns(call.m + 1),
+  const long rows = most(call.m, call.n);  // an index may name a row more than once
+  auto memory = Shared<T>::make(shared_parts, rows, Panels<S, T>::columns(call.m + 1),
                                 call.pack->shape);
   auto worker = Own<S, T>::make(own_parts, call.m);
   for (long image = first; image < first + count; ++image) {

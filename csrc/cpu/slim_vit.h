@@ -26,12 +26,12 @@ inline void pack_norm(void* out, const Norm& norm, const float* weight, const fl
 
 template <class S, typename T>
 std::int64_t pack_embedding(const EmbeddingShape& shape, const EmbeddingWeights& w, void* out) {
-  const long width = shape.width, tokens = shape.tokens, patches = tokens - shape.prefix;
+  const long width = shape.width, tokens = shape.tokens;
   Sections sections(sizeof(EmbeddingPack));
   EmbeddingPack pack{};
   pack.shape = shape;
   pack.table = sections.take<float>(tokens * width);
-  pack.place = sections.take<std::int32_t>(patches);
+  pack.place = sections.take<std::int32_t>(tokens);
   pack.weight = sections.take<T>(Panels<S, T>::size(width, shape.patch()));
   pack.norm = take_norm<S>(sections, w.norm_weight, width, shape.eps);
   pack.head = pack_head_of<S, T>(PackHead::Kind::embedding, sections.used());
@@ -41,7 +41,7 @@ std::int64_t pack_embedding(const EmbeddingShape& shape, const EmbeddingWeights&
   __builtin_memcpy(out, &pack, sizeof(pack));
   copy_floats(w.table, tokens * width, section<float>(out, pack.table));
   auto* place = section<std::int32_t>(out, pack.place);
-  for (std::int32_t i = 0; i < patches; ++i) place[w.order[i]] = i;
+  for (std::int32_t row = 0; row < tokens; ++row) place[w.order[row]] = row;
   pack_columns<S, T>(w.weight, width, shape.patch(), S::kVecs, 1.0f, section<T>(out, pack.weight));
   pack_norm(out, pack.norm, w.norm_weight, w.norm_bias, width);
   return sections.used();
@@ -110,7 +110,7 @@ class Network {
     Parts parts(shared);
     chunk_ = parts.take<float>(count * in_.tokens * width());
     result_ = parts.take<float>(count * Panels<S, T>::columns(call_.head->shape.classes));
-    patches_ = parts.take<T>((in_.tokens - in_.prefix) * Panels<S, T>::depth(in_.patch()));
+    patches_ = parts.take<T>(in_.tokens * Panels<S, T>::depth(in_.patch()));
     long rows = count, keys = 0;
     for (long layer = 0; layer < call_.depth; ++layer) {
       const long images = group(layer, count), m = alive(layer);
@@ -161,7 +161,6 @@ class Network {
     const auto columns = panels<S, T>(section<T>(pack, pack.weight), width(), in_.patch());
     const long begin = share(tokens, team_.rank, team_.size);
     const long end = share(tokens, team_.rank + 1, team_.size);
-    const long patches = most(begin, in_.prefix);
     for (long image = 0; image < images; ++image) {
       if (call_.images_dtype == Dtype::float32)
         read_patches(static_cast<const float*>(call_.images), first + image);
@@ -170,19 +169,21 @@ class Network {
       team_.sync();
       float* x = shared_.x + image * tokens * width();
       copy_floats(table + begin * width(), (end - begin) * width(), x + begin * width());
-      Accumulate<S> add{{nullptr}, x + patches * width(), width()};
-      gemm(patches_ + (patches - in_.prefix) * depth, depth, most(0, end - patches), columns, add);
+      Accumulate<S> add{{nullptr}, x + begin * width(), width()};
+      gemm(patches_ + begin * depth, depth, end - begin, columns, add);
       if (pack.norm.weight != 0)
         norm(pack.norm, x + begin * width(), width(), end - begin, x + begin * width());
       team_.sync();
     }
   }
 
-  // The worker's share of an image as rows of patches in lifetime order. The image is read as it
-  // lies in memory, which the processor foresees; the patches scatter, but within the cache.
+  // The worker's share of an image as rows of patches in lifetime order, zero for prefix tokens.
+  // The image is read as it lies in memory, which the processor foresees; the patches scatter, but
+  // within the cache.
   template <typename In>
   void read_patches(const In* images, long image) const {
-    const auto* place = section<std::int32_t>(*call_.embedding, call_.embedding->place);
+    const auto* tokens = section<std::int32_t>(*call_.embedding, call_.embedding->place);
+    const std::int32_t* place = tokens + in_.prefix;
     const long depth = Panels<S, T>::depth(in_.patch());
     const long down = share(in_.rows(), team_.rank, team_.size);
     const long below = share(in_.rows(), team_.rank + 1, team_.size);
@@ -194,6 +195,8 @@ class Network {
         for (long i = 0; i < in_.columns(); ++i, row += in_.patch_width)
           read_row(row, to + places[i] * depth);
       }
+    for (long t = team_.rank; t < in_.prefix; t += team_.size)
+      for (long i = 0; i < depth; ++i) narrow(0.0f, patches_[tokens[t] * depth + i]);
     if (depth > in_.patch())
       for (long i = down * in_.columns(); i < below * in_.columns(); ++i)
         narrow(0.0f, patches_[place[i] * depth + in_.patch()]);

@@ -84,16 +84,18 @@ def pack_embedding(
     dtype: torch.dtype,
     *,
     image_size: tuple[int, int],
+    prefix: int,
 ) -> Tensor:
     """The patch embedding as the kernels read it.
 
     Args:
         weight: [D, C, ph, pw].
         table: what each token starts from, bias and position included, in lifetime order, [N, D].
-        order: which patch follows which prefix token in lifetime order, [P], integers.
+        order: which token comes where in lifetime order, [N], integers.
         norm: weight, bias and eps of the norm after it, or None.
         dtype: what it computes in, float32 or bfloat16.
         image_size: height and width in pixels.
+        prefix: class, distillation and register tokens, ahead of the patches.
 
     Returns:
         uint8, one-dimensional.
@@ -110,7 +112,7 @@ def pack_embedding(
         "patch_height": patch_height,
         "patch_width": patch_width,
         "tokens": table.shape[0],
-        "prefix": table.shape[0] - order.shape[0],
+        "prefix": prefix,
         "width": width,
         "eps": eps,
     }
@@ -159,25 +161,37 @@ def join(packs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def slim_block(
-    x: Tensor, pack: Tensor, n: int, index: Tensor | None, key_bias: Tensor | None
+    x: Tensor, pack: Tensor, n: int, index: Tensor | None = None, key_bias: Tensor | None = None
 ) -> Tensor:
     """The kept rows [n, B, D] after a packed block, of the alive tokens x [m, B, D]; float32.
 
     `index` [B, n], int64, names the kept rows, None the first n; `key_bias` is [m] or [B, m].
     """
+    _require(
+        x.dim() == 3 and x.dtype == torch.float32 and _on_cpu(x), "x must be [m, B, D], float32", x
+    )
     m, batch, width = x.shape
+    if index is not None:
+        rule = f"index must be [B, n] = [{batch}, {n}], int64"
+        fits = index.shape == (batch, n) and index.dtype == torch.int64
+        _require(fits and _on_cpu(index), rule, index)
+        index = index.contiguous()
+    if key_bias is not None:
+        rule = f"key_bias must be [m] = [{m}] or [B, m] = [{batch}, {m}], floating point"
+        fits = key_bias.shape in ((m,), (batch, m)) and key_bias.is_floating_point()
+        _require(fits and _on_cpu(key_bias), rule, key_bias)
+        key_bias = key_bias.float().contiguous()
     x = x if x.stride(2) == 1 else x.contiguous()
-    out = x.new_empty(n, batch, width)
-    index = None if index is None else index.contiguous()
-    key_bias = None if key_bias is None else key_bias.float().contiguous()
     bias_image = m if key_bias is not None and key_bias.dim() == 2 else 0
+    _require(1 <= n and (n <= m or index is not None), f"n must be in [1, m] = [1, {m}]", n)
+    out = x.new_empty(n, batch, width)
     _call(
         _module().slim_block,
-        *(_address(pack), pack.numel()),
+        *_bytes("pack", pack),
         *(_address(x), x.stride(1), x.stride(0)),
         *(_address(out), out.stride(1), out.stride(0)),
         *(_address(index), _address(key_bias), bias_image),
-        *(batch, m, n, torch.get_num_threads()),
+        *(width, batch, m, n, torch.get_num_threads()),
     )
     return out
 
@@ -196,15 +210,19 @@ def slim_vit(
 
     Logits [B, columns] where `rows` is 0, else tokens after the final norm, [B, rows, columns].
     """
+    fits = images.dim() == 4 and images.dtype in DTYPES and _on_cpu(images)
+    _require(fits, "images must be [B, C, H, W], float32 or bfloat16", images)
     images = images.contiguous()
+    packs = [_bytes("blocks", block) for block in blocks]
     shape = (images.shape[0], rows, columns) if rows else (images.shape[0], columns)
     out = torch.empty(shape, dtype=torch.float32)
     _call(
         _module().slim_vit,
-        *(_address(embedding), embedding.numel()),
-        [_address(block) for block in blocks],
-        [block.numel() for block in blocks],
-        *(_address(head), head.numel(), counts, idle, rows, columns),
+        *_bytes("embedding", embedding),
+        [address for address, _ in packs],
+        [size for _, size in packs],
+        *_bytes("head", head),
+        *(counts, idle, rows, columns),
         *(_address(images), DTYPES[images.dtype], images.shape[1:]),
         *(_address(out), images.shape[0], torch.get_num_threads()),
     )
@@ -254,6 +272,27 @@ def _plain(array: Tensor) -> Tensor:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _bytes(name: str, pack: Tensor) -> tuple[int, int]:
+    """Where a pack starts and how long it is: C++ reads it without knowing any more of it."""
+    fits = pack.dtype == torch.uint8 and pack.dim() == 1 and pack.is_contiguous() and _on_cpu(pack)
+    _require(fits, f"{name} must be one-dimensional, uint8, contiguous", pack)
+    return pack.data_ptr(), pack.numel()
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _require(holds: bool, rule: str, got: Tensor | int) -> None:
+    if holds:
+        return
+    if isinstance(got, Tensor):
+        dtype = str(got.dtype).removeprefix("torch.")
+        rule = f"{rule}, on the CPU"
+        got = f"{list(got.shape)}, {dtype}, on {got.device}"
+    raise SlimvitError(f"back end cpu: {rule}, got {got}")
 
 
 def divides(**sizes: int) -> str | None:

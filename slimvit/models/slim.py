@@ -112,7 +112,8 @@ class _Slim:
             image_size=tuple(embedding.img_size),
             patch_weight=embedding.proj.linear.weight.unflatten(1, (channels, height, width)),
             table=table.index_select(0, self._order),
-            order=self._order[self.masks.prefix :] - self.masks.prefix,
+            order=self._order,
+            prefix=self.masks.prefix,
             norm_pre=self.norm_pre,
             blocks=[m if isinstance(m, FoldedBlock) else parts(m) for m in self.blocks],
             extra_keys=[

@@ -54,7 +54,8 @@ class NetworkParts(NamedTuple):
         patch_weight: [D, C, ph, pw].
         table: what each token starts from, in lifetime order, [N, D]: patch bias and position, or
             the prefix token itself.
-        order: which patch follows the prefix tokens in lifetime order, [P], int64.
+        order: which token comes where in lifetime order, [N], int64.
+        prefix: class, distillation and register tokens.
         norm_pre: LayerNorm after the embedding, or Identity.
         blocks: the blocks.
         extra_keys: of each block, the key that stands for zero rows, or None.
@@ -69,6 +70,7 @@ class NetworkParts(NamedTuple):
     patch_weight: Tensor
     table: Tensor
     order: Tensor
+    prefix: int
     norm_pre: nn.Module
     blocks: list[FoldedBlock | BlockParts]
     extra_keys: list[ExtraKey | None]
@@ -151,6 +153,7 @@ class PackedNetwork(nn.Module):
             _layer_norm(parts.norm_pre),
             dtype,
             image_size=parts.image_size,
+            prefix=parts.prefix,
         )
         linears = [(head.weight, head.bias) for head in parts.heads]
         head = cpu.pack_head(_layer_norm(parts.norm), linears, dtype, width=self.width)
