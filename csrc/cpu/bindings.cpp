@@ -161,9 +161,8 @@ void slim_block(Address pack_address, std::int64_t pack_bytes, Address x, long x
   require_positive_threads(threads);
   require(width == pack->shape.width, "x must be [m, B, " + std::to_string(pack->shape.width) +
                                           "], got [" + join({m, batch, width}) + "]");
-  require(batch >= 0 && m >= 1, "x must hold a token");
-  require(n >= 1 && (index != 0 || n <= m), "n must be in [1, m] = [1, " + std::to_string(m) +
-                                                "], got " + std::to_string(n));
+  require(batch >= 0 && n >= 1 && (index != 0 || n <= m),
+          "n must be in [1, m] = [1, " + std::to_string(m) + "], got " + std::to_string(n));
   const auto* positions = at<const std::int64_t>(index);
   for (long i = 0; positions != nullptr && i < batch * n; ++i)
     require(positions[i] >= 0 && positions[i] < m,

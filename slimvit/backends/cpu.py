@@ -154,7 +154,8 @@ def join(packs: Sequence[Tensor]) -> list[Tensor]:
     whole = torch.empty(sum(pack.numel() for pack in packs) + _HUGE_PAGE, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE_PAGE
     _module().prefer_huge_pages(_address(whole), whole.numel())
-    parts = list(whole[start : start + sum(p.numel() for p in packs)].split([p.numel() for p in packs]))
+    sizes = [pack.numel() for pack in packs]
+    parts = list(whole[start : start + sum(sizes)].split(sizes))
     for part, pack in zip(parts, packs):
         part.copy_(pack)
     return parts
@@ -183,7 +184,7 @@ def slim_block(
         key_bias = key_bias.float().contiguous()
     x = x if x.stride(2) == 1 else x.contiguous()
     bias_image = m if key_bias is not None and key_bias.dim() == 2 else 0
-    _require(1 <= n and (n <= m or index is not None), f"n must be in [1, m] = [1, {m}]", n)
+    _require(n >= 1 and (n <= m or index is not None), f"n must be in [1, m] = [1, {m}]", n)
     out = x.new_empty(n, batch, width)
     _call(
         _module().slim_block,
@@ -301,4 +302,3 @@ def divides(**sizes: int) -> str | None:
         if size % 16:
             return f"{name} must be a multiple of 16, got {size}"
     return None
-
