@@ -7,19 +7,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from instruction_sets import DTYPES, isa  # noqa: F401
 from references import off, randomise
 from timm.layers import QuickGELU
 from torch import Tensor, nn
 
-from slimvit import _extensions
 from slimvit.errors import SlimvitError
 from slimvit.ops import BlockParts, ExtraKey, FoldedBlock, pack_block, slim_block, zero_key
 
-if (reason := _extensions.why_not("_cpu")) is not None:
-    pytest.skip(reason, allow_module_level=True)
-
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
-DTYPES = [torch.float32, torch.bfloat16]
 # PyTorch's error is zero by luck now and then: this much is rounding.
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 ACTIVATIONS = {
@@ -27,7 +22,6 @@ ACTIVATIONS = {
     "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
     "quick_gelu": QuickGELU,
 }
-offered = _extensions.load("_cpu").instruction_sets()
 
 
 class Case(NamedTuple):
@@ -71,15 +65,6 @@ CASES = [
     Case(577, 300, 1, 192, 3, 64, 192, act="gelu_tanh", key_bias="m"),
     Case(197, 97, 1, 768, 12, 64, 3072),
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch) -> str:
-    """Every instruction set in turn: packs made within the test are for this one."""
-    if request.param not in offered:
-        pytest.skip(f"this processor offers only {', '.join(offered)}")
-    monkeypatch.setenv("SLIMVIT_ISA", request.param)
-    return request.param
 
 
 def make_parts(case: Case) -> BlockParts:
@@ -172,17 +157,19 @@ def call(p: Problem, packed: Tensor, n: int, x: Tensor | None = None) -> Tensor:
     return torch.ops.slimvit.slim_block(x, packed, n, p.index, p.key_bias).transpose(0, 1)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_errs_no_more_than_torch(poison_empty, isa, case, dtype):
+def test_errs_no_more_than_torch(poison_empty, case, dtype):
     p = problem(case, dtype)
     got = call(p, pack(p, dtype), case.n)
     assert got.dtype == torch.float32
     assert off(got, p.wanted) <= max(2 * p.torchs, FLOOR[dtype])
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_strides(isa, dtype):
+def test_any_strides(dtype):
     """Images first, every other column or token, and one image for all: the same bits."""
     case = Case(63, 40, 3, index="unsorted", key_bias="Bm")
     p = problem(case, dtype)
@@ -203,8 +190,9 @@ def test_any_strides(isa, dtype):
     assert torch.equal(one, call(p, packed, case.n, p.x[:, :1].repeat(1, 3, 1)))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_and_batch_do_not_matter(isa, dtype):
+def test_threads_and_batch_do_not_matter(dtype):
     """No sum depends on which worker computes it or on what else is computed: the same bits."""
     case = Case(63, 40, 5, extra=3)
     p = problem(case, dtype)
@@ -223,7 +211,8 @@ def test_threads_and_batch_do_not_matter(isa, dtype):
         assert torch.equal(answer, answers[0])
 
 
-def test_input_is_left_alone(isa):
+@pytest.mark.usefixtures("isa")
+def test_input_is_left_alone():
     p = problem(CASES[6], torch.float32)
     before = [tensor.clone() for tensor in (p.x, p.key_bias)]
     call(p, pack(p, torch.float32), CASES[6].n)
@@ -231,8 +220,9 @@ def test_input_is_left_alone(isa):
     assert torch.equal(p.key_bias, before[1])
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_masked_key_counts_for_nothing(isa, dtype):
+def test_a_masked_key_counts_for_nothing(dtype):
     """A bias of -inf is what attending to fewer keys is."""
     case = Case(63, 40, 3)
     p = problem(case, dtype)
@@ -243,8 +233,9 @@ def test_a_masked_key_counts_for_nothing(isa, dtype):
     assert off(got, call(p, packed, case.n, p.x[:50])) <= FLOOR[dtype]
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_stays_in_its_image(isa, dtype):
+def test_nan_stays_in_its_image(dtype):
     case = Case(63, 40, 3, key_bias="Bm", act="quick_gelu")
     p = problem(case, dtype)
     packed = pack(p, dtype)
