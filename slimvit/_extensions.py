@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -33,6 +34,8 @@ def _attempt(name: str) -> ModuleType | str:
         # Before any module of ours that uses OpenMP, so that one libgomp and one pool serve both.
         import torch  # noqa: F401
 
+        if name == "_cpu" and (other := os.environ.get("SLIMVIT_CPU_MODULE")):
+            return _from_file(full_name, Path(other))
         # `from slimvit import _cuda` would report a circular import instead of what is missing.
         return importlib.import_module(full_name)
     except (ImportError, OSError) as error:
@@ -57,15 +60,24 @@ def _from_checkout() -> ModuleType | str:
     folder = _PACKAGE.parent / "kernels"
     if not (folder / "__init__.py").exists():
         return f"slimvit.kernels is missing from {_PACKAGE} and from {folder}"
+    try:
+        return _from_file("slimvit.kernels", folder / "__init__.py")
+    except ImportError as error:
+        return f"slimvit.kernels cannot be imported: {' '.join(str(error).split())}"
+
+
+def _from_file(full_name: str, path: Path) -> ModuleType:
+    folder = [str(path.parent)] if path.name == "__init__.py" else None
     spec = importlib.util.spec_from_file_location(
-        "slimvit.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        full_name, path, submodule_search_locations=folder
     )
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a module")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[full_name] = module
     try:
         spec.loader.exec_module(module)
-    except ImportError as error:
-        del sys.modules[spec.name]
-        return f"slimvit.kernels cannot be imported: {' '.join(str(error).split())}"
+    except ImportError:
+        del sys.modules[full_name]
+        raise
     return module

@@ -234,6 +234,7 @@ def test_ratios_are_medians_of_the_rounds_ratios():
             "slim_over_own_dense": 2.0,  # 1.9, 2.0, 2.2
             "slim_over_own_dense_over_ideal": 1.0,
             "slim_over_strongest_slim": 1.0,  # 0.5, 1.1, 1.0
+            "dense_over_strongest_dense": 10 / 11,  # 0.5, 1.1, 10 / 11
         }
     )
 
@@ -244,6 +245,16 @@ def test_ratios_without_other_runtimes():
         "slim_over_own_dense",
         "slim_over_own_dense_over_ideal",
     ]
+
+
+def test_share_of_the_measured_peak():
+    told = report(ROWS)
+    assert told.share_of_peak(told.rows[0]) is None
+    told.dense_gmacs, told.peaks = 2.0, {"float32": 800.0}
+    assert [told.gflops(row) for row in told.rows[:2]] == [400.0, 396.0]  # half the MACs
+    assert told.share_of_peak(told.rows[1]) == 0.495
+    assert told.to_json()["rows"][0]["share_of_peak"] == 0.5
+    assert [record["of_peak"] for record in told.to_csv()[:2]] == ["0.5000", "0.4950"]
 
 
 def test_json_has_the_agreed_keys():

@@ -8,6 +8,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/run.h"
+#include "cpu/stopwatch.h"
 
 namespace py = pybind11;
 
@@ -247,6 +248,11 @@ std::vector<std::string> instruction_sets() {
 PYBIND11_MODULE(_cpu, m) {
   using namespace slimvit;
   m.doc() = "What slimvit compiles for processors. Arrays are passed as addresses.";
+#ifdef SLIMVIT_SANITIZED
+  m.attr("sanitized") = true;
+#else
+  m.attr("sanitized") = false;
+#endif
   m.def("instruction_sets", &instruction_sets,
         "Instruction sets that this processor offers, slowest first.");
   m.def("chosen", [] { return std::string(name(chosen())); },
@@ -290,6 +296,15 @@ PYBIND11_MODULE(_cpu, m) {
      py::arg("weights"), py::arg("dtype"), py::arg("out"),
      "Lay out the final norm and the head; returns the bytes that takes, and only that where out "
      "is 0.");
+  m.def("profile", [](bool on) {
+    py::dict seconds;
+    for (int i = 0; i < static_cast<int>(Phase::count); ++i)
+      seconds[name(static_cast<Phase>(i))] = 1e-9 * take_time(static_cast<Phase>(i));
+    __atomic_store_n(&profiling, on, __ATOMIC_RELAXED);
+    return seconds;
+  }, py::arg("on"),
+     "Start or stop measuring where time goes; returns the seconds of each part, summed over "
+     "threads, since the last call. Waits of workers count in the parts they wait in, too.");
   m.def("prefer_huge_pages", [](Address begin, std::int64_t bytes) {
     prefer_huge_pages(at<void>(begin), bytes);
   }, py::arg("begin"), py::arg("bytes"),

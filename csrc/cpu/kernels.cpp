@@ -1,5 +1,7 @@
 #include "cpu/kernels.h"
 
+#include "cpu/stopwatch.h"
+
 #include <sched.h>
 
 #include <stdexcept>
@@ -32,6 +34,7 @@ const Kernels& kernels(Isa isa, Dtype dtype) {
 }
 
 void Barrier::wait() {
+  const Stopwatch stopwatch(Phase::waiting);
   constexpr int kSpins = 20000;  // about 0.5 ms; then other threads may need the processor
   const unsigned generation = __atomic_load_n(&generation_, __ATOMIC_ACQUIRE);
   if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == size_) {

@@ -13,6 +13,8 @@
 #include <new>
 #include <vector>
 
+#include "cpu/memory.h"
+
 namespace slimvit {
 namespace {
 
@@ -94,6 +96,7 @@ void divide(const Call& call, int threads, std::int64_t own_bytes, std::int64_t 
   std::vector<Barrier>& barriers = workspace->barriers;
   const auto worker = [&](int rank, int size) {
     char* mine = base + (own + shared) * rank;
+    renew(mine, own + shared);
     const std::int64_t each = call.batch / size, left = call.batch % size;
     if (each > 0) work(each * rank, each, Team{}, mine + own, mine);
     if (left == 0) return;
@@ -101,6 +104,7 @@ void divide(const Call& call, int threads, std::int64_t own_bytes, std::int64_t 
     const int first = static_cast<int>((team * size + left - 1) / left);
     const int next = static_cast<int>(((team + 1) * size + left - 1) / left);
     char* teams = base + (own + shared) * first + own;
+    renew(mine + own, shared);
     const Team together{rank - first, next - first, &barriers[first]};
     together.sync();  // their memory is the first one's, who may still be at an image of its own
     work(each * size + team, 1, together, teams, mine);

@@ -2,6 +2,7 @@
 
 #include "cpu/activation.h"
 #include "cpu/gemm.h"
+#include "cpu/stopwatch.h"
 
 // softmax(q kᵀ + bias) v of one head, in groups of rows whose logits stay in the first cache.
 
@@ -140,13 +141,21 @@ void slim_attention(const T* q, long ldq, long n, const T* keys, const T* values
   const Panels<S, T> v{values, d, depth, value_vecs<S>(d)};
   for (long row = 0; row < n; row += kQueryRows) {
     const long rows = least(kQueryRows, n - row);
-    for (long i = 0; i < rows; ++i) S::store(memory.largest + i * S::kLanes, S::set(kMinusInfinity));
-    Logits<S> logits{{bias}, memory.logits, columns, memory.largest};
-    gemm(q + row * ldq, ldq, rows, k, logits);
-    for (long i = 0; i < rows; ++i)
-      memory.scale[i] =
-          softmax_row<S, T>(memory.logits + i * columns, memory.largest + i * S::kLanes, columns,
-                            memory.p + i * columns);
+    {
+      const Stopwatch stopwatch(Phase::logits);
+      for (long i = 0; i < rows; ++i)
+        S::store(memory.largest + i * S::kLanes, S::set(kMinusInfinity));
+      Logits<S> logits{{bias}, memory.logits, columns, memory.largest};
+      gemm(q + row * ldq, ldq, rows, k, logits);
+    }
+    {
+      const Stopwatch stopwatch(Phase::softmax);
+      for (long i = 0; i < rows; ++i)
+        memory.scale[i] =
+            softmax_row<S, T>(memory.logits + i * columns, memory.largest + i * S::kLanes, columns,
+                              memory.p + i * columns);
+    }
+    const Stopwatch stopwatch(Phase::values);
     Scaled<S, T> scaled{{nullptr}, out + row * ldo, ldo, memory.scale};
     gemm(memory.p, columns, rows, v, scaled);
   }

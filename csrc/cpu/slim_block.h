@@ -4,6 +4,7 @@
 #include "cpu/layer_norm.h"
 #include "cpu/memory.h"
 #include "cpu/slim_attention.h"
+#include "cpu/stopwatch.h"
 
 // One slimmed block: y = LN1(x); x' = x[kept] + Attn(y[kept], y); out = x' + MLP(LN2(x')).
 
@@ -195,6 +196,7 @@ class Block {
   }
 
   void keys_and_values(long begin, long end) {
+    const Stopwatch stopwatch(Phase::keys_values);
     T* y = shared_.y + begin * width();
     norm(pack_.norm1, shared_.x + begin * width(), end - begin, y);
     Store<S, T> store{{bias_of(pack_.kv)}, shared_.kv + begin * 2 * inner(), 2 * inner()};
@@ -204,6 +206,7 @@ class Block {
   long packed_size() const { return Panels<S, T>::columns(kept_.m + 1) * shape_.head_dim; }
 
   void pack_heads() {
+    const Stopwatch stopwatch(Phase::packing);
     const long items = kept_.images * shape_.heads, d = shape_.head_dim;
     const T* extra = section<T>(pack_, pack_.extra);
     const long end = share(items, team_.rank + 1, team_.size);
@@ -219,6 +222,7 @@ class Block {
   }
 
   void queries(long begin, long end) {
+    const Stopwatch stopwatch(Phase::queries);
     const T* y = shared_.y;
     if (kept_.gathers()) {
       y = shared_.y_kept;
@@ -256,23 +260,37 @@ class Block {
   }
 
   void project(const T* a, long rows, float* x) const {
+    const Stopwatch stopwatch(Phase::projection);
     Accumulate<S> add{{bias_of(pack_.proj)}, x, width()};
     gemm(a, inner(), rows, columns_of(pack_.proj, width(), inner()), add);
   }
 
   // The hidden layer never leaves the cache: some columns of it at a time, at once used up.
   void mlp(long rows, float* x, T* y) const {
-    norm(pack_.norm2, x, rows, y);
-    const long hidden = shape_.hidden;
-    const T* fc1 = section<T>(pack_, pack_.fc1.weight);
-    const Panels<S, T> fc2 = columns_of(pack_.fc2, width(), hidden);
-    for (long first = 0; first < hidden; first += kMlpColumns) {
-      const long columns = least(kMlpColumns, hidden - first);
-      Activate<S, T> activate{{bias_of(pack_.fc1) + first}, own_.hidden, columns, shape_.activation};
-      gemm(y, width(), rows, panels<S, T>(fc1 + first * width(), columns, width()), activate);
-      Accumulate<S> add{{first == 0 ? bias_of(pack_.fc2) : nullptr}, x, width()};
-      gemm(own_.hidden, columns, rows, fc2, first, columns, add);
+    {
+      const Stopwatch stopwatch(Phase::norm2);
+      norm(pack_.norm2, x, rows, y);
     }
+    for (long first = 0; first < shape_.hidden; first += kMlpColumns) {
+      const long columns = least(kMlpColumns, shape_.hidden - first);
+      expand(y, rows, first, columns);
+      contract(x, rows, first, columns);
+    }
+  }
+
+  void expand(const T* y, long rows, long first, long columns) const {
+    const Stopwatch stopwatch(Phase::fc1);
+    const T* fc1 = section<T>(pack_, pack_.fc1.weight) + first * width();
+    const float* bias = bias_of(pack_.fc1) + first;
+    Activate<S, T> activate{{bias}, own_.hidden, columns, shape_.activation};
+    gemm(y, width(), rows, panels<S, T>(fc1, columns, width()), activate);
+  }
+
+  void contract(float* x, long rows, long first, long columns) const {
+    const Stopwatch stopwatch(Phase::fc2);
+    Accumulate<S> add{{first == 0 ? bias_of(pack_.fc2) : nullptr}, x, width()};
+    const Panels<S, T> fc2 = columns_of(pack_.fc2, width(), shape_.hidden);
+    gemm(own_.hidden, columns, rows, fc2, first, columns, add);
   }
 
   const BlockPack& pack_;

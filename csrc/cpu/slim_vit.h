@@ -155,6 +155,7 @@ class Network {
 
   // Z_0 in lifetime order: what each token starts from, plus its patch times the weights.
   void embed(long first, long images) {
+    const Stopwatch stopwatch(Phase::embedding);
     const EmbeddingPack& pack = *call_.embedding;
     const float* table = section<float>(pack, pack.table);
     const long tokens = in_.tokens, depth = Panels<S, T>::depth(in_.patch());
@@ -229,6 +230,7 @@ class Network {
   }
 
   void answer(long first, long count) {
+    const Stopwatch stopwatch(Phase::head);
     const long rows = rows_out();
     if (call_.tokens) {
       const long begin = share(count * rows, team_.rank, team_.size);

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import slimvit
+from slimvit.backends import cpu
 
 PACKAGES = ("torch", "timm", "onnxruntime", "openvino")
 
@@ -25,6 +26,13 @@ def device_name(device: torch.device) -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def peaks(device: torch.device, threads: int) -> dict[str, float]:
+    """Measured GFLOP/s of a processor's threads at products, by precision; {} for other devices."""
+    if device.type != "cpu" or cpu.why_not(device, torch.float32) is not None:
+        return {}
+    return {name: 1e-9 * threads * cpu.peak(dtype) for dtype, name in cpu.DTYPES.items()}
 
 
 def versions() -> dict[str, str]:

@@ -31,6 +31,8 @@ CSV_COLUMNS = (
     "min",
     "max",
     "speedup",
+    "gflops",
+    "of_peak",
     "error",
     "rounds",
     "seconds",
@@ -95,6 +97,9 @@ class Report:
         versions: of slimvit, torch, timm, onnxruntime, openvino.
         commit: of slimvit's checkout, or "".
         date: UTC, ISO 8601, to the second.
+        dense_gmacs: executed giga-MACs of the dense model for one image.
+        peaks: by precision, the measured GFLOP/s of all threads at nothing but products; empty
+            where they are not known.
     """
 
     model: str
@@ -115,6 +120,8 @@ class Report:
     versions: dict[str, str]
     commit: str
     date: str
+    dense_gmacs: float = 0.0
+    peaks: dict[str, float] = field(default_factory=dict)
 
     @property
     def ideal(self) -> float:
@@ -138,12 +145,23 @@ class Report:
         dense = self.find(row.runtime, pruned=False)
         return paired_ratio(row.rates, dense.rates) if row.pruned and dense else None
 
+    def gflops(self, row: Row) -> float:
+        """Floating-point operations of the products that a row executes, in 10⁹ a second."""
+        gmacs = self.dense_gmacs * (1 - self.cut if row.pruned else 1)
+        return 2 * gmacs * median(row.rates)
+
+    def share_of_peak(self, row: Row) -> float | None:
+        """How much of the processor's measured peak that is; None where the peak is not known."""
+        peak = self.peaks.get(row.precision)
+        return self.gflops(row) / peak if peak else None
+
     @property
     def ratios(self) -> dict[str, float]:
         """Slim over dense by rounds, and how much of the ideal 1 / (1 − cut) that is.
 
         `slim_over_strongest_dense` and `slim_over_strongest_slim` compare with the other runtimes,
-        `slim_over_own_dense` with the same back end; `…_over_ideal` divides by `ideal`.
+        `slim_over_own_dense` with the same back end; `…_over_ideal` divides by `ideal`;
+        `dense_over_strongest_dense` compares without any pruning.
         """
         slim = self.find("slimvit", pruned=True)
         against = {
@@ -158,6 +176,9 @@ class Report:
             found[name] = paired_ratio(slim.rates, row.rates)
             if not row.pruned:
                 found[f"{name}_over_ideal"] = found[name] / self.ideal
+        dense, strongest = against["slim_over_own_dense"], against["slim_over_strongest_dense"]
+        if dense is not None and strongest is not None:
+            found["dense_over_strongest_dense"] = paired_ratio(dense.rates, strongest.rates)
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -170,6 +191,9 @@ class Report:
                 "precision": row.precision,
                 "images_per_second": row.images_per_second(),
             }
+            share = self.share_of_peak(row)
+            if share is not None:
+                entry["share_of_peak"] = share
             if self.batch == 1:
                 entry["latency_ms"] = 1000 / median(row.rates)
             rows.append(entry)
@@ -201,12 +225,14 @@ class Report:
         }
         records = []
         for row in self.rows:
-            speedup = self.speedup(row)
+            speedup, share = self.speedup(row), self.share_of_peak(row)
             own = {
                 "runtime": row.runtime,
                 "row_precision": row.precision,
                 "pruned": str(row.pruned).lower(),
                 "speedup": "" if speedup is None else f"{speedup:.4f}",
+                "gflops": f"{self.gflops(row):.1f}",
+                "of_peak": "" if share is None else f"{share:.4f}",
                 "error": f"{row.error:.1e}",
             }
             speeds = {name: f"{rate:.2f}" for name, rate in row.images_per_second().items()}

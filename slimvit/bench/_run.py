@@ -21,7 +21,7 @@ from slimvit.bench._runtimes import RUNTIMES, Runtime, Setting, Slimvit, Workloa
 from slimvit.bench._verify import verify
 from slimvit.errors import MismatchError, SlimvitError, UsageError
 from slimvit.export import sample_images
-from slimvit.macs import cut
+from slimvit.macs import cut, gmacs
 from slimvit.masks import Masks
 from slimvit.models import spec
 from slimvit.runtime import PRECISIONS
@@ -104,6 +104,8 @@ def bench(
         versions=_machine.versions(),
         commit=_machine.commit(),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        dense_gmacs=gmacs(shape),
+        peaks=_machine.peaks(device, threads),
     )
 
 

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(report: Report) -> str:
     """The table of rows, the ratios, and what a reader should know about both."""
-    header = ["runtime", "model", "precision", "images/s", "min", "max", "slim/dense"]
+    header = ["runtime", "model", "precision", "images/s", "min", "max", "slim/dense", "of peak"]
     if report.batch == 1:
         header.insert(4, "ms")
     rows = []
@@ -105,7 +105,9 @@ def describe(report: Report) -> str:
         cells += [f"{speed[name]:.1f}" for name in ("median", "min", "max")]
         if report.batch == 1:
             cells.insert(4, f"{1000 / speed['median']:.2f}")
-        rows.append([*cells, "" if speedup is None else f"{speedup:.2f}"])
+        share = report.share_of_peak(row)
+        cells.append("" if speedup is None else f"{speedup:.2f}")
+        rows.append([*cells, "" if share is None else f"{100 * share:.0f} %"])
     return "\n".join(
         [
             f"{report.model}, batch {report.batch}, {report.precision}, {report.device_name}, "
@@ -128,6 +130,7 @@ def _ratio_lines(report: Report) -> list[str]:
         ("slim_over_strongest_dense", f"slim / strongest dense ({dense})"),
         ("slim_over_own_dense", "slim / own dense"),
         ("slim_over_strongest_slim", f"slim / strongest slim ({slim})"),
+        ("dense_over_strongest_dense", f"dense / strongest dense ({dense})"),
     ):
         if name not in ratios:
             continue
