@@ -86,12 +86,13 @@ const Pack* pack_at(Address address, std::int64_t bytes, PackHead::Kind kind) {
 // ---- packing -----------------------------------------------------------------------------------
 
 BlockShape block_shape(int width, int heads, int head_dim, int hidden, const std::string& activation,
-                       float eps1, float eps2, float extra_bias) {
+                       float eps1, float eps2, float extra_bias, bool lone) {
   require_multiple("width", width);
   require_multiple("head_dim", head_dim);
   require_multiple("hidden", hidden);
   require(heads > 0, "heads must be positive, got " + std::to_string(heads));
-  return {width, heads, head_dim, hidden, activation_of(activation), eps1, eps2, extra_bias};
+  return {width, heads, head_dim,   hidden, activation_of(activation),
+          eps1,  eps2,  extra_bias, lone};
 }
 
 BlockWeights block_weights(const std::vector<Address>& a) {
@@ -267,13 +268,13 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("pack_block", [](int width, int heads, int head_dim, int hidden,
                          const std::string& activation, float eps1, float eps2, float extra_bias,
-                         const std::vector<Address>& weights, const std::string& dtype,
+                         bool lone, const std::vector<Address>& weights, const std::string& dtype,
                          Address out) {
     return pack(kernels_for(dtype).pack_block,
-                block_shape(width, heads, head_dim, hidden, activation, eps1, eps2, extra_bias),
+                block_shape(width, heads, head_dim, hidden, activation, eps1, eps2, extra_bias, lone),
                 block_weights(weights), out);
   }, py::kw_only(), py::arg("width"), py::arg("heads"), py::arg("head_dim"), py::arg("hidden"),
-     py::arg("activation"), py::arg("eps1"), py::arg("eps2"), py::arg("extra_bias"),
+     py::arg("activation"), py::arg("eps1"), py::arg("eps2"), py::arg("extra_bias"), py::arg("lone"),
      py::arg("weights"), py::arg("dtype"), py::arg("out"),
      "Lay out a block's weights; returns the bytes that takes, and only that where out is 0.");
   m.def("pack_embedding", [](int channels, int image_height, int image_width, int patch_height,

@@ -157,9 +157,11 @@ struct Accumulate : FromBias<S> {
 
 // ---- packing, once per model -------------------------------------------------------------------
 
-// W [n, k] in float32, row by row, times `factor`, as the columns of a matrix product.
+// W [n, k] in float32, whose rows are `ld` apart and whose entries are `step` apart, times `factor`,
+// as the columns of a matrix product.
 template <class S, typename T>
-void pack_columns(const float* weight, long n, long k, int vecs, float factor, T* out) {
+void pack_columns(const float* weight, long ld, long step, long n, long k, int vecs, float factor,
+                  T* out) {
   const long columns = Panels<S, T>::columns(n), depth = Panels<S, T>::depth(k);
   for (long first = 0; first < columns; first += vecs * S::kLanes) {
     const long width = least(vecs * S::kLanes, columns - first);
@@ -167,7 +169,7 @@ void pack_columns(const float* weight, long n, long k, int vecs, float factor, T
     for (long c = 0; c < width; ++c)
       for (long i = 0; i < depth; ++i) {
         const bool inside = first + c < n && i < k;
-        const float x = inside ? factor * weight[(first + c) * k + i] : 0.0f;
+        const float x = inside ? factor * weight[(first + c) * ld + i * step] : 0.0f;
         narrow(x, panel[(i / kStep<T> * width + c) * kStep<T> + i % kStep<T>]);
       }
   }

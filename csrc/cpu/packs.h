@@ -39,7 +39,8 @@ struct BlockShape {
   std::int32_t width, heads, head_dim, hidden;
   Activation activation;
   float eps1, eps2;
-  float extra_bias;  // logit bias of the extra key, if there is one
+  float extra_bias;   // logit bias of the extra key, if there is one
+  std::int32_t lone;  // whether it will be called for a lone query or two: see Block::lone
 
   long inner() const { return static_cast<long>(heads) * head_dim; }
 };
@@ -56,7 +57,8 @@ struct BlockPack {
   BlockShape shape;
   Norm norm1, norm2;
   Linear q, kv, proj, fc1, fc2;
-  std::int64_t extra;  // T [2 · H · d]: key, then value
+  std::int64_t extra;               // T [2 · H · d]: key, then value
+  std::int64_t lone_key, lone_value;  // Panels of every head: [D] from [d], and [d] from [D]
 };
 
 struct EmbeddingShape {

@@ -28,7 +28,7 @@ Linear take_linear(Sections& sections, long n, long k) {
 template <class S, typename T>
 void pack_linear(void* pack, const Linear& to, const float* weight, const float* bias, long n,
                  long k, float factor = 1.0f) {
-  pack_columns<S, T>(weight, n, k, S::kVecs, factor, section<T>(pack, to.weight));
+  pack_columns<S, T>(weight, k, 1, n, k, S::kVecs, factor, section<T>(pack, to.weight));
   float* out = section<float>(pack, to.bias);
   for (long i = 0; i < Panels<S, T>::columns(n); ++i)
     out[i] = bias != nullptr && i < n ? factor * bias[i] : 0.0f;
@@ -60,6 +60,10 @@ std::int64_t pack_block(const BlockShape& shape, const BlockWeights& w, void* ou
   pack.fc1 = take_linear<S, T>(sections, hidden, width);
   pack.fc2 = take_linear<S, T>(sections, width, hidden);
   if (w.extra_key != nullptr) pack.extra = sections.take<T>(2 * inner + 2 * S::kLanes);
+  if (shape.lone != 0) {
+    pack.lone_key = sections.take<T>(shape.heads * Panels<S, T>::size(width, shape.head_dim));
+    pack.lone_value = sections.take<T>(shape.heads * Panels<S, T>::size(shape.head_dim, width));
+  }
   pack.head = pack_head_of<S, T>(PackHead::Kind::block, sections.used());
   if (out == nullptr) return sections.used();
 
@@ -83,6 +87,14 @@ std::int64_t pack_block(const BlockShape& shape, const BlockWeights& w, void* ou
       narrow(w.extra_key[i], extra[i]);
       narrow(w.extra_value[i], extra[inner + i]);
     }
+  }
+  for (long head = 0; shape.lone != 0 && head < shape.heads; ++head) {
+    const long d = shape.head_dim, size = Panels<S, T>::size(width, d);
+    const float* key = w.qkv_weight + (inner + head * d) * width;
+    pack_columns<S, T>(key, 1, width, width, d, S::kVecs, 1.0f,
+                       section<T>(out, pack.lone_key) + head * size);
+    pack_columns<S, T>(key + inner * width, width, 1, d, width, S::kVecs, 1.0f,
+                       section<T>(out, pack.lone_value) + head * size);
   }
   return sections.used();
 }
@@ -168,7 +180,10 @@ class Block {
     pack_heads();
     queries(begin, end);
     team_.sync();
-    attend(begin, end);
+    if (lone())
+      attend_lone(begin, end);
+    else
+      attend(begin, end);
     float* x = (kept_.gathers() ? shared_.gathered : shared_.x) + begin * width();
     project(shared_.a + begin * inner(), end - begin, x);
     for (long row = begin; row < end; row += kMlpRows)
@@ -199,6 +214,7 @@ class Block {
     const Stopwatch stopwatch(Phase::keys_values);
     T* y = shared_.y + begin * width();
     norm(pack_.norm1, shared_.x + begin * width(), end - begin, y);
+    if (lone()) return;
     Store<S, T> store{{bias_of(pack_.kv)}, shared_.kv + begin * 2 * inner(), 2 * inner()};
     gemm(y, width(), end - begin, columns_of(pack_.kv, 2 * inner(), width()), store);
   }
@@ -207,6 +223,7 @@ class Block {
 
   void pack_heads() {
     const Stopwatch stopwatch(Phase::packing);
+    if (lone()) return pack_lone();
     const long items = kept_.images * shape_.heads, d = shape_.head_dim;
     const T* extra = section<T>(pack_, pack_.extra);
     const long end = share(items, team_.rank + 1, team_.size);
@@ -234,6 +251,7 @@ class Block {
     }
     Store<S, T> store{{bias_of(pack_.q)}, shared_.q + begin * inner(), inner()};
     gemm(y + begin * width(), width(), end - begin, columns_of(pack_.q, inner(), width()), store);
+    if (lone()) fold_queries(begin, end);
   }
 
   void attend(long begin, long end) {
@@ -249,6 +267,59 @@ class Block {
                              own_.attention);
       }
       row = until;
+    }
+  }
+
+  // A lone query, such as that of a class token alone in the last block, need not have the keys and
+  // values of all the others computed: with y the tokens that they would be computed from,
+  //   q · (W_k y_j + b_k) = (W_kᵀ q) · y_j + const   and   Σ p_j (W_v y_j + b_v) = W_v Σ p_j y_j + b_v,
+  // so that y itself serves every head as keys and as values.
+  bool lone() const {
+    return pack_.lone_key != 0 && pack_.extra == 0 && kept_.n <= 2 && inner() >= width() &&
+           kept_.n * width() <= kept_.m * shape_.head_dim;  // room in shared_.kv
+  }
+
+  T* folded() const { return shared_.kv; }  // [rows, H, D]
+  T* attended() const { return shared_.kv + kept_.images * kept_.n * shape_.heads * width(); }
+  long lone_size() const { return Panels<S, T>::size(width(), shape_.head_dim); }
+
+  void pack_lone() {
+    const long end = share(kept_.images, team_.rank + 1, team_.size);
+    for (long i = share(kept_.images, team_.rank, team_.size); i < end; ++i) {
+      const T* y = shared_.y + i * kept_.m * width();
+      const long at = i * shape_.heads * packed_size();
+      pack_keys<S, T>(y, width(), kept_.m, width(), nullptr, shared_.keys + at);
+      pack_values<S, T>(y, width(), kept_.m, width(), nullptr, shared_.values + at);
+    }
+  }
+
+  void fold_queries(long begin, long end) {
+    const long d = shape_.head_dim, row = shape_.heads * width();
+    for (long head = 0; head < shape_.heads; ++head) {
+      const T* key = section<T>(pack_, pack_.lone_key) + head * lone_size();
+      Store<S, T> store{{nullptr}, folded() + begin * row + head * width(), row};
+      gemm(shared_.q + begin * inner() + head * d, inner(), end - begin,
+           panels<S, T>(key, width(), d), store);
+    }
+  }
+
+  void attend_lone(long begin, long end) {
+    const long d = shape_.head_dim, line = shape_.heads * width();
+    for (long row = begin; row < end;) {
+      const long image = row / kept_.n, until = least(end, (image + 1) * kept_.n);
+      const long packed = image * shape_.heads * packed_size();
+      logit_bias(image, kept_.m);
+      slim_attention<S, T>(folded() + row * line, width(), (until - row) * shape_.heads,
+                           shared_.keys + packed, shared_.values + packed, own_.bias, kept_.m,
+                           width(), attended() + row * line, width(), own_.attention);
+      row = until;
+    }
+    for (long head = 0; head < shape_.heads; ++head) {
+      const T* value = section<T>(pack_, pack_.lone_value) + head * lone_size();
+      const float* bias = bias_of(pack_.kv) + inner() + head * d;
+      Store<S, T> store{{bias}, shared_.a + begin * inner() + head * d, inner()};
+      gemm(attended() + begin * line + head * width(), line, end - begin,
+           panels<S, T>(value, d, width()), store);
     }
   }
 

@@ -42,7 +42,8 @@ std::int64_t pack_embedding(const EmbeddingShape& shape, const EmbeddingWeights&
   copy_floats(w.table, tokens * width, section<float>(out, pack.table));
   auto* place = section<std::int32_t>(out, pack.place);
   for (std::int32_t row = 0; row < tokens; ++row) place[w.order[row]] = row;
-  pack_columns<S, T>(w.weight, width, shape.patch(), S::kVecs, 1.0f, section<T>(out, pack.weight));
+  pack_columns<S, T>(w.weight, shape.patch(), 1, width, shape.patch(), S::kVecs, 1.0f,
+                     section<T>(out, pack.weight));
   pack_norm(out, pack.norm, w.norm_weight, w.norm_bias, width);
   return sections.used();
 }

@@ -42,6 +42,7 @@ def pack_block(
     activation: str,
     eps: tuple[float, float],
     extra_bias: float = 0.0,
+    lone: bool = False,
 ) -> Tensor:
     """One block's weights as the kernels of the chosen instruction set read them.
 
@@ -55,6 +56,8 @@ def pack_block(
         activation: "gelu", "gelu_tanh" or "quick_gelu".
         eps: of norm1 and norm2.
         extra_bias: logit bias of the extra key.
+        lone: also lay out what a call for one or two kept tokens uses instead of the others' keys
+            and values.
 
     Returns:
         uint8, one-dimensional.
@@ -72,6 +75,7 @@ def pack_block(
         "eps1": eps[0],
         "eps2": eps[1],
         "extra_bias": extra_bias,
+        "lone": lone,
     }
     return _pack(_module().pack_block, options, weights, dtype)
 

@@ -7,7 +7,7 @@ No runtime is timed whose logits do not match the reference.
 """
 
 from slimvit.bench._keep import format_keep, parse_keep
-from slimvit.bench._machine import device_name
+from slimvit.bench._machine import commit, device_name
 from slimvit.bench._report import CSV_COLUMNS, Report, Row, append_csv, check_csv
 from slimvit.bench._run import bench
 from slimvit.bench._runtimes import RUNTIMES, Runtime, Setting, Workload, openvino_core
@@ -25,6 +25,7 @@ __all__ = [
     "append_csv",
     "bench",
     "check_csv",
+    "commit",
     "device_name",
     "format_keep",
     "openvino_core",

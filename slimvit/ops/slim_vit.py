@@ -102,7 +102,10 @@ def _why_not_block(block: FoldedBlock | BlockParts) -> str | None:
 
 
 def pack_block(
-    block: FoldedBlock, extra: ExtraKey | None = None, dtype: torch.dtype = torch.float32
+    block: FoldedBlock,
+    extra: ExtraKey | None = None,
+    dtype: torch.dtype = torch.float32,
+    lone: bool = False,
 ) -> Tensor:
     """What `slimvit::slim_block` takes as its weights.
 
@@ -110,6 +113,7 @@ def pack_block(
         block: a plain block, folded.
         extra: one more key and value that all images share.
         dtype: what the kernels compute in: float32, or bfloat16 accumulated in float32.
+        lone: whether one or two tokens are all that it will keep, as in a last block.
 
     Returns:
         uint8, one-dimensional; for the instruction set that `slimvit doctor` names.
@@ -130,6 +134,7 @@ def pack_block(
         activation=_activation(block.act),
         eps=(block.norm1.eps, block.norm2.eps),
         extra_bias=0.0 if extra is None else extra.bias,
+        lone=lone,
     )
 
 
@@ -157,7 +162,10 @@ class PackedNetwork(nn.Module):
         )
         linears = [(head.weight, head.bias) for head in parts.heads]
         head = cpu.pack_head(_layer_norm(parts.norm), linears, dtype, width=self.width)
-        blocks = [pack_block(*block, dtype) for block in zip(parts.blocks, parts.extra_keys)]
+        blocks = [
+            pack_block(block, extra, dtype, lone=n <= 2)
+            for block, extra, n in zip(parts.blocks, parts.extra_keys, parts.counts)
+        ]
         names = ["embedding", *(f"block_{i}" for i in range(len(blocks))), "head"]
         for name, pack in zip(names, cpu.join([embedding, *blocks, head])):
             self.register_buffer(name, pack, persistent=False)
