@@ -1,14 +1,18 @@
-"""One block of DeiT in plain PyTorch: dense, and slimmed from 131 to 111 of 197 tokens.
+"""One block of DeiT: dense, and slimmed from 131 to 111 of 197 tokens, in PyTorch and in C++.
 
-The slim block is timed only after it has given the dense block's rows.
+The slim block is timed only after it has given the dense block's rows. The C++ rows tell the share
+of the processor's measured peak that they reach (`of_peak`, in percent).
 """
+
+import copy
 
 import pytest
 import timm
 import torch
 
+from slimvit.backends import cpu
 from slimvit.models import block_parts
-from slimvit.ops import slim_block
+from slimvit.ops import FoldedBlock, pack_block, slim_block
 
 BATCH, TOKENS, ALIVE, KEPT = 8, 197, 131, 111
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -48,3 +52,25 @@ def test_slim_block(benchmark, block, alive, kept):
     got = slim_block(x, parts, kept)
     assert (got - wanted).norm() <= TOLERANCE[x.dtype] * wanted.norm()
     benchmark(slim_block, x, parts, kept)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("alive, kept", [(TOKENS, TOKENS), (ALIVE, KEPT)], ids=["all", "slim"])
+def test_cpu_slim_block(benchmark, block, alive, kept):
+    module, parts = block
+    dtype = parts.norm1.weight.dtype
+    reason = cpu.why_not("cpu", dtype)
+    if reason:
+        pytest.skip(reason)
+    mlp = copy.deepcopy(parts.mlp)
+    parts = parts._replace(mlp=torch.nn.Sequential(mlp.fc1, mlp.act, mlp.fc2))
+    pack = pack_block(FoldedBlock(parts), dtype=dtype)
+    x = tokens(module, alive).float()
+    wanted = slim_block(x.to(dtype), parts, kept).float()
+    got = torch.ops.slimvit.slim_block(x, pack, kept)
+    assert (got - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
+    benchmark(torch.ops.slimvit.slim_block, x, pack, kept)
+    macs = kept * 10 * x.shape[2] ** 2 + alive * 2 * x.shape[2] ** 2 + 2 * kept * alive * x.shape[2]
+    rate = 2 * macs * BATCH / benchmark.stats.stats.median
+    peak = torch.get_num_threads() * cpu.peak(dtype)
+    benchmark.extra_info["of_peak"] = round(100 * rate / peak, 1)
