@@ -25,7 +25,7 @@ SLIMVIT_INLINE typename S::F exp2(typename S::F x) {
   const auto n = S::round(x);
   const auto r = S::sub(x, n);
   if constexpr (kStep<T> == 1) {
-    constexpr float c[] = {1.0f,           0.693147206f,  0.240226469f,  0.0555032878f,
+    constexpr float c[] = {1.0f,           0.693147206f,   0.240226469f,   0.0555032878f,
                            0.00961848896f, 0.00133999315f, 0.000153458122f};
     return S::scale(polynomial<S>(c, r), n);
   } else {
@@ -49,9 +49,9 @@ SLIMVIT_INLINE typename S::F gelu(typename S::F x) {
     const auto ratio = S::div(S::mul(clamped, polynomial<S>(p, u)), polynomial<S>(q, u));
     return S::mul(x, S::add(ratio, S::set(0.5f)));
   } else {
-    constexpr float p[] = {0.398827816f,     -0.0662177937f,   0.00974668603f,  -0.00109219575f,
-                           9.18379699e-05f,  -5.64822981e-06f, 2.43648234e-07f, -6.90961473e-09f,
-                           1.14736176e-10f,  -8.39734768e-13f};
+    constexpr float p[] = {0.398827816f,    -0.0662177937f,   0.00974668603f,  -0.00109219575f,
+                           9.18379699e-05f, -5.64822981e-06f, 2.43648234e-07f, -6.90961473e-09f,
+                           1.14736176e-10f, -8.39734768e-13f};
     return S::mul(x, S::fma(clamped, polynomial<S>(p, u), S::set(0.5f)));
   }
 }

@@ -42,9 +42,8 @@ Activation activation_of(const std::string& name) {
 }
 
 void require_multiple(const char* what, int value) {
-  require(value > 0 && value % 16 == 0, std::string(what) +
-                                            " must be a positive multiple of 16, got " +
-                                            std::to_string(value));
+  require(value > 0 && value % 16 == 0,
+          std::string(what) + " must be a positive multiple of 16, got " + std::to_string(value));
 }
 
 std::string join(const std::vector<long>& sizes) {
@@ -85,21 +84,20 @@ const Pack* pack_at(Address address, std::int64_t bytes, PackHead::Kind kind) {
 
 // ---- packing -----------------------------------------------------------------------------------
 
-BlockShape block_shape(int width, int heads, int head_dim, int hidden, const std::string& activation,
-                       float eps1, float eps2, float extra_bias, bool lone) {
+BlockShape block_shape(int width, int heads, int head_dim, int hidden,
+                       const std::string& activation, float eps1, float eps2, float extra_bias,
+                       bool lone) {
   require_multiple("width", width);
   require_multiple("head_dim", head_dim);
   require_multiple("hidden", hidden);
   require(heads > 0, "heads must be positive, got " + std::to_string(heads));
-  return {width, heads, head_dim,   hidden, activation_of(activation),
-          eps1,  eps2,  extra_bias, lone};
+  return {width, heads, head_dim, hidden, activation_of(activation), eps1, eps2, extra_bias, lone};
 }
 
 BlockWeights block_weights(const std::vector<Address>& a) {
   require(a.size() == 14, "a block has 14 weights, got " + std::to_string(a.size()));
   const auto f = [&](int i) { return at<const float>(a[i]); };
-  return {f(0), f(1), f(2), f(3), f(4),  f(5),  f(6),
-          f(7), f(8), f(9), f(10), f(11), f(12), f(13)};
+  return {f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13)};
 }
 
 EmbeddingShape embedding_shape(int channels, int image_height, int image_width, int patch_height,
@@ -167,13 +165,21 @@ void slim_block(Address pack_address, std::int64_t pack_bytes, Address x, long x
           "n must be in [1, m] = [1, " + std::to_string(m) + "], got " + std::to_string(n));
   const auto* positions = at<const std::int64_t>(index);
   for (long i = 0; positions != nullptr && i < batch * n; ++i)
-    require(positions[i] >= 0 && positions[i] < m,
-            "index must be in [0, m) = [0, " + std::to_string(m) + "), got " +
-                std::to_string(positions[i]));
-  const BlockCall call{pack,      at<const float>(x), x_image,
-                       x_token,   at<float>(out),     out_image,
-                       out_token, positions,          at<const float>(key_bias),
-                       bias_image, batch,             m,
+    require(positions[i] >= 0 && positions[i] < m, "index must be in [0, m) = [0, " +
+                                                       std::to_string(m) + "), got " +
+                                                       std::to_string(positions[i]));
+  const BlockCall call{pack,
+                       at<const float>(x),
+                       x_image,
+                       x_token,
+                       at<float>(out),
+                       out_image,
+                       out_token,
+                       positions,
+                       at<const float>(key_bias),
+                       bias_image,
+                       batch,
+                       m,
                        n};
   const py::gil_scoped_release release;
   run(call, threads);
@@ -256,60 +262,78 @@ PYBIND11_MODULE(_cpu, m) {
 #endif
   m.def("instruction_sets", &instruction_sets,
         "Instruction sets that this processor offers, slowest first.");
-  m.def("chosen", [] { return std::string(name(chosen())); },
-        "The set that kernels use: the fastest, or the one that SLIMVIT_ISA names.\n\n"
-        "Raises ValueError if SLIMVIT_ISA is unknown or not offered here.");
-  m.def("peak", [](const std::string& dtype) {
-    const Isa isa = chosen();
-    const Dtype of = dtype_of(dtype);
-    const py::gil_scoped_release release;
-    return measure_peak(isa, of);
-  }, py::arg("dtype"), "Measured peak of one thread, in floating-point operations per second.");
+  m.def(
+      "chosen", [] { return std::string(name(chosen())); },
+      "The set that kernels use: the fastest, or the one that SLIMVIT_ISA names.\n\n"
+      "Raises ValueError if SLIMVIT_ISA is unknown or not offered here.");
+  m.def(
+      "peak",
+      [](const std::string& dtype) {
+        const Isa isa = chosen();
+        const Dtype of = dtype_of(dtype);
+        const py::gil_scoped_release release;
+        return measure_peak(isa, of);
+      },
+      py::arg("dtype"), "Measured peak of one thread, in floating-point operations per second.");
 
-  m.def("pack_block", [](int width, int heads, int head_dim, int hidden,
-                         const std::string& activation, float eps1, float eps2, float extra_bias,
-                         bool lone, const std::vector<Address>& weights, const std::string& dtype,
-                         Address out) {
-    return pack(kernels_for(dtype).pack_block,
-                block_shape(width, heads, head_dim, hidden, activation, eps1, eps2, extra_bias, lone),
-                block_weights(weights), out);
-  }, py::kw_only(), py::arg("width"), py::arg("heads"), py::arg("head_dim"), py::arg("hidden"),
-     py::arg("activation"), py::arg("eps1"), py::arg("eps2"), py::arg("extra_bias"), py::arg("lone"),
-     py::arg("weights"), py::arg("dtype"), py::arg("out"),
-     "Lay out a block's weights; returns the bytes that takes, and only that where out is 0.");
-  m.def("pack_embedding", [](int channels, int image_height, int image_width, int patch_height,
-                             int patch_width, int tokens, int prefix, int width, float eps,
-                             const std::vector<Address>& weights, const std::string& dtype,
-                             Address out) {
-    const EmbeddingShape shape = embedding_shape(channels, image_height, image_width, patch_height,
-                                                 patch_width, tokens, prefix, width, eps);
-    return pack(kernels_for(dtype).pack_embedding, shape, embedding_weights(weights, shape), out);
-  }, py::kw_only(), py::arg("channels"), py::arg("image_height"), py::arg("image_width"),
-     py::arg("patch_height"), py::arg("patch_width"), py::arg("tokens"), py::arg("prefix"),
-     py::arg("width"), py::arg("eps"), py::arg("weights"), py::arg("dtype"), py::arg("out"),
-     "Lay out the patch embedding; returns the bytes that takes, and only that where out is 0.");
-  m.def("pack_head", [](int width, int classes, int heads, float eps,
-                        const std::vector<Address>& weights, const std::string& dtype,
-                        Address out) {
-    return pack(kernels_for(dtype).pack_head, head_shape(width, classes, heads, eps),
-                head_weights(weights), out);
-  }, py::kw_only(), py::arg("width"), py::arg("classes"), py::arg("heads"), py::arg("eps"),
-     py::arg("weights"), py::arg("dtype"), py::arg("out"),
-     "Lay out the final norm and the head; returns the bytes that takes, and only that where out "
-     "is 0.");
-  m.def("profile", [](bool on) {
-    py::dict seconds;
-    for (int i = 0; i < static_cast<int>(Phase::count); ++i)
-      seconds[name(static_cast<Phase>(i))] = 1e-9 * take_time(static_cast<Phase>(i));
-    __atomic_store_n(&profiling, on, __ATOMIC_RELAXED);
-    return seconds;
-  }, py::arg("on"),
-     "Start or stop measuring where time goes; returns the seconds of each part, summed over "
-     "threads, since the last call. Waits of workers count in the parts they wait in, too.");
-  m.def("prefer_huge_pages", [](Address begin, std::int64_t bytes) {
-    prefer_huge_pages(at<void>(begin), bytes);
-  }, py::arg("begin"), py::arg("bytes"),
-     "Ask the system for huge pages where it has them: weights are read end to end for every image.");
+  m.def(
+      "pack_block",
+      [](int width, int heads, int head_dim, int hidden, const std::string& activation, float eps1,
+         float eps2, float extra_bias, bool lone, const std::vector<Address>& weights,
+         const std::string& dtype, Address out) {
+        return pack(
+            kernels_for(dtype).pack_block,
+            block_shape(width, heads, head_dim, hidden, activation, eps1, eps2, extra_bias, lone),
+            block_weights(weights), out);
+      },
+      py::kw_only(), py::arg("width"), py::arg("heads"), py::arg("head_dim"), py::arg("hidden"),
+      py::arg("activation"), py::arg("eps1"), py::arg("eps2"), py::arg("extra_bias"),
+      py::arg("lone"), py::arg("weights"), py::arg("dtype"), py::arg("out"),
+      "Lay out a block's weights; returns the bytes that takes, and only that where out is 0.");
+  m.def(
+      "pack_embedding",
+      [](int channels, int image_height, int image_width, int patch_height, int patch_width,
+         int tokens, int prefix, int width, float eps, const std::vector<Address>& weights,
+         const std::string& dtype, Address out) {
+        const EmbeddingShape shape =
+            embedding_shape(channels, image_height, image_width, patch_height, patch_width, tokens,
+                            prefix, width, eps);
+        return pack(kernels_for(dtype).pack_embedding, shape, embedding_weights(weights, shape),
+                    out);
+      },
+      py::kw_only(), py::arg("channels"), py::arg("image_height"), py::arg("image_width"),
+      py::arg("patch_height"), py::arg("patch_width"), py::arg("tokens"), py::arg("prefix"),
+      py::arg("width"), py::arg("eps"), py::arg("weights"), py::arg("dtype"), py::arg("out"),
+      "Lay out the patch embedding; returns the bytes that takes, and only that where out is 0.");
+  m.def(
+      "pack_head",
+      [](int width, int classes, int heads, float eps, const std::vector<Address>& weights,
+         const std::string& dtype, Address out) {
+        return pack(kernels_for(dtype).pack_head, head_shape(width, classes, heads, eps),
+                    head_weights(weights), out);
+      },
+      py::kw_only(), py::arg("width"), py::arg("classes"), py::arg("heads"), py::arg("eps"),
+      py::arg("weights"), py::arg("dtype"), py::arg("out"),
+      "Lay out the final norm and the head; returns the bytes that takes, and only that where out "
+      "is 0.");
+  m.def(
+      "profile",
+      [](bool on) {
+        py::dict seconds;
+        for (int i = 0; i < static_cast<int>(Phase::count); ++i)
+          seconds[name(static_cast<Phase>(i))] = 1e-9 * take_time(static_cast<Phase>(i));
+        __atomic_store_n(&profiling, on, __ATOMIC_RELAXED);
+        return seconds;
+      },
+      py::arg("on"),
+      "Start or stop measuring where time goes; returns the seconds of each part, summed over "
+      "threads, since the last call. Waits of workers count in the parts they wait in, too.");
+  m.def(
+      "prefer_huge_pages",
+      [](Address begin, std::int64_t bytes) { prefer_huge_pages(at<void>(begin), bytes); },
+      py::arg("begin"), py::arg("bytes"),
+      "Ask the system for huge pages where it has them: weights are read end to end for every "
+      "image.");
   m.def("slim_block", &slim_block, py::arg("pack"), py::arg("pack_bytes"), py::arg("x"),
         py::arg("x_image"), py::arg("x_token"), py::arg("out"), py::arg("out_image"),
         py::arg("out_token"), py::arg("index"), py::arg("key_bias"), py::arg("bias_image"),
@@ -318,6 +342,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("slim_vit", &slim_vit, py::arg("embedding"), py::arg("embedding_bytes"), py::arg("blocks"),
         py::arg("block_bytes"), py::arg("head"), py::arg("head_bytes"), py::arg("counts"),
         py::arg("idle"), py::arg("rows"), py::arg("columns"), py::arg("images"),
-        py::arg("images_dtype"), py::arg("image_shape"), py::arg("out"), py::arg("batch"), py::arg("threads"),
+        py::arg("images_dtype"), py::arg("image_shape"), py::arg("out"), py::arg("batch"),
+        py::arg("threads"),
         "Images [B, C, H, W] through a whole network, to float32 logits or tokens.");
 }

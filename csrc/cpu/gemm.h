@@ -12,9 +12,9 @@ namespace {
 template <class S, typename T>
 struct Panels {
   const T* data;
-  long n;     // columns, with padding
-  long k;     // depth, with padding
-  int vecs;   // vectors across a whole panel
+  long n;    // columns, with padding
+  long k;    // depth, with padding
+  int vecs;  // vectors across a whole panel
 
   static long columns(long n) { return round_up(n, S::kLanes); }
   static long depth(long k) { return round_up(k, kStep<T>); }
@@ -57,14 +57,22 @@ SLIMVIT_INLINE void tile_of(int rows, const T* a, long lda, const T* b, long ste
       tile<S, T, kCount, NV>(a, lda, b, steps, row, column, epilogue);
   };
   switch (rows) {
-    case 1: return run(Int<1>{});
-    case 2: return run(Int<2>{});
-    case 3: return run(Int<3>{});
-    case 4: return run(Int<4>{});
-    case 5: return run(Int<5>{});
-    case 6: return run(Int<6>{});
-    case 7: return run(Int<7>{});
-    default: return run(Int<8>{});
+    case 1:
+      return run(Int<1>{});
+    case 2:
+      return run(Int<2>{});
+    case 3:
+      return run(Int<3>{});
+    case 4:
+      return run(Int<4>{});
+    case 5:
+      return run(Int<5>{});
+    case 6:
+      return run(Int<6>{});
+    case 7:
+      return run(Int<7>{});
+    default:
+      return run(Int<8>{});
   }
 }
 
@@ -157,8 +165,8 @@ struct Accumulate : FromBias<S> {
 
 // ---- packing, once per model -------------------------------------------------------------------
 
-// W [n, k] in float32, whose rows are `ld` apart and whose entries are `step` apart, times `factor`,
-// as the columns of a matrix product.
+// W [n, k] in float32, whose rows are `ld` apart and whose entries are `step` apart, times
+// `factor`, as the columns of a matrix product.
 template <class S, typename T>
 void pack_columns(const float* weight, long ld, long step, long n, long k, int vecs, float factor,
                   T* out) {

@@ -39,17 +39,17 @@ double peak(long rounds) {
 
 template <class S, typename T>
 constexpr Kernels make_kernels() {
-  return {&pack_block<S, T>, &pack_embedding<S, T>, &pack_head<S, T>,
-          &block_memory<S, T>, &block<S, T>, &network_memory<S, T>,
-          &network<S, T>, &own_memory<S, T>, &peak<S, T>};
+  return {&pack_block<S, T>,   &pack_embedding<S, T>, &pack_head<S, T>,
+          &block_memory<S, T>, &block<S, T>,          &network_memory<S, T>,
+          &network<S, T>,      &own_memory<S, T>,     &peak<S, T>};
 }
 
 }  // namespace
 }  // namespace slimvit
 
-#define SLIMVIT_KERNELS(name, S)                                          \
-  namespace slimvit {                                                     \
-  extern const Kernels name##_float32, name##_bfloat16;                   \
-  const Kernels name##_float32 = make_kernels<S, float>();                \
-  const Kernels name##_bfloat16 = make_kernels<S, bf16>();                \
+#define SLIMVIT_KERNELS(name, S)                           \
+  namespace slimvit {                                      \
+  extern const Kernels name##_float32, name##_bfloat16;    \
+  const Kernels name##_float32 = make_kernels<S, float>(); \
+  const Kernels name##_bfloat16 = make_kernels<S, bf16>(); \
   }

@@ -1,11 +1,11 @@
 #include "cpu/kernels.h"
 
-#include "cpu/stopwatch.h"
-
 #include <sched.h>
 
 #include <stdexcept>
 #include <string>
+
+#include "cpu/stopwatch.h"
 
 namespace slimvit {
 
@@ -29,7 +29,8 @@ const Kernels& kernels(Isa isa, Dtype dtype) {
       return wide ? avx512_bf16_float32 : avx512_bf16_bfloat16;
 #endif
     default:
-      throw std::invalid_argument(std::string("slimvit was built without kernels for ") + name(isa));
+      throw std::invalid_argument(std::string("slimvit was built without kernels for ") +
+                                  name(isa));
   }
 }
 
@@ -45,7 +46,8 @@ void Barrier::wait() {
   for (int spins = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation; ++spins) {
     if (spins >= kSpins) sched_yield();
 #if defined(__x86_64__)
-    else __builtin_ia32_pause();
+    else
+      __builtin_ia32_pause();
 #endif
   }
 }

@@ -32,8 +32,8 @@ SLIMVIT_INLINE void layer_norm_rows(const float* x, long ldx, long width, const 
   }
 }
 
-// y = (x - mean) / sqrt(variance + eps) · weight + bias for rows of float32; T or float32 comes out,
-// also in place. `width` is a multiple of the lanes.
+// y = (x - mean) / sqrt(variance + eps) · weight + bias for rows of float32; T or float32 comes
+// out, also in place. `width` is a multiple of the lanes.
 template <class S, typename Out>
 void layer_norm(const float* x, long ldx, long rows, long width, const float* weight,
                 const float* bias, float eps, Out* y, long ldy) {

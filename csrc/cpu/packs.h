@@ -57,7 +57,7 @@ struct BlockPack {
   BlockShape shape;
   Norm norm1, norm2;
   Linear q, kv, proj, fc1, fc2;
-  std::int64_t extra;               // T [2 · H · d]: key, then value
+  std::int64_t extra;                 // T [2 · H · d]: key, then value
   std::int64_t lone_key, lone_value;  // Panels of every head: [D] from [d], and [d] from [D]
 };
 
@@ -72,9 +72,9 @@ struct EmbeddingShape {
 };
 
 struct EmbeddingWeights {
-  const float* weight;              // [D, C · ph · pw]
-  const float* table;               // [N, D], lifetime order: what each token starts from
-  const std::int32_t* order;        // [N]: which token comes where in lifetime order
+  const float* weight;                   // [D, C · ph · pw]
+  const float* table;                    // [N, D], lifetime order: what each token starts from
+  const std::int32_t* order;             // [N]: which token comes where in lifetime order
   const float *norm_weight, *norm_bias;  // [D], or null
 };
 

@@ -2,7 +2,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/layer_norm.h"
-#include "cpu/memory.h"
+#include "cpu/pack.h"
 #include "cpu/slim_attention.h"
 #include "cpu/stopwatch.h"
 
@@ -11,93 +11,9 @@
 namespace slimvit {
 namespace {
 
-constexpr long kMlpRows = 256;     // rows whose hidden layer is held at a time
-constexpr long kMlpColumns = 768;  // columns of the hidden layer: whole panels on every instruction set
-
-// ---- packing -----------------------------------------------------------------------------------
-
-inline void copy_floats(const float* from, long n, float* to) {
-  for (long i = 0; i < n; ++i) to[i] = from[i];
-}
-
-template <class S, typename T>
-Linear take_linear(Sections& sections, long n, long k) {
-  return {sections.take<T>(Panels<S, T>::size(n, k)), sections.take<float>(Panels<S, T>::columns(n))};
-}
-
-template <class S, typename T>
-void pack_linear(void* pack, const Linear& to, const float* weight, const float* bias, long n,
-                 long k, float factor = 1.0f) {
-  pack_columns<S, T>(weight, k, 1, n, k, S::kVecs, factor, section<T>(pack, to.weight));
-  float* out = section<float>(pack, to.bias);
-  for (long i = 0; i < Panels<S, T>::columns(n); ++i)
-    out[i] = bias != nullptr && i < n ? factor * bias[i] : 0.0f;
-}
-
-template <class S, typename T>
-Panels<S, T> panels(const T* data, long n, long k) {
-  return {data, Panels<S, T>::columns(n), Panels<S, T>::depth(k), S::kVecs};
-}
-
-template <class S, typename T>
-constexpr PackHead pack_head_of(PackHead::Kind kind, std::int64_t bytes) {
-  const Dtype dtype = kStep<T> == 1 ? Dtype::float32 : Dtype::bfloat16;
-  return {PackHead::kMagic, kind, S::kIsa, dtype, bytes};
-}
-
-// Bytes of the pack; writes it unless `out` is null.
-template <class S, typename T>
-std::int64_t pack_block(const BlockShape& shape, const BlockWeights& w, void* out) {
-  const long width = shape.width, inner = shape.inner(), hidden = shape.hidden;
-  Sections sections(sizeof(BlockPack));
-  BlockPack pack{};
-  pack.shape = shape;
-  pack.norm1 = {sections.take<float>(width), sections.take<float>(width), shape.eps1};
-  pack.norm2 = {sections.take<float>(width), sections.take<float>(width), shape.eps2};
-  pack.q = take_linear<S, T>(sections, inner, width);
-  pack.kv = take_linear<S, T>(sections, 2 * inner, width);
-  pack.proj = take_linear<S, T>(sections, width, inner);
-  pack.fc1 = take_linear<S, T>(sections, hidden, width);
-  pack.fc2 = take_linear<S, T>(sections, width, hidden);
-  if (w.extra_key != nullptr) pack.extra = sections.take<T>(2 * inner + 2 * S::kLanes);
-  if (shape.lone != 0) {
-    pack.lone_key = sections.take<T>(shape.heads * Panels<S, T>::size(width, shape.head_dim));
-    pack.lone_value = sections.take<T>(shape.heads * Panels<S, T>::size(shape.head_dim, width));
-  }
-  pack.head = pack_head_of<S, T>(PackHead::Kind::block, sections.used());
-  if (out == nullptr) return sections.used();
-
-  __builtin_memset(out, 0, sections.used());
-  __builtin_memcpy(out, &pack, sizeof(pack));
-  copy_floats(w.norm1_weight, width, section<float>(out, pack.norm1.weight));
-  copy_floats(w.norm1_bias, width, section<float>(out, pack.norm1.bias));
-  copy_floats(w.norm2_weight, width, section<float>(out, pack.norm2.weight));
-  copy_floats(w.norm2_bias, width, section<float>(out, pack.norm2.bias));
-  // The softmax works with powers of two.
-  const float scale = kLog2E / __builtin_sqrtf(static_cast<float>(shape.head_dim));
-  const float* kv_bias = w.qkv_bias == nullptr ? nullptr : w.qkv_bias + inner;
-  pack_linear<S, T>(out, pack.q, w.qkv_weight, w.qkv_bias, inner, width, scale);
-  pack_linear<S, T>(out, pack.kv, w.qkv_weight + inner * width, kv_bias, 2 * inner, width);
-  pack_linear<S, T>(out, pack.proj, w.proj_weight, w.proj_bias, width, inner);
-  pack_linear<S, T>(out, pack.fc1, w.fc1_weight, w.fc1_bias, hidden, width);
-  pack_linear<S, T>(out, pack.fc2, w.fc2_weight, w.fc2_bias, width, hidden);
-  if (w.extra_key != nullptr) {
-    T* extra = section<T>(out, pack.extra);
-    for (long i = 0; i < inner; ++i) {
-      narrow(w.extra_key[i], extra[i]);
-      narrow(w.extra_value[i], extra[inner + i]);
-    }
-  }
-  for (long head = 0; shape.lone != 0 && head < shape.heads; ++head) {
-    const long d = shape.head_dim, size = Panels<S, T>::size(width, d);
-    const float* key = w.qkv_weight + (inner + head * d) * width;
-    pack_columns<S, T>(key, 1, width, width, d, S::kVecs, 1.0f,
-                       section<T>(out, pack.lone_key) + head * size);
-    pack_columns<S, T>(key + inner * width, width, 1, d, width, S::kVecs, 1.0f,
-                       section<T>(out, pack.lone_value) + head * size);
-  }
-  return sections.used();
-}
+constexpr long kMlpRows = 256;  // rows whose hidden layer is held at a time
+constexpr long kMlpColumns =
+    768;  // columns of the hidden layer: whole panels on every instruction set
 
 // ---- memory ------------------------------------------------------------------------------------
 
@@ -167,10 +83,12 @@ struct Kept {
 template <class S, typename T>
 class Block {
  public:
-  Block(const BlockPack& pack, const Kept& kept, const Team& team, Shared<T>& shared, Own<S, T>& own)
+  Block(const BlockPack& pack, const Kept& kept, const Team& team, Shared<T>& shared,
+        Own<S, T>& own)
       : pack_(pack), shape_(pack.shape), kept_(kept), team_(team), shared_(shared), own_(own) {}
 
-  // shared.x [images · m, D] becomes [images · n, D]; where nothing is gathered, rows from n on stay.
+  // shared.x [images · m, D] becomes [images · n, D]; where nothing is gathered, rows from n on
+  // stay.
   void run() {
     const long rows = kept_.images * kept_.m, rows_out = kept_.images * kept_.n;
     keys_and_values(share(rows, team_.rank, team_.size), share(rows, team_.rank + 1, team_.size));
@@ -245,7 +163,8 @@ class Block {
       y = shared_.y_kept;
       for (long row = begin; row < end; ++row) {
         const long from = kept_.source(row) * width();
-        __builtin_memcpy(shared_.gathered + row * width(), shared_.x + from, width() * sizeof(float));
+        __builtin_memcpy(shared_.gathered + row * width(), shared_.x + from,
+                         width() * sizeof(float));
         __builtin_memcpy(shared_.y_kept + row * width(), shared_.y + from, width() * sizeof(T));
       }
     }
@@ -272,7 +191,8 @@ class Block {
 
   // A lone query, such as that of a class token alone in the last block, need not have the keys and
   // values of all the others computed: with y the tokens that they would be computed from,
-  //   q · (W_k y_j + b_k) = (W_kᵀ q) · y_j + const   and   Σ p_j (W_v y_j + b_v) = W_v Σ p_j y_j + b_v,
+  //   q · (W_k y_j + b_k) = (W_kᵀ q) · y_j + const   and   Σ p_j (W_v y_j + b_v) = W_v Σ p_j y_j +
+  //   b_v,
   // so that y itself serves every head as keys and as values.
   bool lone() const {
     return pack_.lone_key != 0 && pack_.extra == 0 && kept_.n <= 2 && inner() >= width() &&
@@ -381,12 +301,13 @@ std::int64_t block_memory(const BlockCall& call) {
 }
 
 template <class S, typename T>
-void block(const BlockCall& call, long first, long count, const Team& team, char* shared, char* own) {
+void block(const BlockCall& call, long first, long count, const Team& team, char* shared,
+           char* own) {
   const long width = call.pack->shape.width;
   Parts shared_parts(shared), own_parts(own);
   const long rows = most(call.m, call.n);  // an index may name a row more than once
-  auto memory = Shared<T>::make(shared_parts, rows, Panels<S, T>::columns(call.m + 1),
-                                call.pack->shape);
+  auto memory =
+      Shared<T>::make(shared_parts, rows, Panels<S, T>::columns(call.m + 1), call.pack->shape);
   auto worker = Own<S, T>::make(own_parts, call.m);
   for (long image = first; image < first + count; ++image) {
     const long begin = share(call.m, team.rank, team.size);
@@ -394,11 +315,17 @@ void block(const BlockCall& call, long first, long count, const Team& team, char
     for (long t = begin; t < end; ++t)
       copy_floats(call.x + image * call.x_image + t * call.x_token, width, memory.x + t * width);
     team.sync();
-    const Kept kept{1, call.m, call.n, call.index == nullptr ? nullptr : call.index + image * call.n,
-                    call.key_bias == nullptr ? nullptr : call.key_bias + image * call.bias_image, 0};
+    const Kept kept{1,
+                    call.m,
+                    call.n,
+                    call.index == nullptr ? nullptr : call.index + image * call.n,
+                    call.key_bias == nullptr ? nullptr : call.key_bias + image * call.bias_image,
+                    0};
     Block<S, T>(*call.pack, kept, team, memory, worker).run();
-    for (long t = share(call.n, team.rank, team.size); t < share(call.n, team.rank + 1, team.size); ++t)
-      copy_floats(memory.x + t * width, width, call.out + image * call.out_image + t * call.out_token);
+    for (long t = share(call.n, team.rank, team.size); t < share(call.n, team.rank + 1, team.size);
+         ++t)
+      copy_floats(memory.x + t * width, width,
+                  call.out + image * call.out_image + t * call.out_token);
     team.sync();
   }
 }

@@ -9,67 +9,6 @@ namespace {
 
 constexpr long kGroupRows = 48;  // images share a pass over the weights while they have fewer rows
 
-// ---- packing -----------------------------------------------------------------------------------
-
-template <class S>
-Norm take_norm(Sections& sections, const float* weight, long width, float eps) {
-  if (weight == nullptr) return {0, 0, eps};
-  return {sections.take<float>(width), sections.take<float>(width), eps};
-}
-
-inline void pack_norm(void* out, const Norm& norm, const float* weight, const float* bias,
-                      long width) {
-  if (weight == nullptr) return;
-  copy_floats(weight, width, section<float>(out, norm.weight));
-  copy_floats(bias, width, section<float>(out, norm.bias));
-}
-
-template <class S, typename T>
-std::int64_t pack_embedding(const EmbeddingShape& shape, const EmbeddingWeights& w, void* out) {
-  const long width = shape.width, tokens = shape.tokens;
-  Sections sections(sizeof(EmbeddingPack));
-  EmbeddingPack pack{};
-  pack.shape = shape;
-  pack.table = sections.take<float>(tokens * width);
-  pack.place = sections.take<std::int32_t>(tokens);
-  pack.weight = sections.take<T>(Panels<S, T>::size(width, shape.patch()));
-  pack.norm = take_norm<S>(sections, w.norm_weight, width, shape.eps);
-  pack.head = pack_head_of<S, T>(PackHead::Kind::embedding, sections.used());
-  if (out == nullptr) return sections.used();
-
-  __builtin_memset(out, 0, sections.used());
-  __builtin_memcpy(out, &pack, sizeof(pack));
-  copy_floats(w.table, tokens * width, section<float>(out, pack.table));
-  auto* place = section<std::int32_t>(out, pack.place);
-  for (std::int32_t row = 0; row < tokens; ++row) place[w.order[row]] = row;
-  pack_columns<S, T>(w.weight, shape.patch(), 1, width, shape.patch(), S::kVecs, 1.0f,
-                     section<T>(out, pack.weight));
-  pack_norm(out, pack.norm, w.norm_weight, w.norm_bias, width);
-  return sections.used();
-}
-
-template <class S, typename T>
-std::int64_t pack_head(const HeadShape& shape, const HeadWeights& w, void* out) {
-  Sections sections(sizeof(HeadPack));
-  HeadPack pack{};
-  pack.shape = shape;
-  pack.norm = take_norm<S>(sections, w.norm_weight, shape.width, shape.eps);
-  for (int i = 0; i < shape.heads; ++i)
-    pack.linear[i] = take_linear<S, T>(sections, shape.classes, shape.width);
-  pack.head = pack_head_of<S, T>(PackHead::Kind::head, sections.used());
-  if (out == nullptr) return sections.used();
-
-  __builtin_memset(out, 0, sections.used());
-  __builtin_memcpy(out, &pack, sizeof(pack));
-  pack_norm(out, pack.norm, w.norm_weight, w.norm_bias, shape.width);
-  for (int i = 0; i < shape.heads; ++i)
-    pack_linear<S, T>(out, pack.linear[i], w.weight[i], w.bias[i], shape.classes, shape.width,
-                      1.0f / static_cast<float>(shape.heads));
-  return sections.used();
-}
-
-// ---- computing ---------------------------------------------------------------------------------
-
 template <class S, typename T>
 class Network {
  public:
@@ -191,7 +130,8 @@ class Network {
     const long below = share(in_.rows(), team_.rank + 1, team_.size);
     for (long c = 0; c < in_.channels; ++c)
       for (long y = down * in_.patch_height; y < below * in_.patch_height; ++y) {
-        const In* row = images + ((image * in_.channels + c) * in_.image_height + y) * in_.image_width;
+        const In* row =
+            images + ((image * in_.channels + c) * in_.image_height + y) * in_.image_width;
         const std::int32_t* places = place + y / in_.patch_height * in_.columns();
         T* to = patches_ + (c * in_.patch_height + y % in_.patch_height) * in_.patch_width;
         for (long i = 0; i < in_.columns(); ++i, row += in_.patch_width)
@@ -252,8 +192,8 @@ class Network {
       final_norm(chunk_ + head * width(), rows * width(), count, shared_.y);
       const Linear& linear = pack.linear[head];
       Accumulate<S> add{{section<float>(pack, linear.bias)}, result_, ld};
-      gemm(shared_.y, width(), count, panels<S, T>(section<T>(pack, linear.weight), classes, width()),
-           add);
+      gemm(shared_.y, width(), count,
+           panels<S, T>(section<T>(pack, linear.weight), classes, width()), add);
     }
     for (long i = 0; i < count; ++i)
       copy_floats(result_ + i * ld, classes, call_.out + (first + i) * classes);

@@ -5,8 +5,22 @@
 namespace slimvit {
 
 // Parts of a forward pass whose time is told apart where a profile is asked for.
-enum class Phase { embedding, keys_values, packing, queries, logits, softmax, values, projection,
-                   norm2, fc1, fc2, waiting, head, count };
+enum class Phase {
+  embedding,
+  keys_values,
+  packing,
+  queries,
+  logits,
+  softmax,
+  values,
+  projection,
+  norm2,
+  fc1,
+  fc2,
+  waiting,
+  head,
+  count
+};
 
 const char* name(Phase phase);
 
@@ -19,7 +33,8 @@ std::int64_t take_time(Phase phase);  // summed over all threads; starts again a
 // Counts the time until the end of its scope.
 class Stopwatch {
  public:
-  explicit Stopwatch(Phase phase) : phase_(phase), start_(__atomic_load_n(&profiling, __ATOMIC_RELAXED) ? nanoseconds() : 0) {}
+  explicit Stopwatch(Phase phase)
+      : phase_(phase), start_(__atomic_load_n(&profiling, __ATOMIC_RELAXED) ? nanoseconds() : 0) {}
   ~Stopwatch() {
     if (start_ != 0) add_time(phase_, nanoseconds() - start_);
   }

@@ -1,0 +1,154 @@
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/memory.h"
+#include "cpu/slim_attention.h"
+
+// Weights laid out for the kernels of one instruction set, once for a model.
+
+namespace slimvit {
+namespace {
+
+inline void copy_floats(const float* from, long n, float* to) {
+  for (long i = 0; i < n; ++i) to[i] = from[i];
+}
+
+template <class S, typename T>
+Linear take_linear(Sections& sections, long n, long k) {
+  return {sections.take<T>(Panels<S, T>::size(n, k)),
+          sections.take<float>(Panels<S, T>::columns(n))};
+}
+
+template <class S, typename T>
+void pack_linear(void* pack, const Linear& to, const float* weight, const float* bias, long n,
+                 long k, float factor = 1.0f) {
+  pack_columns<S, T>(weight, k, 1, n, k, S::kVecs, factor, section<T>(pack, to.weight));
+  float* out = section<float>(pack, to.bias);
+  for (long i = 0; i < Panels<S, T>::columns(n); ++i)
+    out[i] = bias != nullptr && i < n ? factor * bias[i] : 0.0f;
+}
+
+template <class S, typename T>
+Panels<S, T> panels(const T* data, long n, long k) {
+  return {data, Panels<S, T>::columns(n), Panels<S, T>::depth(k), S::kVecs};
+}
+
+template <class S, typename T>
+constexpr PackHead pack_head_of(PackHead::Kind kind, std::int64_t bytes) {
+  const Dtype dtype = kStep<T> == 1 ? Dtype::float32 : Dtype::bfloat16;
+  return {PackHead::kMagic, kind, S::kIsa, dtype, bytes};
+}
+
+// Bytes of the pack; writes it unless `out` is null.
+template <class S, typename T>
+std::int64_t pack_block(const BlockShape& shape, const BlockWeights& w, void* out) {
+  const long width = shape.width, inner = shape.inner(), hidden = shape.hidden;
+  Sections sections(sizeof(BlockPack));
+  BlockPack pack{};
+  pack.shape = shape;
+  pack.norm1 = {sections.take<float>(width), sections.take<float>(width), shape.eps1};
+  pack.norm2 = {sections.take<float>(width), sections.take<float>(width), shape.eps2};
+  pack.q = take_linear<S, T>(sections, inner, width);
+  pack.kv = take_linear<S, T>(sections, 2 * inner, width);
+  pack.proj = take_linear<S, T>(sections, width, inner);
+  pack.fc1 = take_linear<S, T>(sections, hidden, width);
+  pack.fc2 = take_linear<S, T>(sections, width, hidden);
+  if (w.extra_key != nullptr) pack.extra = sections.take<T>(2 * inner + 2 * S::kLanes);
+  if (shape.lone != 0) {
+    pack.lone_key = sections.take<T>(shape.heads * Panels<S, T>::size(width, shape.head_dim));
+    pack.lone_value = sections.take<T>(shape.heads * Panels<S, T>::size(shape.head_dim, width));
+  }
+  pack.head = pack_head_of<S, T>(PackHead::Kind::block, sections.used());
+  if (out == nullptr) return sections.used();
+
+  __builtin_memset(out, 0, sections.used());
+  __builtin_memcpy(out, &pack, sizeof(pack));
+  copy_floats(w.norm1_weight, width, section<float>(out, pack.norm1.weight));
+  copy_floats(w.norm1_bias, width, section<float>(out, pack.norm1.bias));
+  copy_floats(w.norm2_weight, width, section<float>(out, pack.norm2.weight));
+  copy_floats(w.norm2_bias, width, section<float>(out, pack.norm2.bias));
+  // The softmax works with powers of two.
+  const float scale = kLog2E / __builtin_sqrtf(static_cast<float>(shape.head_dim));
+  const float* kv_bias = w.qkv_bias == nullptr ? nullptr : w.qkv_bias + inner;
+  pack_linear<S, T>(out, pack.q, w.qkv_weight, w.qkv_bias, inner, width, scale);
+  pack_linear<S, T>(out, pack.kv, w.qkv_weight + inner * width, kv_bias, 2 * inner, width);
+  pack_linear<S, T>(out, pack.proj, w.proj_weight, w.proj_bias, width, inner);
+  pack_linear<S, T>(out, pack.fc1, w.fc1_weight, w.fc1_bias, hidden, width);
+  pack_linear<S, T>(out, pack.fc2, w.fc2_weight, w.fc2_bias, width, hidden);
+  if (w.extra_key != nullptr) {
+    T* extra = section<T>(out, pack.extra);
+    for (long i = 0; i < inner; ++i) {
+      narrow(w.extra_key[i], extra[i]);
+      narrow(w.extra_value[i], extra[inner + i]);
+    }
+  }
+  for (long head = 0; shape.lone != 0 && head < shape.heads; ++head) {
+    const long d = shape.head_dim, size = Panels<S, T>::size(width, d);
+    const float* key = w.qkv_weight + (inner + head * d) * width;
+    pack_columns<S, T>(key, 1, width, width, d, S::kVecs, 1.0f,
+                       section<T>(out, pack.lone_key) + head * size);
+    pack_columns<S, T>(key + inner * width, width, 1, d, width, S::kVecs, 1.0f,
+                       section<T>(out, pack.lone_value) + head * size);
+  }
+  return sections.used();
+}
+
+template <class S>
+Norm take_norm(Sections& sections, const float* weight, long width, float eps) {
+  if (weight == nullptr) return {0, 0, eps};
+  return {sections.take<float>(width), sections.take<float>(width), eps};
+}
+
+inline void pack_norm(void* out, const Norm& norm, const float* weight, const float* bias,
+                      long width) {
+  if (weight == nullptr) return;
+  copy_floats(weight, width, section<float>(out, norm.weight));
+  copy_floats(bias, width, section<float>(out, norm.bias));
+}
+
+template <class S, typename T>
+std::int64_t pack_embedding(const EmbeddingShape& shape, const EmbeddingWeights& w, void* out) {
+  const long width = shape.width, tokens = shape.tokens;
+  Sections sections(sizeof(EmbeddingPack));
+  EmbeddingPack pack{};
+  pack.shape = shape;
+  pack.table = sections.take<float>(tokens * width);
+  pack.place = sections.take<std::int32_t>(tokens);
+  pack.weight = sections.take<T>(Panels<S, T>::size(width, shape.patch()));
+  pack.norm = take_norm<S>(sections, w.norm_weight, width, shape.eps);
+  pack.head = pack_head_of<S, T>(PackHead::Kind::embedding, sections.used());
+  if (out == nullptr) return sections.used();
+
+  __builtin_memset(out, 0, sections.used());
+  __builtin_memcpy(out, &pack, sizeof(pack));
+  copy_floats(w.table, tokens * width, section<float>(out, pack.table));
+  auto* place = section<std::int32_t>(out, pack.place);
+  for (std::int32_t row = 0; row < tokens; ++row) place[w.order[row]] = row;
+  pack_columns<S, T>(w.weight, shape.patch(), 1, width, shape.patch(), S::kVecs, 1.0f,
+                     section<T>(out, pack.weight));
+  pack_norm(out, pack.norm, w.norm_weight, w.norm_bias, width);
+  return sections.used();
+}
+
+template <class S, typename T>
+std::int64_t pack_head(const HeadShape& shape, const HeadWeights& w, void* out) {
+  Sections sections(sizeof(HeadPack));
+  HeadPack pack{};
+  pack.shape = shape;
+  pack.norm = take_norm<S>(sections, w.norm_weight, shape.width, shape.eps);
+  for (int i = 0; i < shape.heads; ++i)
+    pack.linear[i] = take_linear<S, T>(sections, shape.classes, shape.width);
+  pack.head = pack_head_of<S, T>(PackHead::Kind::head, sections.used());
+  if (out == nullptr) return sections.used();
+
+  __builtin_memset(out, 0, sections.used());
+  __builtin_memcpy(out, &pack, sizeof(pack));
+  pack_norm(out, pack.norm, w.norm_weight, w.norm_bias, shape.width);
+  for (int i = 0; i < shape.heads; ++i)
+    pack_linear<S, T>(out, pack.linear[i], w.weight[i], w.bias[i], shape.classes, shape.width,
+                      1.0f / static_cast<float>(shape.heads));
+  return sections.used();
+}
+
+}  // namespace
+}  // namespace slimvit
