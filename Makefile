@@ -9,12 +9,13 @@ export GOMP_SPINCOUNT ?= 1000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test sanitize lint bench clean
 
 help:
 	@echo "make install  create $(VENV) and install slimvit into it, for development"
 	@echo "make demo     prune, fine-tune, validate and time a small model"
 	@echo "make test     run the tests"
+	@echo "make sanitize test the C++ kernels while AddressSanitizer and UBSan watch"
 	@echo "make lint     check style and formatting"
 	@echo "make bench    run the benchmark suites"
 	@echo "make clean    remove what was built; $(VENV) stays"
@@ -35,6 +36,9 @@ demo: install
 
 test: install
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+sanitize: install
+	$(VENV)/bin/python tests/sanitized.py $(ARGS)
 
 lint: install
 	$(VENV)/bin/python -m ruff check
