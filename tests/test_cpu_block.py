@@ -40,6 +40,7 @@ class Case(NamedTuple):
     key_bias: str = "none"
     extra: int = 0  # zero rows that one extra key stands for
     sharpness: float = 1.0  # of the softmax
+    lone: bool = False  # packed for a lone query or two
 
     def __str__(self) -> str:
         changed = (f"{name}={v}" for name, v in self._asdict().items() if v != DEFAULTS.get(name))
@@ -64,6 +65,13 @@ CASES = [
     Case(257, 24, 3, 192, 6, 32, 100 * 16, biases=False, index="twice", extra=2),
     Case(577, 300, 1, 192, 3, 64, 192, act="gelu_tanh", key_bias="m"),
     Case(197, 97, 1, 768, 12, 64, 3072),
+    Case(1, 1, 3, 16, 1, 16, 16, lone=True),
+    Case(63, 1, 8, 48, 3, 16, lone=True, index="unsorted", key_bias="Bm"),
+    Case(63, 2, 3, 80, 2, 80, lone=True, index="twice"),
+    Case(64, 1, 3, lone=True, extra=9),
+    Case(197, 2, 1, 192, 3, 64, 768, biases=False, lone=True, key_bias="m"),
+    Case(577, 1, 3, 384, 6, 64, 384, lone=True),
+    Case(63, 40, 3, lone=True),
 ]
 
 
@@ -147,8 +155,8 @@ def problem(case: Case, dtype: torch.dtype) -> Problem:
     return Problem(parts, extra, x.float(), index, key_bias, wanted, torchs)
 
 
-def pack(p: Problem, dtype: torch.dtype) -> Tensor:
-    return pack_block(FoldedBlock(p.parts), p.extra, dtype)
+def pack(p: Problem, dtype: torch.dtype, lone: bool = False) -> Tensor:
+    return pack_block(FoldedBlock(p.parts), p.extra, dtype, lone)
 
 
 def call(p: Problem, packed: Tensor, n: int, x: Tensor | None = None) -> Tensor:
@@ -162,7 +170,7 @@ def call(p: Problem, packed: Tensor, n: int, x: Tensor | None = None) -> Tensor:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_errs_no_more_than_torch(poison_empty, case, dtype):
     p = problem(case, dtype)
-    got = call(p, pack(p, dtype), case.n)
+    got = call(p, pack(p, dtype, case.lone), case.n)
     assert got.dtype == torch.float32
     assert off(got, p.wanted) <= max(2 * p.torchs, FLOOR[dtype])
 
@@ -192,11 +200,12 @@ def test_any_strides(dtype):
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_and_batch_do_not_matter(dtype):
+@pytest.mark.parametrize("n", [1, 40])
+def test_threads_and_batch_do_not_matter(n, dtype):
     """No sum depends on which worker computes it or on what else is computed: the same bits."""
-    case = Case(63, 40, 5, extra=3)
+    case = Case(63, n, 5, extra=0 if n == 1 else 3, lone=n == 1)
     p = problem(case, dtype)
-    packed = pack(p, dtype)
+    packed = pack(p, dtype, case.lone)
     before = torch.get_num_threads()
     try:
         answers = []
