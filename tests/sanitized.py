@@ -101,8 +101,8 @@ def environment() -> dict[str, str]:
 
 
 def command(arguments: list[str]) -> list[str]:
-    """A pytest run that is only begun with the watched module."""
-    return [sys.executable, "-c", RUN, str(MODULE), "-q", *arguments]
+    """A pytest run that is only begun with the watched module, and leaves its reports alone."""
+    return [sys.executable, "-c", RUN, str(MODULE), "-q", "--capture=sys", *arguments]
 
 
 def main() -> int:
