@@ -30,6 +30,7 @@ struct Workspace {
   std::unique_ptr<char, Free> bytes;
   std::size_t size = 0;
   std::vector<Barrier> barriers;
+  std::unique_ptr<Workspace> next;  // idle ones are a chain
 
   void reserve(std::size_t wanted, int threads) {
     if (wanted > size) {
@@ -50,17 +51,16 @@ class Lent {
  public:
   Lent() {
     const std::lock_guard<std::mutex> lock(mutex());
-    if (idle().empty()) {
+    workspace_ = std::move(idle());
+    if (workspace_ == nullptr)
       workspace_ = std::make_unique<Workspace>();
-    } else {
-      workspace_ = std::move(idle().back());
-      idle().pop_back();
-    }
-    idle().reserve(idle().size() + 1);  // so that giving back cannot fail
+    else
+      idle() = std::move(workspace_->next);
   }
   ~Lent() {
     const std::lock_guard<std::mutex> lock(mutex());
-    idle().push_back(std::move(workspace_));
+    workspace_->next = std::move(idle());
+    idle() = std::move(workspace_);
   }
   Lent(const Lent&) = delete;
   Lent& operator=(const Lent&) = delete;
@@ -72,8 +72,8 @@ class Lent {
     static auto* it = new std::mutex;
     return *it;
   }
-  static std::vector<std::unique_ptr<Workspace>>& idle() {
-    static auto* it = new std::vector<std::unique_ptr<Workspace>>;
+  static std::unique_ptr<Workspace>& idle() {
+    static auto* it = new std::unique_ptr<Workspace>;
     return *it;
   }
   std::unique_ptr<Workspace> workspace_;
