@@ -66,6 +66,16 @@ def test_an_unknown_instruction_set_is_refused(cpu, monkeypatch, name):
         cpu.chosen()
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here")
+def test_one_openmp_runtime_serves_torch_and_the_kernels(cpu):
+    script = (
+        "from slimvit import _extensions; _extensions.load('_cpu')\n"
+        "print({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.count("gomp") == 1, done.stdout + done.stderr
+
+
 def test_cuda_answers_with_and_without_a_gpu():
     cuda = _extensions.load("_cuda")
     if cuda is None:
