@@ -22,6 +22,8 @@ _library.define(
 )
 _library.impl("slim_block", cpu.slim_block, "CPU")
 _library.impl("slim_vit", cpu.slim_vit, "CPU")
+for _name in ("slim_block", "slim_vit"):  # for inference: answers need no gradient
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 @torch.library.register_fake("slimvit::slim_block", lib=_library)
