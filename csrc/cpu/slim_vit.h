@@ -113,7 +113,7 @@ class Network {
       Accumulate<S> add{{nullptr}, x + begin * width(), width()};
       gemm(patches_ + begin * depth, depth, end - begin, columns, add);
       if (pack.norm.weight != 0)
-        norm(pack.norm, x + begin * width(), width(), end - begin, x + begin * width());
+        norm(pack, x + begin * width(), width(), end - begin, x + begin * width());
       team_.sync();
     }
   }
@@ -151,20 +151,17 @@ class Network {
     for (; i < in_.patch_width; ++i) narrow(widen(row[i]), out[i]);
   }
 
-  template <typename Out>
-  void norm(const Norm& norm, const float* x, long ldx, long rows, Out* y) const {
-    const HeadPack& pack = *call_.head;
-    const char* base = &norm == &pack.norm ? reinterpret_cast<const char*>(&pack)
-                                           : reinterpret_cast<const char*>(call_.embedding);
-    layer_norm<S>(x, ldx, rows, width(), reinterpret_cast<const float*>(base + norm.weight),
-                  reinterpret_cast<const float*>(base + norm.bias), norm.eps, y, width());
+  template <class Pack, typename Out>
+  void norm(const Pack& pack, const float* x, long ldx, long rows, Out* y) const {
+    layer_norm<S>(x, ldx, rows, width(), section<float>(pack, pack.norm.weight),
+                  section<float>(pack, pack.norm.bias), pack.norm.eps, y, width());
   }
 
-  // `rows` rows of the chunk, `ld` apart, after the final norm if there is one.
+  // `rows` rows of the chunk, `ldx` apart, after the final norm if there is one.
   template <typename Out>
   void final_norm(const float* x, long ldx, long rows, Out* y) const {
     const HeadPack& pack = *call_.head;
-    if (pack.norm.weight != 0) return norm(pack.norm, x, ldx, rows, y);
+    if (pack.norm.weight != 0) return norm(pack, x, ldx, rows, y);
     for (long r = 0; r < rows; ++r)
       for (long c = 0; c < width(); c += S::kLanes)
         S::store(y + r * width() + c, S::load(x + r * ldx + c));

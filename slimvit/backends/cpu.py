@@ -24,13 +24,17 @@ def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
     if torch.device(device).type != "cpu":
         return f"it computes on CPUs, not on {torch.device(device).type}"
     if dtype not in DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        return f"{name} is not computed on CPUs: use float32 or bfloat16"
+        return not_on_cpus(dtype)
     try:
         _module().chosen()
     except ValueError as error:  # SLIMVIT_ISA
         return str(error)
     return None
+
+
+def not_on_cpus(dtype: torch.dtype) -> str:
+    """The reason why a model does not run in `dtype` on a CPU."""
+    return f"{_name(dtype)} is not computed on CPUs: use float32 or bfloat16"
 
 
 def pack_block(
@@ -294,10 +298,13 @@ def _require(holds: bool, rule: str, got: Tensor | int) -> None:
     if holds:
         return
     if isinstance(got, Tensor):
-        dtype = str(got.dtype).removeprefix("torch.")
         rule = f"{rule}, on the CPU"
-        got = f"{list(got.shape)}, {dtype}, on {got.device}"
+        got = f"{list(got.shape)}, {_name(got.dtype)}, on {got.device}"
     raise SlimvitError(f"back end cpu: {rule}, got {got}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def divides(**sizes: int) -> str | None:

@@ -36,7 +36,7 @@ def why_not(
     if name != "torch":
         return _NO_KERNELS.format(name)
     if torch.device(device).type == "cpu" and dtype == torch.float16:
-        return "float16 is not computed on CPUs: use float32 or bfloat16"
+        return cpu.not_on_cpus(dtype)
     return None
 
 
