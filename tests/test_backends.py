@@ -11,7 +11,7 @@ from slimvit.errors import SlimvitError, UsageError
 
 def test_names():
     assert NAMES == ("torch", "cpu", "triton", "cuda")
-    assert set(select._FASTEST_FIRST) == set(NAMES)
+    assert {name for names in select._FASTEST_FIRST.values() for name in names} == set(NAMES)
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "cuda:0"])
@@ -54,23 +54,38 @@ def only(*working):
 
 class TestChoice:
     def test_auto_takes_the_fastest_that_works(self, monkeypatch):
-        for working, taken in (
-            (NAMES, "cuda"),
-            (("torch", "cpu", "triton"), "triton"),
-            (("torch", "cpu"), "cpu"),
-            (("torch",), "torch"),
+        for device, working, taken in (
+            ("cuda", NAMES, "cuda"),
+            ("cuda", ("torch", "cpu", "triton"), "triton"),
+            ("cuda", ("torch", "cpu"), "torch"),
+            ("cpu", NAMES, "cpu"),
+            ("cpu", ("torch", "triton", "cuda"), "torch"),
+            ("mps", NAMES, "torch"),
         ):
             monkeypatch.setattr(select, "why_not", only(*working))
-            assert choose("auto", "cpu", torch.float32) == taken
+            assert choose("auto", device, torch.float32) == taken
 
-    def test_auto_logs_why_it_goes_on(self, monkeypatch, caplog):
+    def test_auto_says_why_it_goes_on(self, monkeypatch, caplog):
         monkeypatch.setattr(select, "why_not", only("cpu", "torch"))
         with caplog.at_level(logging.DEBUG, "slimvit"):
-            assert choose("auto", "cpu", torch.float32) == "cpu"
-        assert [record.getMessage() for record in caplog.records] == [
-            "back end cuda passed over: cuda is not here",
-            "back end triton passed over: triton is not here",
+            assert choose("auto", "cuda", torch.float32) == "torch"
+        assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+            ("DEBUG", "back end cuda passed over: cuda is not here"),
+            ("WARNING", "back end triton passed over: triton is not here"),
         ]
+
+    @pytest.mark.parametrize("capability, name", [((7, 0), "sm_70"), ((7, 5), "sm_75")])
+    def test_triton_refuses_gpus_without_its_matrix_instructions(
+        self, monkeypatch, capability, name
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla")
+        reason = f"Triton has no matrix instructions below sm_80, and Tesla is {name}"
+        assert why_not("triton", "cuda", torch.float16) == reason
+        assert choose("auto", "cuda", torch.float16) == "torch"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+        assert choose("auto", "cuda", torch.float16) == "triton"
 
     def test_auto_finds_none(self, monkeypatch):
         monkeypatch.setattr(select, "why_not", only())

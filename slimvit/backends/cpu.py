@@ -305,11 +305,3 @@ def _require(holds: bool, rule: str, got: Tensor | int) -> None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def divides(**sizes: int) -> str | None:
-    """Why the kernels do not take such sizes, by name, or None: they work in vectors of 16."""
-    for name, size in sizes.items():
-        if size % 16:
-            return f"{name} must be a multiple of 16, got {size}"
-    return None

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import torch
 
-from slimvit.backends import cpu
+from slimvit.backends import cpu, triton
 from slimvit.errors import SlimvitError, UsageError
 
 NAMES = ("torch", "cpu", "triton", "cuda")
-_FASTEST_FIRST = ("cuda", "triton", "cpu", "torch")
+_FASTEST_FIRST = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 _NO_KERNELS = "this version of slimvit has no {} kernels"
 _log = logging.getLogger("slimvit")
 
@@ -33,6 +33,8 @@ def why_not(
         raise UsageError(f"unknown back end {name!r}: one of auto, {', '.join(NAMES)}")
     if name == "cpu":
         return cpu.why_not(device, dtype)
+    if name == "triton":
+        return triton.why_not(device, dtype)
     if name != "torch":
         return _NO_KERNELS.format(name)
     if torch.device(device).type == "cpu" and dtype == torch.float16:
@@ -65,10 +67,11 @@ def choose(
         if reason is not None:
             raise SlimvitError(f"back end {name} does not compute this model: {reason}")
         return name
-    for candidate in _FASTEST_FIRST:
+    for candidate in _FASTEST_FIRST.get(torch.device(device).type, ("torch",)):
         reason = why_not(candidate, device, dtype)
         if reason is not None:
-            _log.debug("back end %s passed over: %s", candidate, reason)
+            level = logging.WARNING if candidate == "triton" else logging.DEBUG
+            _log.log(level, "back end %s passed over: %s", candidate, reason)
             continue
         reason = refuses(candidate)
         if reason is None:

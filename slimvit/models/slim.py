@@ -120,6 +120,7 @@ class _Slim:
                 self._extra_key(layer, None if isinstance(m, FoldedBlock) else parts(m))
                 for layer, m in enumerate(self.blocks)
             ],
+            zero_rows=self._dead,
             norm=self.norm,
             heads=heads if plain else [],
             counts=self._counts,

@@ -1,6 +1,8 @@
 """The operations of a slimmed transformer, each defined by its reference in plain PyTorch."""
 
 from slimvit.ops.folded_block import FoldedBlock
+from slimvit.ops.fused_vit import FusedBlock, FusedNetwork, why_not_fused
+from slimvit.ops.network import NetworkParts
 from slimvit.ops.scatter_tokens import scatter_tokens
 from slimvit.ops.slim_attention import attention_probabilities, slim_attention
 from slimvit.ops.slim_block import (
@@ -11,12 +13,14 @@ from slimvit.ops.slim_block import (
     take,
     zero_key,
 )
-from slimvit.ops.slim_vit import NetworkParts, PackedNetwork, pack_block, why_not_packed
+from slimvit.ops.slim_vit import PackedNetwork, pack_block, why_not_packed
 
 __all__ = [
     "BlockParts",
     "ExtraKey",
     "FoldedBlock",
+    "FusedBlock",
+    "FusedNetwork",
     "NetworkParts",
     "PackedNetwork",
     "attention_probabilities",
@@ -26,6 +30,7 @@ __all__ = [
     "slim_attention",
     "slim_block",
     "take",
+    "why_not_fused",
     "why_not_packed",
     "zero_key",
 ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from slimvit.backends import cpu
 from slimvit.ops.folded_block import FoldedBlock
-from slimvit.ops.slim_block import BlockParts, ExtraKey
+from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of, why_not_plain
+from slimvit.ops.slim_block import ExtraKey
 
 _library = torch.library.Library("slimvit", "DEF")
 _library.define(
@@ -48,59 +47,16 @@ def _slim_vit(
     return images.new_empty(shape, dtype=torch.float32)
 
 
-class NetworkParts(NamedTuple):
-    """A slimmed network after folding, whatever the names in the foreign model.
-
-    Attributes:
-        image_size: height and width in pixels.
-        patch_weight: [D, C, ph, pw].
-        table: what each token starts from, in lifetime order, [N, D]: patch bias and position, or
-            the prefix token itself.
-        order: which token comes where in lifetime order, [N], int64.
-        prefix: class, distillation and register tokens.
-        norm_pre: LayerNorm after the embedding, or Identity.
-        blocks: the blocks.
-        extra_keys: of each block, the key that stands for zero rows, or None.
-        norm: final LayerNorm, or Identity.
-        heads: linear layers, each of a token of its own, whose logits are averaged; empty where
-            logits need anything more.
-        counts: kept tokens n of each block.
-        idle: whether pruned tokens stay keys and values.
-    """
-
-    image_size: tuple[int, int]
-    patch_weight: Tensor
-    table: Tensor
-    order: Tensor
-    prefix: int
-    norm_pre: nn.Module
-    blocks: list[FoldedBlock | BlockParts]
-    extra_keys: list[ExtraKey | None]
-    norm: nn.Module
-    heads: list[nn.Linear]
-    counts: tuple[int, ...]
-    idle: bool
-
-
 def why_not_packed(parts: NetworkParts) -> str | None:
     """Why the C++ kernels do not compute such a network, or None if they do."""
     for number, block in enumerate(parts.blocks, 1):
-        reason = _why_not_block(block)
+        reason = why_not_plain(block)
         if reason is not None:
             return f"block {number}: {reason}"
     for name, norm in (("the norm before the blocks", parts.norm_pre), ("the norm", parts.norm)):
-        if not isinstance(norm, nn.Identity) and _layer_norm(norm) is None:
+        if not isinstance(norm, nn.Identity) and layer_norm_of(norm) is None:
             return f"{name} is {type(norm).__name__}, not LayerNorm"
     return None
-
-
-def _why_not_block(block: FoldedBlock | BlockParts) -> str | None:
-    if not isinstance(block, FoldedBlock):
-        return FoldedBlock.why_not(block) or "it was not folded"
-    if _activation(block.act) is None:
-        return f"the activation is {type(block.act).__name__}, not GELU or QuickGELU"
-    hidden, width = block.fc1.weight.shape
-    return cpu.divides(width=width, head_dim=block.head_dim, hidden=hidden)
 
 
 def pack_block(
@@ -133,7 +89,7 @@ def pack_block(
         dtype,
         heads=block.heads,
         head_dim=block.head_dim,
-        activation=_activation(block.act),
+        activation=activation_name(block.act),
         eps=(block.norm1.eps, block.norm2.eps),
         extra_bias=0.0 if extra is None else extra.bias,
         lone=lone,
@@ -157,13 +113,13 @@ class PackedNetwork(nn.Module):
             parts.patch_weight,
             parts.table,
             parts.order,
-            _layer_norm(parts.norm_pre),
+            layer_norm_of(parts.norm_pre),
             dtype,
             image_size=parts.image_size,
             prefix=parts.prefix,
         )
         linears = [(head.weight, head.bias) for head in parts.heads]
-        head = cpu.pack_head(_layer_norm(parts.norm), linears, dtype, width=self.width)
+        head = cpu.pack_head(layer_norm_of(parts.norm), linears, dtype, width=self.width)
         blocks = [
             pack_block(block, extra, dtype, lone=n <= 2)
             for block, extra, n in zip(parts.blocks, parts.extra_keys, parts.counts)
@@ -185,18 +141,3 @@ class PackedNetwork(nn.Module):
         return torch.ops.slimvit.slim_vit(
             images, self.embedding, blocks, self.head, self.counts, self.idle, rows, columns
         )
-
-
-def _layer_norm(norm: nn.Module) -> tuple[Tensor, Tensor, float] | None:
-    if not isinstance(norm, nn.LayerNorm) or not norm.elementwise_affine:
-        return None
-    bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
-    return norm.weight, bias, norm.eps
-
-
-def _activation(module: nn.Module) -> str | None:
-    if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(
-        type(module).__name__
-    )

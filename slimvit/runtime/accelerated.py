@@ -1,0 +1,108 @@
+"""The slimmed model for inference: same call, same outputs as the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimvit.errors import SlimvitError, UsageError
+from slimvit.masks import Masks
+from slimvit.runtime.graphs import Graph
+
+
+class AcceleratedViT(nn.Module):
+    """A slimmed model for inference. It takes images of any floating dtype and answers in it.
+
+    Attributes:
+        masks: the kept sets.
+        backend: the back end that computes.
+        num_classes: outputs of the head.
+        image_shape: channels, height and width of the images that the model was made for.
+    """
+
+    def __init__(self, network: nn.Module, backend: str, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.network = network
+        self.masks: Masks = network.masks
+        self.backend = backend
+        self.num_classes: int = network.num_classes
+        self.image_shape = image_shape
+        self._graphs: dict[torch.Size, Graph] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of images [B, C, H, W]."""
+        graph = None if torch.compiler.is_compiling() else self._graphs.get(images.shape)
+        if graph is None or not images.is_cuda or torch.cuda.is_current_stream_capturing():
+            return self._logits(images).to(images.dtype)
+        check_floating(images)
+        return graph(images).to(images.dtype)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return self.network(self._cast(images))
+
+    @torch.no_grad()
+    def warm_up(self, batch_size: int, *, cuda_graph: bool = False) -> None:
+        """Compile and load whatever a batch of this size needs, now rather than at its first call.
+
+        Args:
+            batch_size: images, B.
+            cuda_graph: hold a CUDA graph for `forward` at this size: its launches then cost the
+                processor next to nothing. It takes memory for one batch.
+
+        Raises:
+            UsageError: a CUDA graph is wanted and the model is not on a GPU.
+        """
+        token = self.network.cls_token
+        if cuda_graph and not token.is_cuda:
+            raise UsageError(f"cuda_graph needs the model on a GPU, it is on {token.device}")
+        images = token.new_zeros(batch_size, *self.image_shape)
+        if cuda_graph:
+            self._graphs[images.shape] = Graph(self._logits, images)
+        else:
+            self._logits(images)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Kept tokens after the final norm in their places, [B, N, D], zero elsewhere."""
+        return self.network.forward_features(self._cast(images)).to(images.dtype)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits [B, classes] of features [B, N, D]."""
+        out = self.network.forward_head(self._cast(features), pre_logits=pre_logits)
+        return out.to(features.dtype)
+
+    def train(self, mode: bool = True) -> AcceleratedViT:
+        """Stay in evaluation mode: train what `apply_masks` returns, then accelerate it."""
+        return super().train(False)
+
+    @property
+    def precision(self) -> str:
+        """The dtype that the network computes in, by name; `.to(dtype)` changes it."""
+        return dtype_name(self.network.cls_token.dtype)
+
+    def _cast(self, x: Tensor) -> Tensor:
+        check_floating(x)
+        return x.to(self.network.cls_token.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AcceleratedViT:
+        self._graphs.clear()  # they hold the weights where they were
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_graphs": {}}
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"backend={self.backend}, precision={self.precision}, kept={self.masks.counts}"
+
+
+def check_floating(images: Tensor) -> None:
+    """Refuse images of integers: they have not been normalised."""
+    if not images.is_floating_point():
+        raise SlimvitError(f"images must be floating point, got {dtype_name(images.dtype)}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as users name it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,55 @@
+"""The slimmed model for GPUs: fused kernels, one op for each block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from slimvit.errors import SlimvitError
+from slimvit.ops import FusedNetwork, NetworkParts
+from slimvit.runtime.accelerated import AcceleratedViT, check_floating, dtype_name
+
+
+class FusedViT(AcceleratedViT):
+    """A slimmed model whose weights are folded for fused kernels in one precision.
+
+    Attributes:
+        fused: the network in front of the head.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        parts: NetworkParts,
+        dtype: torch.dtype,
+        backend: str,
+        image_shape: tuple[int, int, int],
+    ) -> None:
+        super().__init__(network, backend, image_shape)
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        self.fused = FusedNetwork(parts, dtype, tf32)
+        network.keep_head()
+        network.to(dtype)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        check_floating(images)
+        return self.network.forward_head(self.fused(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Kept tokens after the final norm in their places, [B, N, D], zero elsewhere."""
+        check_floating(images)
+        tokens = self.fused(images)
+        order = self.fused.order[: tokens.shape[1]]
+        return torch.ops.slimvit.scatter_tokens(tokens, order, self.masks.tokens).to(images.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedViT:
+        probe = self.network.cls_token
+        moved = fn(probe)
+        if moved.dtype != probe.dtype:
+            raise SlimvitError(
+                f"weights are folded for {self.precision}, got {dtype_name(moved.dtype)}: "
+                "accelerate the model anew with that precision, or with backend='torch'"
+            )
+        return super()._apply(fn, recurse)

@@ -1,0 +1,207 @@
+"""Compile every Triton kernel that slimvit's models launch, for GPUs that need not be here.
+
+    python tests/compiled.py --arch 80 90 --json report.json
+
+The kernels' own launchers run on tensors without data; what they would launch is recorded and
+compiled for each architecture. The report has, for each kernel: registers, bytes spilled, shared
+memory and which matrix instructions are in the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from slimvit import _extensions
+
+kernels = _extensions.load("kernels")
+assert kernels is not None, _extensions.why_not("kernels")
+# width, heads, head_dim, alive and kept tokens of three blocks: first, middle, last
+SHAPES = {
+    "Ti": (192, 3, [(197, 141), (111, 111)]),
+    "S": (384, 6, [(197, 141), (131, 121)]),
+    "B": (768, 12, [(197, 197), (577, 257)]),
+}
+MATRIX = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 86, 90, 100])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    launches = [launch for arch in args.arch for launch in record(arch)]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        report = list(pool.map(compile_launch, launches, chunksize=4))
+    text = json.dumps(report, indent=1)
+    if args.json:
+        args.json.write_text(text)
+    else:
+        print(text)
+
+
+def record(arch: int) -> list[dict[str, Any]]:
+    """What a forward pass of each shape, precision and batch launches on an architecture."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def run(fn: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launch = specialise(fn, args, options) | {"arch": arch, "grid": list(grid)}
+        key = json.dumps([launch[k] for k in ("kernel", "signature", "constants", "options")])
+        found.setdefault(key, launch)
+
+    original, JITFunction.run = JITFunction.run, run
+    for name, module in sys.modules.items():
+        if name.startswith("slimvit.kernels") and hasattr(module, "architecture"):
+            module.architecture = lambda device: arch
+    try:
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            for width, heads, lengths in SHAPES.values():
+                for batch in (1, 16, 256):
+                    for m, n in lengths:
+                        launch_block(dtype, batch, m, n, width, heads)
+                    launch_ends(dtype, batch, 197, 111, width, heads)
+    finally:
+        JITFunction.run = original
+    return list(found.values())
+
+
+def launch_block(dtype: torch.dtype, batch: int, m: int, n: int, width: int, heads: int) -> None:
+    x, stats = empty(dtype, batch, m, width), empty(torch.float32, batch, m, 1, 2)
+    wide, narrow = matrix(dtype, 3 * width, width), matrix(dtype, width, width)
+    eps = {"eps": 1e-6}
+    q, kv = kernels.slim_qkv(x, stats, wide[0], wide[1], wide[1], n, width, **eps)
+    index = empty(torch.int64, batch, n)
+    kernels.slim_qkv(x, stats, wide[0], wide[1], wide[1], n, width, **eps, index=index)
+    a = kernels.slim_attention(q, kv, heads)
+    bias = empty(torch.float32, batch, m)
+    kernels.slim_attention(q, kv, heads, key_bias=bias)
+    kernels.slim_attention(q, kv, heads, extra=empty(torch.float32, 2 * width), extra_bias=1.0)
+    up, down = matrix(dtype, 4 * width, width), matrix(dtype, width, 4 * width)
+    second_half(a, x, narrow, up, down)
+
+
+def second_half(a: Any, x: Any, proj: Any, up: Any, down: Any) -> None:
+    eps = {"eps": 1e-6}
+    if kernels.halves(x.shape[2]):
+        kernels.slim_mlp(a, x, proj, up, down, **eps, activation="gelu")
+        return
+    y, stats = kernels.slim_linear(a, *proj, stage="proj", residual=x, emit=True)
+    h, _ = kernels.slim_linear(
+        y, *up, stage="fc1", stats=stats, row_sums=up[1], **eps, activation="gelu"
+    )
+    kernels.slim_linear(h, *down, stage="fc2", residual=y, emit=True)
+
+
+def launch_ends(
+    dtype: torch.dtype, batch: int, tokens: int, m: int, width: int, heads: int
+) -> None:
+    """The embedding, the last block and the scatter."""
+    images = empty(dtype, batch, 3, 224, 224)
+    table, order = empty(torch.float32, tokens, width), empty(torch.int64, tokens)
+    patch = empty(dtype, width, 3, 16, 16)
+    kernels.patch_embedding(images, patch, table, order, 1)
+    x = empty(dtype, batch, m, width)
+    stats, d = kernels.row_stats(x), width // heads
+    q, _ = kernels.slim_linear(
+        x, *matrix(dtype, width, width), n=1, stats=stats, row_sums=table[0], eps=1e-6
+    )
+    u, _ = kernels.slim_linear(q, empty(dtype, heads * width, d), None, groups=heads)
+    z = kernels.last_attention(x, stats, u.view(batch, heads, width), d, eps=1e-6)
+    a, _ = kernels.slim_linear(z.view(batch, 1, -1), *matrix(dtype, width, width), groups=heads)
+    up, down = matrix(dtype, 4 * width, width), matrix(dtype, width, 4 * width)
+    second_half(a, x, matrix(dtype, width, width), up, down)
+    kernels.scatter_tokens(x, order[:m], tokens)
+
+
+def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def matrix(dtype: torch.dtype, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return empty(dtype, rows, columns), empty(torch.float32, rows)
+
+
+def specialise(fn: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """What Triton makes of a launch: types, constants, and which values are multiples of 16."""
+    signature, constants, attrs = {}, {}, []
+    values = dict(zip(fn.arg_names, args)) | options
+    for number, parameter in enumerate(fn.params):
+        name = parameter.name
+        value = values.pop(name)
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            attrs.append(number)
+        elif parameter.is_constexpr or value is None:
+            signature[name] = "constexpr"
+            constants[name] = value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[name] = "constexpr"
+            constants[name] = value
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attrs.append(number)
+    return {
+        "kernel": fn.__name__,
+        "module": fn.module,
+        "signature": signature,
+        "constants": constants,
+        "divisible": attrs,
+        "options": values,
+    }
+
+
+def compile_launch(launch: dict[str, Any]) -> dict[str, Any]:
+    fn = getattr(sys.modules[launch["module"]], launch["kernel"])
+    attrs = {(number,): [["tt.divisibility", 16]] for number in launch["divisible"]}
+    source = ASTSource(fn, launch["signature"], launch["constants"], attrs)
+    target = GPUTarget("cuda", launch["arch"], 32)
+    compiled = triton.compile(source, target=target, options=launch["options"])
+    ptx = compiled.asm["ptx"]
+    return (
+        launch
+        | resources(compiled.asm["cubin"])
+        | {
+            "shared": compiled.metadata.shared,
+            "matrix": [name for name, text in MATRIX.items() if text in ptx],
+        }
+    )
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of local memory of a thread, as cuobjdump reads them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", text)
+    assert usage, text
+    registers, stack, local = map(int, usage.groups())
+    return {"registers": registers, "spilled": stack + local}
+
+
+if __name__ == "__main__":
+    main()
