@@ -53,6 +53,21 @@ def entries() -> list[dict[str, Any]]:
     return json.loads(TABLE.read_text())
 
 
+def find(kernel: str, arch: int, itemsize: int, width: int, rows: int) -> dict[str, Any]:
+    """The entry of the table that `lookup` reads; it takes the same arguments."""
+    wanted = family(arch)
+    for entry in entries():
+        if (
+            kernel in entry["kernel"]
+            and entry["arch"] in (None, wanted)
+            and entry["itemsize"] in (None, itemsize)
+            and (entry["width"] is None or width <= entry["width"])
+            and (entry["rows"] is None or rows <= entry["rows"])
+        ):
+            return entry
+    raise LookupError(f"{TABLE.name} has no entry for {kernel}, sm_{wanted}, width {width}")
+
+
 @functools.lru_cache(maxsize=4096)
 def lookup(kernel: str, arch: int, itemsize: int, width: int, rows: int) -> Config:
     """The configuration of a kernel: the first entry that is not for something else.
@@ -67,14 +82,4 @@ def lookup(kernel: str, arch: int, itemsize: int, width: int, rows: int) -> Conf
     Raises:
         LookupError: the table has nothing for it.
     """
-    wanted = family(arch)
-    for entry in entries():
-        if (
-            kernel in entry["kernel"]
-            and entry["arch"] in (None, wanted)
-            and entry["itemsize"] in (None, itemsize)
-            and (entry["width"] is None or width <= entry["width"])
-            and (entry["rows"] is None or rows <= entry["rows"])
-        ):
-            return Config(*entry["config"])
-    raise LookupError(f"{TABLE.name} has no entry for {kernel}, sm_{wanted}, width {width}")
+    return Config(*find(kernel, arch, itemsize, width, rows)["config"])

@@ -32,12 +32,16 @@ from slimvit import _extensions
 
 kernels = _extensions.load("kernels")
 assert kernels is not None, _extensions.why_not("kernels")
+configs = sys.modules["slimvit.kernels.configs"]
 # width, heads, head_dim, alive and kept tokens of three blocks: first, middle, last
 SHAPES = {
     "Ti": (192, 3, [(197, 141), (111, 111)]),
     "S": (384, 6, [(197, 141), (131, 121)]),
     "B": (768, 12, [(197, 197), (577, 257)]),
 }
+# bfloat16 is float16's code but for the type of the operands, and float32 has no matrix instructions
+# on any architecture: once is enough for each.
+DTYPES = {80: (torch.float16, torch.float32), 90: (torch.float16, torch.bfloat16)}
 MATRIX = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
 
@@ -48,18 +52,29 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    launches = [launch for arch in args.arch for launch in record(arch)]
+    used: list[dict[str, Any]] = []
+    launches = [launch for arch in args.arch for launch in record(arch, used)]
     with ProcessPoolExecutor(args.jobs) as pool:
-        report = list(pool.map(compile_launch, launches, chunksize=4))
-    text = json.dumps(report, indent=1)
+        compiled = list(pool.map(compile_launch, launches, chunksize=4))
+    text = json.dumps({"compiled": compiled, "entries": used}, indent=1)
     if args.json:
         args.json.write_text(text)
     else:
         print(text)
 
 
-def record(arch: int) -> list[dict[str, Any]]:
-    """What a forward pass of each shape, precision and batch launches on an architecture."""
+def record(arch: int, used: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a forward pass of each shape, precision and batch launches on an architecture.
+
+    The entries of the table that were read for it go into `used`.
+    """
+
+    def find(*key: Any) -> dict[str, Any]:
+        entry = original_find(*key)
+        if entry not in used:
+            used.append(entry)
+        return entry
+
     found: dict[str, dict[str, Any]] = {}
 
     def run(fn: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -68,18 +83,20 @@ def record(arch: int) -> list[dict[str, Any]]:
         found.setdefault(key, launch)
 
     original, JITFunction.run = JITFunction.run, run
+    original_find, configs.find = configs.find, find
+    configs.lookup.cache_clear()
     for name, module in sys.modules.items():
         if name.startswith("slimvit.kernels") and hasattr(module, "architecture"):
             module.architecture = lambda device: arch
     try:
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for dtype in DTYPES.get(arch, (torch.float16,)):
             for width, heads, lengths in SHAPES.values():
                 for batch in (1, 16, 256):
                     for m, n in lengths:
                         launch_block(dtype, batch, m, n, width, heads)
                     launch_ends(dtype, batch, 197, 111, width, heads)
     finally:
-        JITFunction.run = original
+        JITFunction.run, configs.find = original, original_find
     return list(found.values())
 
 
@@ -120,6 +137,9 @@ def launch_ends(
     kernels.patch_embedding(images, patch, table, order, 1)
     x = empty(dtype, batch, m, width)
     stats, d = kernels.row_stats(x), width // heads
+    kernels.scatter_tokens(x, order[:m], tokens)
+    if dtype == torch.float32:  # keys and values are folded away in half precision only
+        return
     q, _ = kernels.slim_linear(
         x, *matrix(dtype, width, width), n=1, stats=stats, row_sums=table[0], eps=1e-6
     )
@@ -128,7 +148,6 @@ def launch_ends(
     a, _ = kernels.slim_linear(z.view(batch, 1, -1), *matrix(dtype, width, width), groups=heads)
     up, down = matrix(dtype, 4 * width, width), matrix(dtype, width, 4 * width)
     second_half(a, x, matrix(dtype, width, width), up, down)
-    kernels.scatter_tokens(x, order[:m], tokens)
 
 
 def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
