@@ -33,14 +33,14 @@ from slimvit import _extensions
 kernels = _extensions.load("kernels")
 assert kernels is not None, _extensions.why_not("kernels")
 configs = sys.modules["slimvit.kernels.configs"]
-# width, heads, head_dim, alive and kept tokens of three blocks: first, middle, last
+# width, heads, alive and kept tokens of some blocks
 SHAPES = {
-    "Ti": (192, 3, [(197, 141), (111, 111)]),
+    "Ti": (192, 3, [(197, 141), (111, 111), (40, 20)]),
     "S": (384, 6, [(197, 141), (131, 121)]),
     "B": (768, 12, [(197, 197), (577, 257)]),
 }
-# bfloat16 is float16's code but for the type of the operands, and float32 has no matrix instructions
-# on any architecture: once is enough for each.
+# bfloat16 is float16's code but for the type of the operands, and float32 has matrix instructions
+# nowhere: once is enough for each.
 DTYPES = {80: (torch.float16, torch.float32), 90: (torch.float16, torch.bfloat16)}
 MATRIX = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
@@ -138,8 +138,6 @@ def launch_ends(
     x = empty(dtype, batch, m, width)
     stats, d = kernels.row_stats(x), width // heads
     kernels.scatter_tokens(x, order[:m], tokens)
-    if dtype == torch.float32:  # keys and values are folded away in half precision only
-        return
     q, _ = kernels.slim_linear(
         x, *matrix(dtype, width, width), n=1, stats=stats, row_sums=table[0], eps=1e-6
     )

@@ -10,8 +10,7 @@ from slimvit.ops import fused_block  # noqa: F401  defines the ops
 from slimvit.ops.folded_block import FoldedBlock
 from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of, why_not_plain
 
-# What a block may keep for its keys and values to be folded away: see kernels/last_attention.py. Not
-# in float32, whose products of whole rows have no matrix instructions and would not fit registers.
+# What a block may keep for its keys and values to be folded away: see kernels/last_attention.py.
 _LAST_TOKENS, _LAST_QUERIES, _LAST_WIDTH = 2, 32, 1024
 
 
@@ -99,7 +98,7 @@ class FusedNetwork(nn.Module):
         self.register_buffer("order", parts.order.clone(), persistent=False)
         self.norm_pre, self.norm = parts.norm_pre.to(dtype), parts.norm.to(dtype)
         queries = [n * block.heads for block, n in zip(parts.blocks, self.counts)]
-        folds = dtype != torch.float32 and self.table.shape[1] <= _LAST_WIDTH
+        folds = self.table.shape[1] <= _LAST_WIDTH
         self.blocks = nn.ModuleList(
             FusedBlock(
                 block,
