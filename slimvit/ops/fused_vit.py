@@ -10,8 +10,9 @@ from slimvit.ops import fused_block  # noqa: F401  defines the ops
 from slimvit.ops.folded_block import FoldedBlock
 from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of, why_not_plain
 
-# What a block may keep for its keys and values to be folded away: see kernels/last_attention.py.
-_LAST_TOKENS, _LAST_QUERIES, _LAST_WIDTH = 2, 32, 1024
+# What a block may keep for its keys and values to be folded away, and how many bytes of a row fit
+# the registers that are left: see kernels/last_attention.py.
+_LAST_TOKENS, _LAST_QUERIES, _LAST_BYTES = 2, 32, 2048
 
 
 class FusedBlock(nn.Module):
@@ -98,7 +99,7 @@ class FusedNetwork(nn.Module):
         self.register_buffer("order", parts.order.clone(), persistent=False)
         self.norm_pre, self.norm = parts.norm_pre.to(dtype), parts.norm.to(dtype)
         queries = [n * block.heads for block, n in zip(parts.blocks, self.counts)]
-        folds = self.table.shape[1] <= _LAST_WIDTH
+        folds = self.table.shape[1] * dtype.itemsize <= _LAST_BYTES
         self.blocks = nn.ModuleList(
             FusedBlock(
                 block,
