@@ -78,7 +78,9 @@ def test_the_source_distribution_can_build(source, sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"CMakeLists.txt", "LICENSE", "pyproject.toml", "setup.py"}
-    needed |= files(source, "csrc", "*.h", "*.cpp", "*.cu") | files(source, "kernels", "*.py", "*.json")
+    needed |= files(source, "csrc", "*.h", "*.cpp", "*.cu") | files(
+        source, "kernels", "*.py", "*.json"
+    )
     assert needed - names == set()
     assert not any(name.endswith(".so") for name in names)
 
