@@ -10,12 +10,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads must not starve 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on a download
 
-import pytest
-import timm
 import torch
 
-if not torch.cuda.is_available():  # read when slimvit.kernels is imported
+if not torch.cuda.is_available():  # read when triton is imported, as timm does
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import timm
 
 ROOT = Path(__file__).parent.parent
 
