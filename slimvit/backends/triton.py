@@ -84,6 +84,9 @@ def patch_embedding(
     fits = fits and images.shape[1] == weight.shape[1]
     rule = f"images must be [B, {weight.shape[1]}, H, W], floating point, on {weight.device}"
     _require(fits, rule, images)
+    down, across = images.shape[2] // weight.shape[2], images.shape[3] // weight.shape[3]
+    rule = f"images must have as many patches as the table has rows for them, {len(table) - prefix}"
+    _require(down * across == len(table) - prefix, rule, images)
     with _on(images):
         return _module().patch_embedding(
             images.contiguous(), weight, table, order, prefix, precision=_precision(tf32)
@@ -110,6 +113,8 @@ def fused_block(
     if idle and index is not None:
         raise SlimvitError("back end triton: idle tokens need kept tokens that come first")
     x, kernels = x.contiguous(), _module()
+    known = ", ".join(kernels.ACTIVATIONS)
+    _require(activation in kernels.ACTIVATIONS, f"activation must be one of {known}", activation)
     index = None if index is None else index.contiguous()
     key_bias = None if key_bias is None else key_bias.float().contiguous()
     with _on(x):
@@ -215,6 +220,7 @@ def _second_half(
 
 def scatter_tokens(x: Tensor, index: Tensor, length: int) -> Tensor:
     """Kept tokens [B, K, D] at their places `index`, [K] or [B, K]: [B, N, D], zero elsewhere."""
+    _require(x.dim() == 3, "x must be [B, K, D]", x)
     shapes = ((x.shape[1],), (x.shape[0], x.shape[1]))
     fits = index.shape in shapes and index.dtype == torch.int64 and index.device == x.device
     rule = f"index must be [K] = [{x.shape[1]}] or [B, K], int64, on {x.device}"
@@ -277,7 +283,7 @@ def _precision(tf32: bool) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def _require(holds: bool, rule: str, got: Tensor | int) -> None:
+def _require(holds: bool, rule: str, got: Tensor | int | str) -> None:
     if holds:
         return
     if isinstance(got, Tensor):

@@ -34,15 +34,20 @@ class FusedViT(AcceleratedViT):
         network.to(dtype)
 
     def _logits(self, images: Tensor) -> Tensor:
-        check_floating(images)
-        return self.network.forward_head(self.fused(images))
+        return self.network.forward_head(self._tokens(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Kept tokens after the final norm in their places, [B, N, D], zero elsewhere."""
-        check_floating(images)
-        tokens = self.fused(images)
+        tokens = self._tokens(images)
         order = self.fused.order[: tokens.shape[1]]
         return torch.ops.slimvit.scatter_tokens(tokens, order, self.masks.tokens).to(images.dtype)
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        check_floating(images)
+        if images.dim() != 4 or images.shape[1:] != self.image_shape:
+            sides = ", ".join(map(str, self.image_shape))
+            raise SlimvitError(f"images must be [B, {sides}], got {list(images.shape)}")
+        return self.fused(images)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedViT:
         probe = self.network.cls_token
