@@ -34,7 +34,7 @@ def _attempt(name: str) -> ModuleType | str:
         # Before any module of ours that uses OpenMP, so that one libgomp and one pool serve both.
         import torch  # noqa: F401
 
-        if name == "_cpu" and (other := os.environ.get("SLIMVIT_CPU_MODULE")):
+        if other := os.environ.get(f"SLIMVIT{name.upper()}_MODULE"):  # SLIMVIT_CPU_MODULE
             return _from_file(full_name, Path(other))
         # `from slimvit import _cuda` would report a circular import instead of what is missing.
         return importlib.import_module(full_name)

@@ -55,8 +55,8 @@ def only(*working):
 class TestChoice:
     def test_auto_takes_the_fastest_that_works(self, monkeypatch):
         for device, working, taken in (
-            ("cuda", NAMES, "cuda"),
-            ("cuda", ("torch", "cpu", "triton"), "triton"),
+            ("cuda", NAMES, "triton"),
+            ("cuda", ("torch", "cpu", "cuda"), "cuda"),
             ("cuda", ("torch", "cpu"), "torch"),
             ("cpu", NAMES, "cpu"),
             ("cpu", ("torch", "triton", "cuda"), "torch"),
@@ -66,12 +66,15 @@ class TestChoice:
             assert choose("auto", device, torch.float32) == taken
 
     def test_auto_says_why_it_goes_on(self, monkeypatch, caplog):
-        monkeypatch.setattr(select, "why_not", only("cpu", "torch"))
         with caplog.at_level(logging.DEBUG, "slimvit"):
+            monkeypatch.setattr(select, "why_not", only("cuda", "torch"))
+            assert choose("auto", "cuda", torch.float32) == "cuda"
+            monkeypatch.setattr(select, "why_not", only("cpu", "torch"))
             assert choose("auto", "cuda", torch.float32) == "torch"
         assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-            ("DEBUG", "back end cuda passed over: cuda is not here"),
+            ("DEBUG", "back end triton passed over: triton is not here"),
             ("WARNING", "back end triton passed over: triton is not here"),
+            ("WARNING", "back end cuda passed over: cuda is not here"),
         ]
 
     @pytest.mark.parametrize("capability, name", [((7, 0), "sm_70"), ((7, 5), "sm_75")])

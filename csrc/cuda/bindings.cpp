@@ -8,6 +8,8 @@
 
 namespace py = pybind11;
 
+void bind_ops(py::module_& m);
+
 namespace {
 
 std::optional<std::string> reason(std::string text) {
@@ -56,4 +58,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "architectures", [] { return std::string(SLIMVIT_CUDA_ARCHITECTURES); },
       "What it was built for, as CMake writes it: 80-real is machine code, 90 also PTX.");
+  bind_ops(m);
 }

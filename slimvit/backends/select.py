@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import torch
 
-from slimvit.backends import cpu, triton
+from slimvit.backends import cpu, cuda, triton
 from slimvit.errors import SlimvitError, UsageError
 
 NAMES = ("torch", "cpu", "triton", "cuda")
-_FASTEST_FIRST = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
-_NO_KERNELS = "this version of slimvit has no {} kernels"
+_FASTEST_FIRST = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 _log = logging.getLogger("slimvit")
 
 
@@ -35,8 +34,8 @@ def why_not(
         return cpu.why_not(device, dtype)
     if name == "triton":
         return triton.why_not(device, dtype)
-    if name != "torch":
-        return _NO_KERNELS.format(name)
+    if name == "cuda":
+        return cuda.why_not(device, dtype)
     if torch.device(device).type == "cpu" and dtype == torch.float16:
         return cpu.not_on_cpus(dtype)
     return None
@@ -67,14 +66,19 @@ def choose(
         if reason is not None:
             raise SlimvitError(f"back end {name} does not compute this model: {reason}")
         return name
+    passed: dict[str, str] = {}
     for candidate in _FASTEST_FIRST.get(torch.device(device).type, ("torch",)):
         reason = why_not(candidate, device, dtype)
         if reason is not None:
-            level = logging.WARNING if candidate == "triton" else logging.DEBUG
-            _log.log(level, "back end %s passed over: %s", candidate, reason)
+            passed[candidate] = reason
             continue
         reason = refuses(candidate)
         if reason is None:
+            # Another set of fused kernels does as well; plain PyTorch on a GPU is worth a warning.
+            slow = candidate == "torch" and torch.device(device).type == "cuda"
+            for name, reason in passed.items():
+                level = logging.WARNING if slow else logging.DEBUG
+                _log.log(level, "back end %s passed over: %s", name, reason)
             return candidate
         _log.warning("back end %s passed over for this model: %s", candidate, reason)
     raise SlimvitError(f"no back end computes {dtype} on {device}: {reason}")

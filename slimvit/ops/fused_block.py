@@ -5,28 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimvit.backends import triton
+from slimvit.backends import fused
 
 _library = torch.library.Library("slimvit", "FRAGMENT")
 _library.define(
     "patch_embedding(Tensor images, Tensor weight, Tensor table, Tensor order, int prefix,"
-    " bool tf32=False) -> (Tensor, Tensor)"
+    " bool tf32=False, str backend='triton') -> (Tensor, Tensor)"
 )
 _library.define(
     "fused_block(Tensor x, Tensor? stats, Tensor[] weights, int n, int heads, str activation,"
     " float[] eps, int zero_rows=0, bool idle=False, bool tf32=False, Tensor? index=None,"
-    " Tensor? key_bias=None) -> (Tensor, Tensor)"
+    " Tensor? key_bias=None, str backend='triton') -> (Tensor, Tensor)"
 )
-_library.define("scatter_tokens(Tensor x, Tensor index, SymInt length) -> Tensor")
+_library.define(
+    "scatter_tokens(Tensor x, Tensor index, SymInt length, str backend='triton') -> Tensor"
+)
 for _name in ("patch_embedding", "fused_block", "scatter_tokens"):
-    for _key in ("CUDA", "CPU"):  # CPU: in Triton's interpreter, else a refusal that says so
-        _library.impl(_name, getattr(triton, _name), _key)
+    for _key in ("CUDA", "CPU"):  # CPU: interpreted or emulated, in tests
+        _library.impl(_name, getattr(fused, _name), _key)
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 @torch.library.register_fake("slimvit::patch_embedding", lib=_library)
 def _patch_embedding(
-    images: Tensor, weight: Tensor, table: Tensor, order: Tensor, prefix: int, tf32: bool = False
+    images: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    order: Tensor,
+    prefix: int,
+    tf32: bool = False,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     tokens, width = table.shape
     x = weight.new_empty(images.shape[0], tokens, width)
@@ -47,16 +55,17 @@ def _fused_block(
     tf32: bool = False,
     index: Tensor | None = None,
     key_bias: Tensor | None = None,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     out = x.new_empty(x.shape[0], x.shape[1] if idle else n, x.shape[2])
     return out, _stats(out)
 
 
 @torch.library.register_fake("slimvit::scatter_tokens", lib=_library)
-def _scatter_tokens(x: Tensor, index: Tensor, length: int) -> Tensor:
+def _scatter_tokens(x: Tensor, index: Tensor, length: int, backend: str = "triton") -> Tensor:
     return x.new_empty(x.shape[0], length, x.shape[2])
 
 
 def _stats(x: Tensor) -> Tensor:
-    parts = x.shape[2] // triton.part_width(x.shape[2])
+    parts = x.shape[2] // fused.part_width(x.shape[2])
     return x.new_empty(*x.shape[:2], parts, 2, dtype=torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slimvit.backends.triton import BlockWeights
+from slimvit.backends.fused import BlockWeights
 from slimvit.ops import fused_block  # noqa: F401  defines the ops
 from slimvit.ops.folded_block import FoldedBlock
 from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of, why_not_plain
@@ -24,6 +24,7 @@ class FusedBlock(nn.Module):
         zero_rows: pruned tokens that remain as zero rows.
         last: whether one or two tokens are all that it will ever keep, as in a last block.
         tf32: whether float32 products may be in TF32.
+        backend: whose kernels, "triton" or "cuda".
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class FusedBlock(nn.Module):
         zero_rows: int = 0,
         last: bool = False,
         tf32: bool = False,
+        backend: str = "triton",
     ) -> None:
         super().__init__()
         self.heads, self.zero_rows, self.tf32 = block.heads, zero_rows, tf32
+        self.backend = backend
         self.activation = activation_name(block.act)
         self.eps = [block.norm1.eps, block.norm2.eps]
         weights = _fold(block, dtype, last)
@@ -78,6 +81,7 @@ class FusedBlock(nn.Module):
             self.tf32,
             index,
             key_bias,
+            self.backend,
         )
 
 
@@ -88,10 +92,18 @@ class FusedNetwork(nn.Module):
         parts: the network; weights are copied.
         dtype: what it computes in: float16 or bfloat16, accumulated in float32, or float32.
         tf32: whether float32 products may be in TF32.
+        backend: whose kernels, "triton" or "cuda".
     """
 
-    def __init__(self, parts: NetworkParts, dtype: torch.dtype, tf32: bool = False) -> None:
+    def __init__(
+        self,
+        parts: NetworkParts,
+        dtype: torch.dtype,
+        tf32: bool = False,
+        backend: str = "triton",
+    ) -> None:
         super().__init__()
+        self.backend = backend
         self.counts, self.idle, self.dtype = list(parts.counts), parts.idle, dtype
         self.prefix, self.tf32 = parts.prefix, tf32
         self.register_buffer("patch_weight", parts.patch_weight.to(dtype), persistent=False)
@@ -107,6 +119,7 @@ class FusedNetwork(nn.Module):
                 zero_rows=rows,
                 last=folds and n <= _LAST_TOKENS and count <= _LAST_QUERIES,
                 tf32=tf32,
+                backend=backend,
             )
             for block, rows, n, count in zip(parts.blocks, parts.zero_rows, self.counts, queries)
         )
@@ -114,7 +127,7 @@ class FusedNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Tokens after the final norm in lifetime order, [B, n_L, D] ([B, N, D] where idle)."""
         x, stats = torch.ops.slimvit.patch_embedding(
-            images, self.patch_weight, self.table, self.order, self.prefix, self.tf32
+            images, self.patch_weight, self.table, self.order, self.prefix, self.tf32, self.backend
         )
         if not isinstance(self.norm_pre, nn.Identity):
             x, stats = self.norm_pre(x), None
@@ -143,12 +156,12 @@ def _fold(block: FoldedBlock, dtype: torch.dtype, last: bool) -> BlockWeights:
         qkv=qkv,
         qkv_bias=qkv_bias,
         qkv_sums=qkv.float().sum(1),
-        proj=block.proj.weight.to(dtype).contiguous(),
+        proj=block.proj.weight.detach().to(dtype, copy=True).contiguous(),
         proj_bias=_bias(block.proj),
         fc1=fc1,
         fc1_bias=fc1_bias,
         fc1_sums=fc1.float().sum(1),
-        fc2=block.fc2.weight.to(dtype).contiguous(),
+        fc2=block.fc2.weight.detach().to(dtype, copy=True).contiguous(),
         fc2_bias=_bias(block.fc2),
         keys=keys.contiguous() if last else qkv.new_empty(0),
     )

@@ -29,7 +29,7 @@ class FusedViT(AcceleratedViT):
     ) -> None:
         super().__init__(network, backend, image_shape)
         tf32 = torch.get_float32_matmul_precision() != "highest"
-        self.fused = FusedNetwork(parts, dtype, tf32)
+        self.fused = FusedNetwork(parts, dtype, tf32, backend)
         network.keep_head()
         network.to(dtype)
 
@@ -40,7 +40,9 @@ class FusedViT(AcceleratedViT):
         """Kept tokens after the final norm in their places, [B, N, D], zero elsewhere."""
         tokens = self._tokens(images)
         order = self.fused.order[: tokens.shape[1]]
-        return torch.ops.slimvit.scatter_tokens(tokens, order, self.masks.tokens).to(images.dtype)
+        return torch.ops.slimvit.scatter_tokens(tokens, order, self.masks.tokens, self.backend).to(
+            images.dtype
+        )
 
     def _tokens(self, images: Tensor) -> Tensor:
         check_floating(images)

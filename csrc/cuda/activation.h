@@ -1,0 +1,40 @@
+#pragma once
+
+#include "cuda/device.h"
+#include "cuda/ops.h"
+
+namespace slimvit {
+
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+
+// x Φ(x): Φ(x) - 1/2 = x P(x²) within 3e-5 on |x| ≤ 4 and exactly 1/2 at 4, well under a rounding
+// to half precision, at a third of the instructions of erf.
+__device__ inline float gelu(float x) {
+  const float c = fminf(fmaxf(x, -4.0f), 4.0f);
+  const float t = c * c;
+  float p = -1.2769983959159958e-09f;
+  p = fmaf(p, t, 1.0438540698487486e-07f);
+  p = fmaf(p, t, -3.7082920698594535e-06f);
+  p = fmaf(p, t, 7.617470691911876e-05f);
+  p = fmaf(p, t, -0.0010209493339061737f);
+  p = fmaf(p, t, 0.009581082500517368f);
+  p = fmaf(p, t, -0.06606367230415344f);
+  p = fmaf(p, t, 0.3988053798675537f);
+  return x * fmaf(c, p, 0.5f);
+}
+
+__device__ inline float activate(float x, Activation activation) {
+  switch (activation) {
+    case Activation::gelu:
+      return gelu(x);
+    case Activation::gelu_tanh:  // 0.5 (1 + tanh(u)) = sigmoid(2 u)
+      return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
+    case Activation::quick_gelu:
+      return x * sigmoid(1.702f * x);
+    case Activation::none:
+      break;
+  }
+  return x;
+}
+
+}  // namespace slimvit

@@ -1,0 +1,151 @@
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cuda/ops.h"
+
+namespace py = pybind11;
+using namespace slimvit;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T = void>
+const T* in(Address at) {
+  return reinterpret_cast<const T*>(at);
+}
+template <class T = void>
+T* out(Address at) {
+  return reinterpret_cast<T*>(at);
+}
+
+Type type_of(const std::string& name) {
+  if (name == "float16") return Type::half;
+  if (name == "bfloat16") return Type::bfloat16;
+  throw py::value_error("dtype must be float16 or bfloat16, got " + name);
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "none") return Activation::none;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "quick_gelu") return Activation::quick_gelu;
+  throw py::value_error("activation must be none, gelu, gelu_tanh or quick_gelu, got " + name);
+}
+
+// Values of a dict by name: a missing one is a KeyError that names it.
+struct Given {
+  const py::dict& dict;
+  int number(const char* name) const { return dict[name].cast<int>(); }
+  float real(const char* name) const { return dict[name].cast<float>(); }
+  Address address(const char* name) const { return dict[name].cast<Address>(); }
+  std::string text(const char* name) const { return dict[name].cast<std::string>(); }
+  void* stream() const { return out(address("stream")); }
+  Type type() const { return type_of(text("dtype")); }
+};
+
+void bind_linear(const py::kwargs& kwargs) {
+  const Given given{kwargs};
+  Linear p;
+  p.x = in(given.address("x"));
+  p.stats = in<float>(given.address("stats"));
+  p.weight = in(given.address("weight"));
+  p.row_sums = in<float>(given.address("row_sums"));
+  p.bias = in<float>(given.address("bias"));
+  p.residual = in(given.address("residual"));
+  p.index = in<std::int64_t>(given.address("index"));
+  p.out = out(given.address("out"));
+  p.tail_out = out(given.address("tail_out"));
+  p.out_stats = out<float>(given.address("out_stats"));
+  p.batch = given.number("batch");
+  p.n = given.number("n");
+  p.x_rows = given.number("x_rows");
+  p.residual_rows = given.number("residual_rows");
+  p.out_rows = given.number("out_rows");
+  p.groups = given.number("groups");
+  p.inner = given.number("inner");
+  p.columns = given.number("columns");
+  p.tail_columns = given.number("tail_columns");
+  p.x_parts = given.number("x_parts");
+  p.part = given.number("part");
+  p.eps = given.real("eps");
+  p.activation = activation_of(given.text("activation"));
+  slim_linear(p, given.type(), given.stream());
+}
+
+void bind_attention(const py::kwargs& kwargs) {
+  const Given given{kwargs};
+  Attention p;
+  p.q = in(given.address("q"));
+  p.kv = in(given.address("kv"));
+  p.key_bias = in<float>(given.address("key_bias"));
+  p.extra = in<float>(given.address("extra"));
+  p.out = out(given.address("out"));
+  p.batch = given.number("batch");
+  p.n = given.number("n");
+  p.m = given.number("m");
+  p.heads = given.number("heads");
+  p.d = given.number("d");
+  p.bias_image = given.number("bias_image");
+  p.segment = 0;
+  p.extra_bias = given.real("extra_bias");
+  slim_attention(p, given.type(), given.stream());
+}
+
+void bind_last_attention(const py::kwargs& kwargs) {
+  const Given given{kwargs};
+  LastAttention p;
+  p.x = in(given.address("x"));
+  p.stats = in<float>(given.address("stats"));
+  p.u = in(given.address("u"));
+  p.key_bias = in<float>(given.address("key_bias"));
+  p.out = out(given.address("out"));
+  p.batch = given.number("batch");
+  p.m = given.number("m");
+  p.width = given.number("width");
+  p.queries = given.number("queries");
+  p.parts = given.number("parts");
+  p.bias_image = given.number("bias_image");
+  p.scale = given.real("scale");
+  p.eps = given.real("eps");
+  p.has_zero = given.number("has_zero") != 0;
+  p.zero_bias = given.real("zero_bias");
+  last_attention(p, given.type(), given.stream());
+}
+
+void bind_row_stats(const py::kwargs& kwargs) {
+  const Given given{kwargs};
+  RowStats p;
+  p.x = in(given.address("x"));
+  p.out = out<float>(given.address("out"));
+  p.rows = given.number("rows");
+  p.width = given.number("width");
+  p.part = given.number("part");
+  row_stats(p, given.type(), given.stream());
+}
+
+void bind_scatter_tokens(const py::kwargs& kwargs) {
+  const Given given{kwargs};
+  Scatter p;
+  p.x = in(given.address("x"));
+  p.index = in<std::int64_t>(given.address("index"));
+  p.out = out(given.address("out"));
+  p.batch = given.number("batch");
+  p.kept = given.number("kept");
+  p.length = given.number("length");
+  p.width = given.number("width");
+  p.index_image = given.number("index_image");
+  scatter_tokens(p, given.stream());
+}
+
+}  // namespace
+
+// Keyword arguments are the members of each op's struct in ops.h; pointers are integers, 0 for null.
+void bind_ops(py::module_& m) {
+  m.def("slim_linear", &bind_linear, "See ops.h.");
+  m.def("slim_attention", &bind_attention, "See ops.h.");
+  m.def("last_attention", &bind_last_attention, "See ops.h.");
+  m.def("row_stats", &bind_row_stats, "See ops.h.");
+  m.def("scatter_tokens", &bind_scatter_tokens, "See ops.h.");
+}
