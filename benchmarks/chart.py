@@ -3,7 +3,7 @@
     python benchmarks/chart.py                      # results/*.csv -> results/*.png
     python benchmarks/chart.py FILE.csv --output DIR
 
-A file with a column `runtime` gives images per second, dense -> slim, one picture for each device,
+A file with a column `threads` gives images per second, dense -> slim, one picture for each device,
 batch and precision; a file with a column `top1` gives accuracy over the MACs saved.
 """
 
@@ -55,7 +55,7 @@ def read(path: Path) -> list[Record]:
 def charts(records: list[Record]) -> Iterable[tuple[str, Figure]]:
     """File names without suffix, and figures."""
     columns = records[0] if records else {}
-    if "runtime" in columns:
+    if "threads" in columns:  # what run.py wrote; gpu.py writes tables
         runs = grouped(records, "device", "threads", "batch", "precision")
         for (device, threads, batch, precision), rows in runs.items():
             title = (

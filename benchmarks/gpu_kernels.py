@@ -1,0 +1,315 @@
+"""Every kernel of slimmed and dense networks: checked against float64, then timed on its own."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from gpu_calls import Launch, Verdict, judge, watched
+from gpu_clock import Clock, rotated
+from gpu_floor import Chip, Kernel, kernels, total
+from gpu_roofline import resized
+from torch import Tensor, nn
+
+from slimvit import Masks, accelerate, models
+from slimvit.bench import format_keep, parse_keep
+from slimvit.models import Spec
+from slimvit.runtime import PRECISIONS
+
+FORMS = ("dense", "slim")
+INDEX_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model with random weights, and what it keeps.
+
+    Attributes:
+        model: timm's name.
+        image_size: in pixels.
+        keep: kept counts at the model's own size; at another, the same fractions of its patches.
+        device: where it runs.
+    """
+
+    model: str
+    image_size: int
+    keep: str
+    device: str
+
+    @functools.cache  # noqa: B019  a handful of networks, for as long as the process lives
+    def shapes(self) -> tuple[Spec, dict[str, Masks]]:
+        """The model's shape, and its masks, `dense` ones keeping everything."""
+        own = shape = shape_of(self.model, None)
+        counts = parse_keep(self.keep)
+        if self.image_size != own.image_size[0]:
+            shape = shape_of(self.model, self.image_size)
+            counts = resized(own, counts, self.image_size)[1]
+        slim = Masks.from_counts(counts, shape.grid, shape.prefix)
+        dense = Masks.dense(shape.depth, shape.grid, shape.prefix)
+        return shape, {"dense": dense, "slim": slim}
+
+    def build(self) -> tuple[nn.Module, Spec, dict[str, Masks]]:
+        """The model in float32 with random weights, always the same, its shape and its masks."""
+        torch.manual_seed(0)
+        shape, masks = self.shapes()
+        model = randomised(models.create(self.model, img_size=self.image_size))
+        return model.to(self.device), shape, masks
+
+
+def shape_of(model: str, image_size: int | None) -> Spec:
+    """The shape of a timm model, built without data where timm can."""
+    try:
+        with torch.device("meta"):
+            return models.spec(models.create(model, img_size=image_size))
+    except (RuntimeError, NotImplementedError):  # it reads a value while it builds
+        return models.spec(models.create(model, img_size=image_size))
+
+
+class Check(NamedTuple):
+    """A launch that was checked, in the forward pass of a network or with an index."""
+
+    network: Network
+    precision: str
+    form: str
+    batch: int
+    kernel: str
+    verdict: Verdict
+
+
+class Task(NamedTuple):
+    """What one process checks."""
+
+    network: Network
+    precision: str
+    batches: tuple[int, ...]
+
+
+@torch.no_grad()
+def randomised(model: nn.Module) -> nn.Module:
+    """Noise on what timm makes zero or one: biases, norms and tokens; so that no term is idle."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 or "token" in name or "pos_embed" in name:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def random_images(shape: Spec, batch: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Random images on which models differ: coarse blobs with fine noise; see `sample_images`."""
+    coarse = torch.randn(batch, shape.in_chans, 7, 7, device=device)
+    blobs = nn.functional.interpolate(coarse, size=shape.image_size, mode="bicubic")
+    return (blobs + 0.2 * torch.randn_like(blobs)).to(dtype)
+
+
+def check_all(
+    tasks: Sequence[Task], jobs: int, tell: Callable[[str], object]
+) -> tuple[list[Check], set[tuple[Network, str]]]:
+    """Check tasks side by side, which also compiles all kernels into Triton's cache.
+
+    Returns:
+        What was found, and the networks and precisions that must not be timed.
+    """
+    found: list[Check] = []
+    refused = set()
+    for task, result in zip(tasks, _answers(tasks, jobs)):
+        what = f"{task.network.model} {task.network.image_size} px {task.precision}"
+        if isinstance(result, str):
+            refused.add(task[:2])
+            tell(f"{what}: kernels not checked, so not timed: {result}")
+            continue
+        found += result
+        wrong = [check for check in result if not check.verdict.passes]
+        for check in wrong:
+            tell(
+                f"{what}: {check.kernel} ({check.form}, batch {check.batch}) is not timed: it is "
+                f"{check.verdict.error:.2g} off, PyTorch {check.verdict.own:.2g}"
+            )
+        if any(check.form in FORMS for check in wrong):
+            refused.add(task[:2])
+        worst = max(result, key=lambda c: c.verdict.error / c.verdict.limit).verdict
+        tell(
+            f"{what}: {len(result) - len(wrong)} of {len(result)} launches match float64; the "
+            f"nearest to its limit {worst.error:.1e} of {worst.limit:.1e}"
+        )
+    return found, refused
+
+
+def _answers(tasks: Sequence[Task], jobs: int) -> Iterable[list[Check] | str]:
+    if jobs < 2 or len(tasks) < 2:
+        yield from map(answer, tasks)
+        return
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context) as pool:
+        for future in [pool.submit(answer, task) for task in tasks]:
+            try:
+                yield future.result()
+            except Exception as error:  # the process died
+                yield first_line(error)
+
+
+def answer(task: Task) -> list[Check] | str:
+    """What `check` finds, or why it could not."""
+    try:
+        return check(task)
+    except Exception as error:  # a compiler may fail in any way
+        return first_line(error)
+
+
+@torch.no_grad()
+def check(task: Task) -> list[Check]:
+    """Check each distinct launch of the dense and slim networks, and of blocks with an index."""
+    quiet()
+    model, shape, masks = task.network.build()
+    dtype, device = PRECISIONS[task.precision], task.network.device
+    found: dict[tuple[object, ...], Check] = {}
+
+    def judged(form: str, batch: int) -> Callable[[Launch], None]:
+        def see(launch: Launch) -> None:
+            key = (form, batch, *launch.key())
+            if key not in found:
+                where = (task.network, task.precision, form, batch)
+                found[key] = Check(*where, launch.name, judge(launch))
+
+        return see
+
+    for form in FORMS:
+        fast = accelerate(
+            model,
+            masks[form],
+            backend="triton",
+            precision=task.precision,
+            batch_sizes=task.batches[:1],
+        )
+        for batch in task.batches:
+            with watched(judged(form, batch)):
+                fast(random_images(shape, batch, dtype, device))
+    batch = min(INDEX_BATCH, max(task.batches))
+    with watched(judged("index", batch)):
+        _indexed(fast, shape, batch, dtype, device)
+        fast.forward_features(random_images(shape, batch, dtype, device))
+    return list(found.values())
+
+
+def _indexed(fast: nn.Module, shape: Spec, batch: int, dtype: torch.dtype, device: str) -> None:
+    """The blocks of a slim network on tokens in any order, each image keeping its own."""
+    fused = fast.fused
+    for block, m, n in zip(fused.blocks, fast.masks.alive, fast.masks.counts, strict=True):
+        x = torch.randn(batch, m, shape.width, device=device).to(dtype)
+        index = torch.stack([torch.randperm(m, device=device)[:n] for _ in range(batch)])
+        block(x, index)
+
+
+@torch.no_grad()
+def measure(
+    network: Network, precision: str, batch: int, clock: Clock, chip: Chip, seconds: float = 0.03
+) -> list[dict[str, str]]:
+    """Microseconds of each kernel in a forward pass, all its launches, beside its floor."""
+    model, shape, masks = network.build()
+    dtype = PRECISIONS[precision]
+    first = random_images(shape, batch, dtype, network.device)
+    images = [first, *(first.flip(0) for _ in range(1, rotated(clock, [first])))]
+    records = []
+    for form in FORMS:
+        options = {"backend": "triton", "precision": precision, "batch_sizes": (batch,)}
+        times = _times(accelerate(model, masks[form], **options), images, clock, seconds)
+        size = (batch, torch.finfo(dtype).bits // 8)
+        floors = kernels(shape, masks[form].counts, masks[form].alive, *size, "fused")
+        shared = {
+            "model": network.model,
+            "image_size": str(network.image_size),
+            "batch": str(batch),
+            "precision": precision,
+            "form": form,
+            "kept": format_keep(masks[form].counts),
+            "peak_tflops": f"{1e-12 * chip.flops:.1f}",
+            "peak_gbytes": f"{1e-9 * chip.bandwidth:.0f}",
+        }
+        records += [shared | row for row in with_floors(times, floors, chip)]
+    return records
+
+
+def _times(
+    fast: nn.Module, images: Sequence[Tensor], clock: Clock, seconds: float
+) -> dict[str, tuple[int, float]]:
+    """Launches and seconds of each kernel, then of the whole; launches alike are timed once."""
+    seen: dict[tuple[object, ...], float] = {}
+    times: dict[str, tuple[int, float]] = {}
+
+    def see(launch: Launch) -> None:
+        key = launch.key()
+        if key not in seen:
+            sets = [launch, *(launch.copy() for _ in range(1, rotated(clock, launch.tensors())))]
+            seen[key] = clock.median(sets, seconds)
+        launches, time = times.get(launch.name, (0, 0.0))
+        times[launch.name] = (launches + 1, time + seen[key])
+
+    with watched(see):
+        tokens = fast.fused(images[0])
+    head = [lambda t=t: fast.network.forward_head(t) for t in (tokens, tokens.clone())]
+    launches = 1 + sum(count for count, _ in times.values())
+    times["head"] = (1, clock.median(head, seconds))
+    whole = clock.median([lambda i=i: fast(i) for i in images], 3 * seconds)
+    return times | {"whole": (launches, whole)}
+
+
+def with_floors(
+    times: dict[str, tuple[int, float]], floors: Sequence[Kernel], chip: Chip
+) -> list[dict[str, str]]:
+    """A row for each kernel: its time, and its floor where the plan knows such a kernel."""
+    by_name = {kernel.name: kernel for kernel in floors}
+    found = []
+    for name, (launches, time) in times.items():
+        row = {"kernel": name, "launches": str(launches), "microseconds": f"{1e6 * time:.2f}"}
+        kernel = total(floors) if name == "whole" else by_name.get(name)
+        if kernel is not None:
+            parts = floors if name == "whole" else [kernel]
+            floor = sum(map(chip.seconds, parts))
+            row |= {
+                "gflop": f"{1e-9 * kernel.flops:.3f}",
+                "mbytes": f"{1e-6 * kernel.bytes:.3f}",
+                "floor_microseconds": f"{1e6 * floor:.2f}",
+                "of_floor": f"{floor / time:.4f}",
+                "bound": chip.bound(kernel),
+            }
+        found.append(row)
+    return found
+
+
+def with_errors(rows: Iterable[dict[str, str]], found: Iterable[Check]) -> list[dict[str, str]]:
+    """Rows with the worst error of their kernel, and PyTorch's own beside it."""
+    worst: dict[tuple[str, ...], Verdict] = {}
+    for item in found:
+        size = str(item.network.image_size)
+        key = (item.network.model, size, str(item.batch), item.precision, item.form, item.kernel)
+        if key not in worst or item.verdict.error > worst[key].error:
+            worst[key] = item.verdict
+    result = []
+    for row in rows:
+        names = ("model", "image_size", "batch", "precision", "form", "kernel")
+        verdict = worst.get(tuple(row[name] for name in names))
+        errors = (verdict.error, verdict.own) if verdict else ()
+        result.append(row | {n: f"{e:.1e}" for n, e in zip(("error", "torch_error"), errors)})
+    return result
+
+
+def quiet() -> None:
+    """References in full float32, and no warnings of kernels that have no deterministic form."""
+    torch.backends.cudnn.allow_tf32 = False
+    warnings.filterwarnings("ignore", message=".*deterministic.*")
+
+
+def workers() -> int:
+    """How many processes check side by side."""
+    return max(1, min(12, (os.cpu_count() or 1) - 2))
+
+
+def first_line(error: Exception) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

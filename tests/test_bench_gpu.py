@@ -1,0 +1,456 @@
+"""Benchmarks on GPUs: what they plan, refuse, write and tell; tried in the interpreter."""
+
+import csv
+import functools
+import importlib
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from slimvit import Masks, _extensions, accelerate
+from slimvit.bench import parse_keep
+from slimvit.errors import SlimvitError, UsageError
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+MODELS = tuple(f"deit_{size}_patch16_224" for size in ("tiny", "small", "base"))
+FACTS = {"device": "GPU", "commit": "abc", "source": "123", "torch": "2"}
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
+)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The benchmarks' modules by name; their folder is no package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def configs():
+    _extensions.load("kernels")
+    return importlib.import_module("slimvit.kernels.configs")
+
+
+def planned(bench, **options):
+    asked = {"batches": (1, 64, 256, 1024), "precisions": ("float16", "bfloat16")}
+    return bench("gpu_plan").plan(MODELS, (224, 384), **(asked | options))
+
+
+def test_what_matters_most_is_measured_first(bench):
+    steps = planned(bench)
+    first = [(s.kind, s.batch, s.precision) for s in steps[:12]]
+    tiers = [("rows", 256), ("graphs", 1), ("kernels", 256), ("rows", 1)]
+    assert first == [(kind, batch, "float16") for kind, batch in tiers for _ in MODELS]
+    assert [s.model for s in steps[:3]] == list(MODELS)
+    assert len(set(steps)) == len(steps)
+    rows = {s[1:] for s in steps if s.kind == "rows"}
+    asked = {(m, 224, b, p) for m in MODELS for b in (1, 64, 256, 1024)
+             for p in ("float16", "bfloat16")}  # fmt: skip
+    assert rows == asked | {(m, 384, b, "float16") for m in MODELS for b in (1, 64)}
+    assert {s.kind for s in steps[-3:]} == {"max-autotune"}
+
+
+def test_without_batch_256_the_largest_comes_first(bench):
+    steps = planned(bench, batches=(2, 8), precisions=("float32",), kinds=("rows",))
+    assert [s.batch for s in steps if s.image_size == 224] == [8] * 3 + [2] * 3
+
+
+def test_a_budget_learns_how_long_steps_take(bench):
+    plan = bench("gpu_plan")
+    budget, steps = plan.Budget(100), planned(bench)
+    rows = [step for step in steps if step.kind == "rows"]
+    assert budget.allows(rows[0], 100 - plan.EXPECTED["rows"])
+    budget.spent(rows[0], 50)
+    assert budget.expected(rows[1]) == 50
+    budget.spent(rows[1], 70)
+    assert (budget.expected(rows[0]), budget.expected(rows[2])) == (50, 60)
+    assert not budget.allows(rows[1], 31)
+    assert budget.expected(steps[3]) == plan.EXPECTED["graphs"]
+
+
+def stored(step, kept, **changed):
+    where = {"model": step.model, "image_size": str(step.image_size), "batch": str(step.batch)}
+    where |= {"precision": step.precision, "kept": kept}
+    kind = {} if step.kind == "kernels" else {"step": step.kind}
+    return {**FACTS, **where, **kind, **changed}
+
+
+@pytest.mark.parametrize("kind", ["rows", "kernels"])
+def test_a_step_is_done_only_for_this_very_code_and_device(bench, kind):
+    plan = bench("gpu_plan")
+    step = plan.Step(kind, MODELS[0], 224, 256, "float16")
+    rows = [stored(step, "197x12"), stored(step, "141,1")]
+    assert plan.done(step, rows, FACTS, ["197x12", "141,1"])
+    assert not plan.done(step, rows[:1], FACTS, ["197x12", "141,1"])
+    assert not plan.done(step._replace(batch=64), rows, FACTS, ["197x12", "141,1"])
+    for name in FACTS:
+        assert not plan.done(step, rows, FACTS | {name: "other"}, ["197x12", "141,1"])
+
+
+def test_rows_measured_anew_take_the_place_of_the_old(bench):
+    plan = bench("gpu_plan")
+    step = plan.Step("rows", MODELS[0], 224, 256, "float16")
+    other = step._replace(kind="max-autotune")
+    old = [stored(step, "9"), stored(step, "8"), stored(other, "9"), stored(step, "9", device="B")]
+    new = [stored(step, "9", commit="def")]
+    assert plan.replaced(step, old, new, "GPU") == [*old[1:], *new]
+
+
+def row(bench, runtime, form, rates, latencies=(1.0, 1.0, 1.0)):
+    made = bench("gpu_models").Row(runtime, form, False, None, 1e-3, 1e-3, None)
+    made.rates, made.latencies = list(rates), list(latencies)
+    return made
+
+
+def records(bench, kind, batch, rows, model=MODELS[0]):
+    step = bench("gpu_plan").Step(kind, model, 224, batch, "float16")
+    shape = importlib.import_module("slimvit.models").spec(timm.create_model(model))
+    masks = {"dense": Masks.dense(12, (14, 14))}
+    masks["slim"] = Masks.from_counts(parse_keep("141,141,131,121,111x7,1"), (14, 14))
+    return bench("gpu_tables").speed_records(step, rows, shape, masks, dict(FACTS))
+
+
+def test_ratios_are_medians_of_the_rounds_ratios(bench):
+    rows = [
+        row(bench, "torch", "dense", (50, 50, 50)),
+        row(bench, "torch.compile", "dense", (100, 200, 100)),
+        row(bench, "slimvit:triton", "dense", (100, 300, 100), (4.0, 2.0, 2.0)),
+        row(bench, "slimvit:triton", "slim", (170, 510, 400), (2.0, 1.0, 2.0)),
+    ]
+    found = records(bench, "rows", 256, rows)
+    slim = found[-1]
+    assert slim["over_dense"] == "1.7000"
+    assert slim["over_compile"] == "2.5500"
+    assert float(slim["of_ideal"]) == pytest.approx(1.7 * (1 - float(slim["cut"])), abs=1e-3)
+    assert (slim["latency_over_dense"], slim["latency_over_torch"]) == ("0.5000", "2.0000")
+    assert (slim["median"], slim["min"], slim["max"]) == ("400.00", "170.00", "510.00")
+    assert found[0]["over_dense"] == found[0]["over_compile"] == found[2]["over_dense"] == ""
+    assert found[0]["cut"] == "0.0000"
+    assert found[2]["kept"] == "197x12"
+    assert set(found[0]) <= set(bench("gpu_tables").SPEED)
+
+
+def test_acceptance_takes_the_fastest_mode_of_torch_compile(bench):
+    tables, dense, slim = bench("gpu_tables"), (100.0,), (230.0,)
+
+    def ours(graphs=1.0):
+        fast = row(bench, "slimvit:triton", "slim", slim, (graphs * 0.5,))
+        return [row(bench, "slimvit:triton", "dense", (120.0,), (1.0,)), fast]
+
+    found = records(
+        bench, "rows", 256, [row(bench, "torch.compile", "dense", dense, (1,)), *ours()]
+    )
+    assert "slim / default torch.compile dense | 2.300 | ≥ 2.2 | met" in tables.acceptance(found)
+    slow = [row(bench, "torch.compile:max-autotune", "dense", (110.0,), (1,)), *ours()]
+    found += records(bench, "max-autotune", 256, slow)
+    found += records(bench, "graphs", 1, [row(bench, "torch", "dense", dense, (0.6,)), *ours()])
+    text = tables.acceptance(found)
+    assert "slim / best torch.compile dense | 2.091 | ≥ 2.2 | MISSED" in text
+    assert "latency in graphs, slim / own dense | 0.500 | ≤ 0.6 | met" in text
+    assert "latency in graphs, slim / torch dense | 0.833 | ≤ 0.6 | MISSED" in text
+    only = records(bench, "rows", 1024, [row(bench, "slimvit:triton", "slim", slim, (1,))])
+    assert tables.acceptance(only).count("not measured") == 2
+    assert "| 100 |  | 120 | 230 | 1.92 | 2.30 |" in tables.speed_table(found[:3])
+
+
+def test_csvs_are_read_back_and_others_are_left_alone(bench, tmp_path):
+    tables, path = bench("gpu_tables"), tmp_path / "new" / "gpu-kernels.csv"
+    kernel = {"device": "NVIDIA H200", "model": MODELS[0], "image_size": "224", "batch": "256"}
+    kernel |= {"precision": "float16", "kernel": "qkv", "microseconds": "99.5", "kept": "197x12"}
+    tables.write(path, tables.KERNELS, [kernel])
+    (read,) = tables.read(path, tables.KERNELS)
+    assert read == dict.fromkeys(tables.KERNELS, "") | kernel
+    asked = {**kernel, "chip": "H200", "bytes_per_value": "2"}
+    assert bench("gpu_roofline").found([read], asked) == 99.5
+    with pytest.raises(UsageError, match="other columns"):
+        tables.read(path, tables.SPEED)
+    assert tables.read(tmp_path / "none.csv", tables.SPEED) == []
+
+
+def test_nvidia_smi_is_read_for_this_device_only(bench):
+    of_device = bench("gpu_clock").of_device
+    lines = "GPU-aa, 1980, 3201\nGPU-bb, 345, 1593\n"
+    assert of_device(lines, "bb", 2) == ["345", "1593"]
+    assert of_device("GPU-aa, 580.1\n", "other", 1) == ["580.1"]
+    assert of_device("command failed", "aa", 2) == ["", ""]
+
+
+def test_the_digest_of_sources_tells_tables_apart(bench, tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "configs.json").write_text("[]")
+    before = bench("gpu_clock").source(tmp_path)
+    (tmp_path / "kernels" / "configs.json").write_text("[1]")
+    assert bench("gpu_clock").source(tmp_path) != before
+
+
+def test_logits_beyond_twice_pytorchs_error_are_refused(bench):
+    refusal = bench("gpu_models").refusal
+    assert refusal(0.0019, 0.001, "float16") is None
+    assert "off float32" in refusal(0.004, 0.001, "float16")
+    assert "off float32" in refusal(float("nan"), 0.001, "float16")
+    assert "eager PyTorch itself" in refusal(0.001, 0.5, "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def launches(bench):
+    """Launches of a wide block, whose second half is three kernels, and of a narrow one's."""
+    calls, found = bench("gpu_calls"), {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for width in (64, 112):
+        torch.manual_seed(0)
+        options = {"embed_dim": width, "depth": 2, "num_heads": width // 16, "num_classes": 5}
+        model = timm.create_model("test_vit", img_size=32, **options).eval().to(device)
+        bench("gpu_kernels").randomised(model)
+        masks = Masks.from_counts((4, 1), (2, 2))
+        fast = accelerate(model, masks, backend="triton", precision="float32", batch_sizes=(2,))
+        with torch.no_grad(), calls.watched(lambda launch: found.setdefault(launch.name, launch)):
+            fast(torch.randn(2, 3, 32, 32, device=device))
+    return found
+
+
+def test_every_kernel_of_the_floor_is_watched_and_matches_float64(bench, launches):
+    last = {"last_q", "last_u", "last_attention", "last_v"}
+    halves = {f"{p}{n}" for p in ("", "last_") for n in ("proj", "fc1", "fc2", "proj_mlp")}
+    assert set(launches) == {"embedding", "qkv", "attention"} | last | halves
+    for name, launch in launches.items():
+        verdict = bench("gpu_calls").judge(launch)
+        assert verdict.passes, (name, verdict)
+        assert verdict.error > 0
+
+
+def test_the_table_is_asked_as_the_launches_ask_it(launches, configs, monkeypatch):
+    asked = []
+
+    def noted(stage, arch, itemsize, width, rows, lookup=configs.lookup):
+        asked.append((stage, width, rows))
+        return lookup(stage, arch, itemsize, width, rows)
+
+    for launch in launches.values():
+        monkeypatch.setitem(launch.function.__globals__, "lookup", noted)
+        launch()
+        assert asked.pop() == (launch.stage, *launch.table_key())
+
+
+def wrong(launch, spoil):
+    """The launch, its result spoilt."""
+
+    @functools.wraps(launch.function)
+    def function(**arguments):
+        return spoil(launch.function(**arguments))
+
+    return type(launch)(launch.name, launch.stage, function, launch.arguments)
+
+
+def test_wrong_kernels_are_refused(bench, launches):
+    def one_value(result):
+        result[0][-1, -1, -1] += 0.01
+        return result
+
+    def statistics(result):
+        result[1][-1, 0, 0, 1] *= 1.1
+        return result
+
+    def unwritten(result):
+        return torch.empty_like(result[0]), result[1]
+
+    for spoil in (one_value, statistics, unwritten):
+        assert not bench("gpu_calls").judge(wrong(launches["fc2"], spoil)).passes
+    assert not bench("gpu_calls").judge(wrong(launches["attention"], torch.neg)).passes
+
+
+def test_a_network_that_fails_is_refused_and_said(bench, monkeypatch):
+    kernels, said = bench("gpu_kernels"), []
+    network = kernels.Network("deit_tiny_patch16_224", 224, "1", "cpu")
+    task = kernels.Task(network, "float16", (1,))
+    bad = bench("gpu_calls").Verdict(0.5, 0.001, 0.002)
+    for check in (
+        lambda task: [kernels.Check(network, "float16", "slim", 1, "qkv", bad)],
+        lambda task: (_ for _ in ()).throw(RuntimeError("out of registers")),
+    ):
+        monkeypatch.setattr(kernels, "check", check)
+        assert kernels.check_all([task], 1, said.append)[1] == {(network, "float16")}
+    assert "qkv (slim, batch 1) is not timed: it is 0.5 off, PyTorch 0.001" in said[0]
+    assert said[-1].endswith("RuntimeError: out of registers")
+
+
+def test_processes_that_check_tell_why_they_could_not(bench):
+    kernels, said = bench("gpu_kernels"), []
+    networks = [kernels.Network("no_such_model", size, "1", "cpu") for size in (32, 64)]
+    tasks = [kernels.Task(network, "float32", (1,)) for network in networks]
+    found, refused = kernels.check_all(tasks, 2, said.append)
+    assert (found, refused) == ([], {task[:2] for task in tasks})
+    assert all("not checked, so not timed: UsageError" in line for line in said)
+
+
+def test_another_process_launches_the_same_on_zeros(bench, launches):
+    compile_one, job = bench("tune_compile").compile_one, bench("tune_compile").job
+    for name in ("proj_mlp", "attention"):
+        work = pickle.loads(pickle.dumps(job(launches[name], (16, 16, 16, 4, 1))))
+        assert compile_one(work) == ""
+    broken = work._replace(arguments=work.arguments | {"heads": 0})
+    assert "division" in compile_one(broken)
+
+
+STAGES = ("linear", "qkv", "proj", "fc1", "fc2", "mlp", "attention", "last_attention", "embedding")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("rows", [32, 512, 4096, None])
+def test_candidates_begin_with_the_present_one_and_fit(bench, configs, stage, rows):
+    table = bench("tune_table")
+    key = table.Key(stage, 90, 2, 192, rows)
+    current = (32, 32, 32, 4, 2)
+    found = table.candidates(key, current, 100_000)
+    assert found[0] == current
+    assert 6 <= len(found) == len(set(found))
+    assert all(table.shared(key, config) <= 100_000 for config in found)
+    for config in found:
+        assert all(not value or value & (value - 1) == 0 for value in config[:4])
+
+
+def test_the_fastest_that_always_works_is_chosen(bench):
+    choose, a, b, c = bench("tune_table").choose, (1,) * 5, (2,) * 5, (3,) * 5
+    assert choose({a: [4.0, 4.0], b: [2.0, 2.0], c: [1.0, None]}, [1, 1], a) == (b, a, 2.0)
+    assert choose({a: [4.0], b: [3.95]}, [1], a).config == a  # within what measuring scatters
+    assert choose({a: [2.0, 2.0], b: [1.0, 8.0]}, [1, 1], a).config == a
+    assert choose({a: [2.0, 2.0], b: [1.0, 8.0]}, [5, 1], a).config == b
+    assert choose({a: [None], b: [1.0]}, [1], a).config == b
+    assert choose({a: [None], b: [None]}, [1], a).config == a
+
+
+def test_the_table_is_written_as_it_is(bench, configs):
+    assert bench("tune_table").text_of(configs.entries()) == configs.TABLE.read_text()
+
+
+def choices(bench, configs, *found):
+    """Keys with choices: (stage, width, rows, config or None for no change)."""
+    table = bench("tune_table")
+    made = {}
+    for stage, width, rows, config in found:
+        key = table.Key(stage, 90, 2, width, rows)
+        before = bench("tune").astuple(configs.lookup(*key[:4], rows or table.UNBOUNDED))
+        made[key] = table.Choice(config or before, before, 2.0)
+    return made
+
+
+def test_special_entries_come_first_and_others_stay(bench, configs):
+    table, tune, old = bench("tune_table"), bench("tune"), configs.entries()
+    wide = choices(bench, configs, ("qkv", 384, 512, (64,) * 5), ("mlp", 192, None, None))
+    entries = table.merged(old, wide)
+    narrow = choices(bench, configs, ("qkv", 192, None, (16,) * 5), ("qkv", 192, 512, (8,) * 5))
+    entries = table.merged(entries, narrow)
+    assert [entry for entry in entries if entry in old] == old
+    assert len(entries) == len(old) + 3  # nothing changed for mlp
+    tune.validate(table.text_of(entries), wide | narrow, configs, old)
+    again = table.merged(entries, choices(bench, configs, ("qkv", 192, 512, (4,) * 5)))
+    assert len(again) == len(entries)
+    assert sum(entry["config"] == [4] * 5 for entry in again) == 1
+
+
+def test_a_narrower_model_does_not_fall_under_a_wider_ones_entry(bench, configs):
+    found = choices(bench, configs, ("fc1", 768, 512, (64,) * 5), ("fc1", 384, 512, None))
+    entries = bench("tune_table").merged(configs.entries(), found)
+    bench("tune").validate(bench("tune_table").text_of(entries), found, configs, configs.entries())
+
+
+@pytest.mark.parametrize("spoil", ["shadowed", "dropped", "no JSON"])
+def test_a_wrong_table_is_refused(bench, configs, spoil):
+    table, tune, old = bench("tune_table"), bench("tune"), configs.entries()
+    found = choices(bench, configs, ("qkv", 192, 512, (8,) * 5))
+    entries = table.merged(old, found)
+    if spoil == "shadowed":
+        entries = [*old, *(entry for entry in entries if entry not in old)]
+    elif spoil == "dropped":
+        entries = [entry for entry in entries if entry["kernel"] != ["last_attention"]]
+    text = table.text_of(entries)[: -2 if spoil == "no JSON" else None]
+    with pytest.raises((SlimvitError, json.JSONDecodeError)):
+        tune.validate(text, found, configs, old)
+    assert configs.entries() == old  # and the kernels read their own table again
+
+
+REGISTER = """
+import os, runpy
+{environment}
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
+@register_model
+def vit_for_benchmarks(pretrained=False, img_size=32, pretrained_cfg=None, **_):
+    return VisionTransformer(img_size, 16, embed_dim=64, depth=2, num_heads=1, num_classes=5)
+sys.path.insert(0, {benchmarks!r})
+def script(name, *arguments):
+    sys.argv = [name, "--models", "vit_for_benchmarks", "--keep", "3,1", *arguments]
+    try:
+        runpy.run_path(os.path.join({benchmarks!r}, name), run_name="__main__")
+    except SystemExit as stop:
+        print("status", stop.code)
+"""
+SMALL = '"--batches", "1", "--precisions", "float32", "--rounds", "2", "--seconds", "0.01"'
+
+
+@interpreted
+def test_dry_runs_on_a_cpu(run_from, tmp_path, configs):
+    """From a checkout that is not installed: measure, go on where it was, tune a copy."""
+    environment = "os.environ['TRITON_INTERPRET'] = '1'"
+    runtimes = '"torch", "slimvit:torch", "slimvit:triton"'
+    gpu = f'"gpu.py", "--device", "cpu", "--image-sizes", "32", {SMALL}, "--runtimes", {runtimes}'
+    gpu += f', "--kinds", "rows", "kernels", "--output", {str(tmp_path)!r}'
+    (tmp_path / "t.json").write_text(configs.TABLE.read_text())
+    tune = '"tune.py", "--device", "cpu", "--image-size", "32", "--batches", "1"'
+    tune += ', "--precision", "float32", "--stages", "mlp", "--most", "3"'
+    out = run_from(
+        ROOT,
+        REGISTER.format(environment=environment, benchmarks=str(BENCHMARKS))
+        + f"script({gpu})\nscript({gpu})\nscript({tune})\n"
+        + f"script({tune}, '--table', {str(tmp_path / 't.json')!r})\n",
+    )
+    text = "\n".join(out)
+    assert [line for line in out if line.startswith("status")] == [
+        *["status 0"] * 2,
+        "status 2",
+        "status 0",
+    ]
+    assert "2 steps, 2 of them measured before" in text
+    assert "not timed" not in text and "failed" not in text
+    with (tmp_path / "gpu-speed.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["runtime"], r["form"]) for r in rows] == [
+        ("torch", "dense"),
+        ("slimvit:torch", "dense"),
+        ("slimvit:torch", "slim"),
+        ("slimvit:triton", "dense"),
+        ("slimvit:triton", "slim"),
+    ]
+    assert all(r["source"] and r["device"] and float(r["median"]) > 0 for r in rows)
+    with (tmp_path / "gpu-kernels.csv").open(newline="") as file:
+        kernels = {(r["form"], r["kernel"]): r for r in csv.DictReader(file)}
+    assert kernels["dense", "qkv"]["launches"] == "2"
+    assert float(kernels["slim", "last_attention"]["floor_microseconds"]) > 0
+    assert float(kernels["slim", "proj_mlp"]["error"]) > 0
+    assert "mlp, sm_100, 4 bytes, width <= 64, any rows: 3 of 3 work" in text
+    entries = json.loads((tmp_path / "t.json").read_text())
+    assert [entry for entry in entries if entry in configs.entries()] == configs.entries()
+
+
+@on_gpu
+def test_a_small_model_on_a_gpu(run_from, tmp_path):
+    """All kinds of steps, torch.compile and CUDA graphs included."""
+    gpu = f'"gpu.py", "--image-sizes", "32", {SMALL.replace("float32", "float16")}'
+    code = REGISTER.format(environment="", benchmarks=str(BENCHMARKS))
+    code += f'script({gpu}, "--output", {str(tmp_path)!r}, "--jobs", "1")\n'
+    out = "\n".join(run_from(ROOT, code))
+    assert "status 0" in out
+    assert "failed" not in out
+    with (tmp_path / "gpu-speed.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = {(r["step"], r["runtime"]) for r in rows}
+    assert ("graphs", "slimvit:triton") in steps
+    assert {r["runtime"] for r in rows} >= {"torch.compile", "torch.compile:max-autotune"}
+    assert all(float(r["median"]) > 0 and r["driver"] and r["sm_mhz"] for r in rows)
