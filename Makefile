@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 1000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize lint bench clean
+.PHONY: help install demo test sanitize lint bench bench-gpu clean
 
 help:
 	@echo "make install  create $(VENV) and install slimvit into it, for development"
@@ -18,6 +18,7 @@ help:
 	@echo "make sanitize test the C++ kernels while AddressSanitizer and UBSan watch"
 	@echo "make lint     check style and formatting"
 	@echo "make bench    run the benchmark suites"
+	@echo "make bench-gpu check and time the Triton kernels and whole models on a GPU"
 	@echo "make clean    remove what was built; $(VENV) stays"
 
 install: $(STAMP)
@@ -46,6 +47,9 @@ lint: install
 
 bench: install
 	$(VENV)/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+bench-gpu: install
+	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info demo-out .pytest_cache .ruff_cache .benchmarks $(STAMP)
