@@ -129,6 +129,16 @@ __device__ inline void multiply(float* c, const unsigned (&a)[4], unsigned b0, u
 #endif
 }
 
+#ifdef __CUDACC_RTC__  // no host beside the device: launchers only say which kernels there are
+
+inline int architecture() { return __CUDA_ARCH__ / 10; }
+inline int shared_memory_limit() { return 48 << 10; }
+
+template <class P>
+void launch(const char*, void (*)(P), dim3, int, int, void*, const P&) {}
+
+#else
+
 inline void check(cudaError_t status, const char* name) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // cleared, so that torch never meets it
@@ -159,6 +169,8 @@ void launch(const char* name, void (*kernel)(P), dim3 grid, int threads, int sha
   kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(params);
   check(cudaGetLastError(), name);
 }
+
+#endif
 
 }  // namespace slimvit
 
