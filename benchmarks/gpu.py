@@ -28,7 +28,8 @@ import gpu_tables
 import torch
 from gpu_clock import Clock, ceilings, clocks, facts
 from gpu_floor import Chip
-from gpu_kernels import Network, Task
+from gpu_kernels import Task
+from gpu_networks import Network, quiet
 from gpu_plan import KINDS, Budget, Record, Step, batches_of, done, plan, replaced
 
 from slimvit.backends import why_not
@@ -95,11 +96,11 @@ class Session:
         self.rows = {n: gpu_tables.read(self.paths[n], c) for n, c in self.columns.items()}
         self.chips: dict[str, Chip] = {}
         self.checks: list[gpu_kernels.Check] = []
-        self.refused: set[tuple[Network, str]] = set()
+        self.refused: set[tuple[str, Network, str]] = set()
 
     def run(self) -> None:
         """Check kernels, then take the steps that fit."""
-        gpu_kernels.quiet()
+        quiet()
         args = self.args
         kinds = [kind for kind in args.kinds if self.clock.cuda or kind != "graphs"]
         asked = (args.models, args.image_sizes, args.batches, args.precisions)
@@ -136,14 +137,16 @@ class Session:
         for network in list(dict.fromkeys(network for network, _ in found)):
             if network.image_size == self.args.image_sizes[0]:
                 found.setdefault((network, "float32"), (min(self.args.batches),))
-        tasks = []
+        tasks, reasons = [], {}
         for (network, precision), batches in found.items():
-            reason = why_not("triton", self.clock.device, PRECISIONS[precision])
-            if reason is not None:
-                say(f"kernels in {precision} are not measured: {reason}")
-                self.refused.add((network, precision))
-                continue
-            tasks.append(Task(network, precision, batches))
+            for backend in ("triton", "cuda"):
+                reason = why_not(backend, self.clock.device, PRECISIONS[precision])
+                if reason is None:
+                    tasks.append(Task(backend, network, precision, batches))
+                    continue
+                reasons[f"{backend} kernels in {precision} are not measured: {reason}"] = None
+        for line in reasons:
+            say(line)
         jobs = self.args.jobs or (gpu_kernels.workers() if self.clock.cuda else 1)
         self.checks, refused = gpu_kernels.check_all(tasks, jobs, say)
         self.refused |= refused
@@ -171,8 +174,11 @@ class Session:
 
     def kernels(self, step: Step) -> list[Record]:
         network = self.network(step)
-        if (network, step.precision) in self.refused:
-            say(f"{step} is not timed: its kernels do not match or were not checked")
+        reason = why_not("triton", self.clock.device, PRECISIONS[step.precision])
+        if ("triton", network, step.precision) in self.refused:
+            reason = "its kernels do not match or were not checked"
+        if reason is not None:
+            say(f"{step} is not timed: {reason}")
             return []
         chip = self.chip(step.precision)
         rows = gpu_kernels.measure(network, step.precision, step.batch, self.clock, chip)
@@ -181,12 +187,11 @@ class Session:
 
     def speeds(self, step: Step) -> list[Record]:
         network = self.network(step)
-        refused = (network, step.precision) in self.refused
 
         def wanted(runtime: str) -> str | None:
             if runtime not in self.args.runtimes:
                 return ""
-            if runtime == "slimvit:triton" and refused:
+            if (runtime.removeprefix("slimvit:"), network, step.precision) in self.refused:
                 return "its kernels do not match or were not checked"
             return None
 

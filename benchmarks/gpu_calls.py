@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimvit import _extensions
+from slimvit.backends.fused import kernel_set
 
 # Of a kernel's function: its name here and the stage of the table of configurations.
 STAGES = {
@@ -87,22 +87,10 @@ class Launch:
         return width // a.get("groups", 1), batch * rows
 
 
-def kernels() -> Any:
-    """The module of the kernels.
-
-    Raises:
-        ImportError: it cannot be imported here.
-    """
-    module = _extensions.load("kernels")
-    if module is None:
-        raise ImportError(_extensions.why_not("kernels"))
-    return module
-
-
 @contextlib.contextmanager
-def watched(see: Callable[[Launch], None]) -> Iterator[None]:
-    """Call `see` with every launch after it was made."""
-    module, last = kernels(), False
+def watched(see: Callable[[Launch], None], backend: str = "triton") -> Iterator[None]:
+    """Call `see` with every launch of a back end's kernels, after it was made."""
+    module, last = kernel_set(backend), False
 
     def watcher(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -116,7 +104,8 @@ def watched(see: Callable[[Launch], None]) -> Iterator[None]:
 
         return call
 
-    originals = {name: getattr(module, name) for name in (*STAGES, "slim_linear")}
+    listed = [name for name in (*STAGES, "slim_linear") if hasattr(module, name)]
+    originals = {name: getattr(module, name) for name in listed}
     try:
         for name, function in originals.items():
             setattr(module, name, watcher(name, function))

@@ -96,7 +96,7 @@ def ceilings(clock: Clock, dtype: torch.dtype, seconds: float = 0.3) -> tuple[fl
 
     The median of repeated products and copies of random values; several, so that none is cached.
     """
-    side, length = (8192, 1 << 29) if clock.cuda else (128, 1 << 16)
+    side, length = (8192, 1 << 28) if clock.cuda else (128, 1 << 16)
     a, b = (torch.randn(side, side, device=clock.device).to(dtype) for _ in "ab")
     product = torch.empty_like(a)
     flops = 2 * side**3 / clock.median([lambda: torch.mm(a, b, out=product)], seconds)

@@ -2,79 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from gpu_calls import Launch, Verdict, judge, watched
 from gpu_clock import Clock, rotated
 from gpu_floor import Chip, Kernel, kernels, total
-from gpu_roofline import resized
+from gpu_networks import FORMS, Network, quiet, random_images
 from torch import Tensor, nn
 
-from slimvit import Masks, accelerate, models
-from slimvit.bench import format_keep, parse_keep
+from slimvit import accelerate
+from slimvit.bench import format_keep
 from slimvit.models import Spec
 from slimvit.runtime import PRECISIONS
 
-FORMS = ("dense", "slim")
 INDEX_BATCH = 2
-
-
-@dataclass(frozen=True)
-class Network:
-    """A model with random weights, and what it keeps.
-
-    Attributes:
-        model: timm's name.
-        image_size: in pixels.
-        keep: kept counts at the model's own size; at another, the same fractions of its patches.
-        device: where it runs.
-    """
-
-    model: str
-    image_size: int
-    keep: str
-    device: str
-
-    @functools.cache  # noqa: B019  a handful of networks, for as long as the process lives
-    def shapes(self) -> tuple[Spec, dict[str, Masks]]:
-        """The model's shape, and its masks, `dense` ones keeping everything."""
-        own = shape = shape_of(self.model, None)
-        counts = parse_keep(self.keep)
-        if self.image_size != own.image_size[0]:
-            shape = shape_of(self.model, self.image_size)
-            counts = resized(own, counts, self.image_size)[1]
-        slim = Masks.from_counts(counts, shape.grid, shape.prefix)
-        dense = Masks.dense(shape.depth, shape.grid, shape.prefix)
-        return shape, {"dense": dense, "slim": slim}
-
-    def build(self) -> tuple[nn.Module, Spec, dict[str, Masks]]:
-        """The model in float32 with random weights, always the same, its shape and its masks."""
-        torch.manual_seed(0)
-        shape, masks = self.shapes()
-        model = randomised(models.create(self.model, img_size=self.image_size))
-        return model.to(self.device), shape, masks
-
-
-def shape_of(model: str, image_size: int | None) -> Spec:
-    """The shape of a timm model, built without data where timm can."""
-    try:
-        with torch.device("meta"):
-            return models.spec(models.create(model, img_size=image_size))
-    except (RuntimeError, NotImplementedError):  # it reads a value while it builds
-        return models.spec(models.create(model, img_size=image_size))
 
 
 class Check(NamedTuple):
     """A launch that was checked, in the forward pass of a network or with an index."""
 
+    backend: str
     network: Network
     precision: str
     form: str
@@ -86,41 +38,27 @@ class Check(NamedTuple):
 class Task(NamedTuple):
     """What one process checks."""
 
+    backend: str
     network: Network
     precision: str
     batches: tuple[int, ...]
 
 
-@torch.no_grad()
-def randomised(model: nn.Module) -> nn.Module:
-    """Noise on what timm makes zero or one: biases, norms and tokens; so that no term is idle."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 or "token" in name or "pos_embed" in name:
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
-
-
-def random_images(shape: Spec, batch: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Random images on which models differ: coarse blobs with fine noise; see `sample_images`."""
-    coarse = torch.randn(batch, shape.in_chans, 7, 7, device=device)
-    blobs = nn.functional.interpolate(coarse, size=shape.image_size, mode="bicubic")
-    return (blobs + 0.2 * torch.randn_like(blobs)).to(dtype)
-
-
 def check_all(
     tasks: Sequence[Task], jobs: int, tell: Callable[[str], object]
-) -> tuple[list[Check], set[tuple[Network, str]]]:
+) -> tuple[list[Check], set[tuple[str, Network, str]]]:
     """Check tasks side by side, which also compiles all kernels into Triton's cache.
 
     Returns:
-        What was found, and the networks and precisions that must not be timed.
+        What was found, and the back ends, networks and precisions that must not be timed.
     """
     found: list[Check] = []
     refused = set()
     for task, result in zip(tasks, _answers(tasks, jobs)):
         what = f"{task.network.model} {task.network.image_size} px {task.precision}"
+        what += "" if task.backend == "triton" else f" in {task.backend}"
         if isinstance(result, str):
-            refused.add(task[:2])
+            refused.add(task[:3])
             tell(f"{what}: kernels not checked, so not timed: {result}")
             continue
         found += result
@@ -131,7 +69,7 @@ def check_all(
                 f"{check.verdict.error:.2g} off, PyTorch {check.verdict.own:.2g}"
             )
         if any(check.form in FORMS for check in wrong):
-            refused.add(task[:2])
+            refused.add(task[:3])
         worst = max(result, key=lambda c: c.verdict.error / c.verdict.limit).verdict
         tell(
             f"{what}: {len(result) - len(wrong)} of {len(result)} launches match float64; the "
@@ -173,7 +111,7 @@ def check(task: Task) -> list[Check]:
         def see(launch: Launch) -> None:
             key = (form, batch, *launch.key())
             if key not in found:
-                where = (task.network, task.precision, form, batch)
+                where = (*task[:3], form, batch)
                 found[key] = Check(*where, launch.name, judge(launch))
 
         return see
@@ -182,15 +120,15 @@ def check(task: Task) -> list[Check]:
         fast = accelerate(
             model,
             masks[form],
-            backend="triton",
+            backend=task.backend,
             precision=task.precision,
             batch_sizes=task.batches[:1],
         )
         for batch in task.batches:
-            with watched(judged(form, batch)):
+            with watched(judged(form, batch), task.backend):
                 fast(random_images(shape, batch, dtype, device))
     batch = min(INDEX_BATCH, max(task.batches))
-    with watched(judged("index", batch)):
+    with watched(judged("index", batch), task.backend):
         _indexed(fast, shape, batch, dtype, device)
         fast.forward_features(random_images(shape, batch, dtype, device))
     return list(found.values())
@@ -287,6 +225,8 @@ def with_errors(rows: Iterable[dict[str, str]], found: Iterable[Check]) -> list[
     for item in found:
         size = str(item.network.image_size)
         key = (item.network.model, size, str(item.batch), item.precision, item.form, item.kernel)
+        if item.backend != "triton":
+            continue
         if key not in worst or item.verdict.error > worst[key].error:
             worst[key] = item.verdict
     result = []
@@ -296,12 +236,6 @@ def with_errors(rows: Iterable[dict[str, str]], found: Iterable[Check]) -> list[
         errors = (verdict.error, verdict.own) if verdict else ()
         result.append(row | {n: f"{e:.1e}" for n, e in zip(("error", "torch_error"), errors)})
     return result
-
-
-def quiet() -> None:
-    """References in full float32, and no warnings of kernels that have no deterministic form."""
-    torch.backends.cudnn.allow_tf32 = False
-    warnings.filterwarnings("ignore", message=".*deterministic.*")
 
 
 def workers() -> int:

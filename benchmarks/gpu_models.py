@@ -11,7 +11,8 @@ from statistics import median
 
 import torch
 from gpu_clock import Clock, rotated
-from gpu_kernels import Network, first_line, random_images
+from gpu_kernels import first_line
+from gpu_networks import Network, random_images
 from gpu_plan import Step
 from torch import Tensor, nn
 
@@ -127,7 +128,7 @@ def measure(
         if reason is None and name != runtime:
             reason = why_not(name, clock.device, work.dtype)
             if reason is not None and name == "cuda":
-                continue  # nobody expects a back end that is still to be written
+                continue  # it need not be built, and why it is not has been said
         if reason is None:
             row, reason = attempt(runtime, form, step.kind == "graphs", work)
         if reason is None:

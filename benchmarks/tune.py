@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_calls import Launch, judge, kernels, watched
+from gpu_calls import Launch, judge, watched
 from gpu_clock import Clock, rotated
-from gpu_kernels import FORMS, Network, first_line, quiet, random_images, workers
+from gpu_kernels import first_line, workers
+from gpu_networks import FORMS, Network, quiet, random_images
 from tune_compile import compile_all, job
 from tune_table import (
     UNBOUNDED,
@@ -38,6 +39,7 @@ from tune_table import (
 )
 
 from slimvit import accelerate
+from slimvit.backends.fused import kernel_set
 from slimvit.errors import SlimvitError
 from slimvit.files import atomic_write
 from slimvit.runtime import PRECISIONS
@@ -52,7 +54,7 @@ say = partial(print, flush=True)
 def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     args = arguments().parse_args(argv)
-    device, configs = torch.device(args.device), kernels().configs
+    device, configs = torch.device(args.device), kernel_set("triton").configs
     table = args.table or configs.TABLE
     if device.type == "cuda" and not torch.cuda.is_available():
         say("no CUDA GPU is available to torch: nothing is measured")
@@ -108,7 +110,10 @@ def shapes(
     """The launches of the models by what the table tells apart, with how often each occurs."""
     found: dict[Key, dict[tuple[object, ...], list[Any]]] = {}
     dtype = PRECISIONS[args.precision]
-    arch, itemsize = configs.family(kernels().architecture(device)), torch.finfo(dtype).bits // 8
+    arch, itemsize = (
+        configs.family(kernel_set("triton").architecture(device)),
+        torch.finfo(dtype).bits // 8,
+    )
 
     def see(launch: Launch) -> None:
         if launch.stage not in args.stages:

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from gpu_calls import Launch, kernels
+from gpu_calls import Launch
 from torch import Tensor
+
+from slimvit.backends.fused import kernel_set
 
 
 class Blank(NamedTuple):
@@ -43,7 +45,7 @@ def compile_all(jobs: Sequence[Job], processes: int, seconds: float) -> None:
 
 def compile_one(work: Job) -> str:
     """Launch a job on zeros; "" or what went wrong."""
-    module = kernels()
+    module = kernel_set("triton")
     try:
         with torch.no_grad():
             arguments = {name: _filled(value) for name, value in work.arguments.items()}

@@ -208,7 +208,7 @@ def launches(bench):
         torch.manual_seed(0)
         options = {"embed_dim": width, "depth": 2, "num_heads": width // 16, "num_classes": 5}
         model = timm.create_model("test_vit", img_size=32, **options).eval().to(device)
-        bench("gpu_kernels").randomised(model)
+        bench("gpu_networks").randomised(model)
         masks = Masks.from_counts((4, 1), (2, 2))
         fast = accelerate(model, masks, backend="triton", precision="float32", batch_sizes=(2,))
         with torch.no_grad(), calls.watched(lambda launch: found.setdefault(launch.name, launch)):
@@ -269,14 +269,14 @@ def test_wrong_kernels_are_refused(bench, launches):
 def test_a_network_that_fails_is_refused_and_said(bench, monkeypatch):
     kernels, said = bench("gpu_kernels"), []
     network = kernels.Network("deit_tiny_patch16_224", 224, "1", "cpu")
-    task = kernels.Task(network, "float16", (1,))
+    task = kernels.Task("triton", network, "float16", (1,))
     bad = bench("gpu_calls").Verdict(0.5, 0.001, 0.002)
     for check in (
-        lambda task: [kernels.Check(network, "float16", "slim", 1, "qkv", bad)],
+        lambda task: [kernels.Check("triton", network, "float16", "slim", 1, "qkv", bad)],
         lambda task: (_ for _ in ()).throw(RuntimeError("out of registers")),
     ):
         monkeypatch.setattr(kernels, "check", check)
-        assert kernels.check_all([task], 1, said.append)[1] == {(network, "float16")}
+        assert kernels.check_all([task], 1, said.append)[1] == {("triton", network, "float16")}
     assert "qkv (slim, batch 1) is not timed: it is 0.5 off, PyTorch 0.001" in said[0]
     assert said[-1].endswith("RuntimeError: out of registers")
 
@@ -284,9 +284,9 @@ def test_a_network_that_fails_is_refused_and_said(bench, monkeypatch):
 def test_processes_that_check_tell_why_they_could_not(bench):
     kernels, said = bench("gpu_kernels"), []
     networks = [kernels.Network("no_such_model", size, "1", "cpu") for size in (32, 64)]
-    tasks = [kernels.Task(network, "float32", (1,)) for network in networks]
+    tasks = [kernels.Task("triton", network, "float32", (1,)) for network in networks]
     found, refused = kernels.check_all(tasks, 2, said.append)
-    assert (found, refused) == ([], {task[:2] for task in tasks})
+    assert (found, refused) == ([], {task[:3] for task in tasks})
     assert all("not checked, so not timed: UsageError" in line for line in said)
 
 
