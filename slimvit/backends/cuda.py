@@ -20,6 +20,8 @@ from slimvit.errors import SlimvitError
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
 OLDEST = 70
 _BFLOAT16 = 80
+_OLDEST_OF_CUDA_13 = 75
+_WIDEST_HEAD, _WIDEST_LAST = 128, 1024  # see slim_attention.cu, last_attention.cu
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -39,8 +41,7 @@ def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
     if capability < OLDEST:
         return f"it has tensor-core kernels for sm_{OLDEST} and newer, this is sm_{capability}"
     if dtype not in _DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        return f"it computes float16 and bfloat16, not {name}: use back end triton or torch"
+        return _wrong(dtype)
     if dtype == torch.bfloat16 and capability < _BFLOAT16:
         return f"bfloat16 needs sm_{_BFLOAT16}, this is sm_{capability}: use float16"
     return (
@@ -57,7 +58,16 @@ def _capability(device: torch.device) -> int:
 
 @functools.cache
 def _runs_on(index: int) -> str | None:
-    return _module().probe(index)
+    """Why kernels of this build do not run on a GPU, and the cure where its code was left out."""
+    module, capability = _module(), _capability(torch.device("cuda", index))
+    reason = module.probe(index)
+    if reason is None or "NoKernelImage" not in reason:
+        return reason
+    cure = f"TORCH_CUDA_ARCH_LIST={capability // 10}.{capability % 10}"
+    if capability < _OLDEST_OF_CUDA_13:
+        cure = "CUDA 12 (CUDACXX=/path/of/12/bin/nvcc), for compilers of CUDA 13 leave it out"
+    built = module.architectures()
+    return f"it was built without code for sm_{capability} ({built}): build slimvit with {cure}"
 
 
 def kernel_set() -> ModuleType:
@@ -73,6 +83,7 @@ def halves(width: int) -> tuple[int, int] | None:
 def row_stats(x: Tensor) -> Tensor:
     """Statistics of rows, [B, m, parts, 2]."""
     batch, m, width = x.shape
+    _eights(width=width)
     part = _part(width)
     out = x.new_empty(batch, m, width // part, 2, dtype=torch.float32)
     _call(_module().row_stats, x, x=x, out=out, rows=batch * m, width=width, part=part)
@@ -173,6 +184,7 @@ def _linear(
 ) -> None:
     batch, x_rows, stride = x.shape
     columns = out.shape[2] // groups
+    _eights(inner=stride // groups, columns=columns)
     _call(
         _module().slim_linear,
         x,
@@ -214,6 +226,8 @@ def slim_attention(
 ) -> Tensor:
     """softmax(q kᵀ / sqrt(d) + bias) v for every head."""
     batch, n, inner = q.shape
+    _eights(head_dim=inner // heads)
+    _at_most("head_dim", inner // heads, _WIDEST_HEAD)
     out = torch.empty_like(q)
     _call(
         _module().slim_attention,
@@ -247,6 +261,8 @@ def last_attention(
 ) -> Tensor:
     """For each query, the average of the normalised rows under its softmax."""
     batch, m, width = x.shape
+    _eights(width=width)
+    _at_most("width", width, _WIDEST_LAST)
     out = x.new_empty(batch, u.shape[1], width)
     _call(
         _module().last_attention,
@@ -299,6 +315,7 @@ def patch_embedding(
 def scatter_tokens(x: Tensor, index: Tensor, length: int) -> Tensor:
     """Put kept tokens back in their places: out[b, index[b, k]] = x[b, k], zero elsewhere."""
     batch, kept, width = x.shape
+    _eights(width=width)
     out = x.new_empty(batch, length, width)
     _call(
         _module().scatter_tokens,
@@ -313,6 +330,23 @@ def scatter_tokens(x: Tensor, index: Tensor, length: int) -> Tensor:
         index_image=_per_image(index),
     )
     return out
+
+
+def _wrong(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return f"it computes float16 and bfloat16, not {name}: use back end triton or torch"
+
+
+def _eights(**sizes: int) -> None:
+    """Kernels read rows 16 bytes at a time."""
+    for name, size in sizes.items():
+        if size % 8:
+            raise SlimvitError(f"back end cuda: {name} must be a multiple of 8, got {size}")
+
+
+def _at_most(name: str, size: int, most: int) -> None:
+    if size > most:
+        raise SlimvitError(f"back end cuda: {name} must be at most {most}, got {size}")
 
 
 def _part(width: int) -> int:
@@ -333,6 +367,8 @@ def _module() -> ModuleType:
 
 def _call(function: object, like: Tensor, **arguments: object) -> None:
     """Call a kernel with tensors as addresses, on the current stream of their device."""
+    if like.dtype not in _DTYPES:
+        raise SlimvitError(f"back end cuda: {_wrong(like.dtype)}")
     plain = {
         name: value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value
         for name, value in arguments.items()
