@@ -6,17 +6,16 @@ takes a quarter of the time to build and leaves no undefined behaviour for the c
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import builds
+
+ROOT = builds.ROOT
 BUILD = ROOT / "build" / "sanitized"
-MODULE = BUILD / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+MODULE = BUILD / f"_cpu{builds.SUFFIX}"
 # Freed memory waits in quarantine there, so that memory does grow.
 TESTS = [
     "test_cpu_block.py",
@@ -37,25 +36,17 @@ sys.exit(pytest.main(sys.argv[2:]))
 
 def why_not() -> str | None:
     """Why the kernels cannot be built or watched here, or None if they can."""
-    for program in ("g++", "cmake"):
-        if find(program) is None:
-            return f"{program} was not found"
-    if importlib.util.find_spec("pybind11") is None:
-        return "pybind11 is not installed"
+    if (reason := builds.why_not()) is not None:
+        return reason
     for name, path in libraries().items():
         if not path.is_file():
             return f"g++ has no {name}"
     return None
 
 
-def find(program: str) -> str | None:
-    """The program on PATH, or beside this Python, whose environment may not be activated."""
-    return shutil.which(program) or shutil.which(program, path=sysconfig.get_path("scripts"))
-
-
 def libraries() -> dict[str, Path]:
     def path(name: str) -> Path:
-        command = [find("g++"), f"-print-file-name={name}"]
+        command = [builds.find("g++"), f"-print-file-name={name}"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return Path(done.stdout.strip())  # the name alone where there is none
 
@@ -64,29 +55,7 @@ def libraries() -> dict[str, Path]:
 
 def build() -> None:
     """Build what has changed since the last time; raises CalledProcessError, with the output."""
-    import pybind11
-
-    options = {
-        "SLIMVIT_MODULES": "_cpu",
-        "SLIMVIT_SANITIZE": "ON",
-        "CMAKE_BUILD_TYPE": "None",
-        "CMAKE_CXX_COMPILER": find("g++"),
-        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(BUILD),
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-    }
-    if ninja := find("ninja"):
-        options["CMAKE_MAKE_PROGRAM"] = ninja
-    defines = [f"-D{name}={value}" for name, value in options.items()]
-    generator = ["-G", "Ninja"] if ninja else []
-    cmake = find("cmake")
-    for command in (
-        [cmake, "-S", str(ROOT), "-B", str(BUILD), *generator, *defines],
-        [cmake, "--build", str(BUILD), "--parallel", "2"],
-    ):
-        subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+    builds.build(BUILD, "_cpu", SLIMVIT_SANITIZE="ON")
 
 
 def environment() -> dict[str, str]:
