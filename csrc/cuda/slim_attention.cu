@@ -366,7 +366,10 @@ void launch_attention(Attention p, void* stream) {
   constexpr int kRow = (kD + 8) * 2 * 2;  // bytes of a key and its value
   constexpr int kScratch = Strip<M, kD>::scratch_bytes();
   const int strips = ceil_div(p.n, kQueries);
-  const int blocks = ceil_div(strips, most_warps<M, kD>());
+  // As many warps as leave room for a chunk of keys.
+  const int fitting = (shared_memory_limit() - kKeys * kRow - 64) / kScratch;
+  const int most = fitting < most_warps<M, kD>() ? fitting : most_warps<M, kD>();
+  const int blocks = ceil_div(strips, most);
   const int warps = ceil_div(strips, blocks);
   const int room = (shared_memory_limit() - warps * kScratch - 64) / kRow / 16 * 16;
   const int needed = ceil_div(p.m, 16) * 16;
