@@ -1,6 +1,7 @@
 """Triton's rectangular attention, and the last block's without keys, against float64."""
 
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -147,12 +148,19 @@ def attention(
 @dtypes
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_slim_attention(dtype, case):
-    random, inner = Random(case.m + case.n), case.heads * case.d
+    config = kernels.Config(case.queries, case.keys, 0, 4, 1) if case.queries else None
+    check_attention(kernels, Random(case.m + case.n), dtype, case, config=config)
+
+
+def check_attention(
+    kernels: ModuleType, random: Random, dtype: torch.dtype, case: Case, **options: object
+) -> None:
+    """Of any set of kernels; so is the check below."""
+    inner = case.heads * case.d
     q = random(case.batch, case.n, inner, dtype=dtype) * case.sharpness
     kv = random(case.batch, case.m, 2 * inner, dtype=dtype)
     key_bias = biases(case, random)
     extra = random(2 * inner) if case.extra else None
-    config = kernels.Config(case.queries, case.keys, 0, 4, 1) if case.queries else None
     got = kernels.slim_attention(
         q,
         kv,
@@ -160,7 +168,7 @@ def test_slim_attention(dtype, case):
         key_bias=key_bias,
         extra=extra,
         extra_bias=math.log(case.extra or 1),
-        config=config,
+        **options,
     )
     assert got.dtype == dtype
     check(got, lambda *given: attention(case, *given), q, kv, key_bias, extra)
@@ -192,7 +200,13 @@ def last_answer(
 @dtypes
 @pytest.mark.parametrize("case", LAST, ids=str)
 def test_last_attention(dtype, case):
-    random = Random(case.m + case.queries)
+    config = kernels.Config(0, case.keys, 0, 4, 1) if case.keys else None
+    check_last_attention(kernels, Random(case.m + case.queries), dtype, case, config=config)
+
+
+def check_last_attention(
+    kernels: ModuleType, random: Random, dtype: torch.dtype, case: Last, **options: object
+) -> None:
     x = (random(case.batch, case.m, case.width) + case.offset).to(dtype)
     scale = case.sharpness * (case.d / case.width) ** 0.5
     u = (random(case.batch, case.queries, case.width) * scale).to(dtype)
@@ -206,7 +220,7 @@ def test_last_attention(dtype, case):
         eps=EPS,
         key_bias=key_bias,
         zero_bias=math.log(case.zeros) if case.zeros else None,
-        config=kernels.Config(0, case.keys, 0, 4, 1) if case.keys else None,
+        **options,
     )
     assert got.dtype == dtype
     check(got, lambda *given: last_answer(case, *given), x, u, key_bias, zero)

@@ -1,5 +1,6 @@
 """Triton's linear layers and row statistics against plain PyTorch in float64."""
 
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -7,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from kernel_checks import (
     ACTIVATE,
-    DEVICE,
     DTYPES,
     EPS,
     Random,
@@ -103,13 +103,20 @@ def name_of(case: NamedTuple) -> str:
 
 @pytest.mark.parametrize("case", QKV, ids=name_of)
 def test_qkv(dtype, case):
-    random, inner = Random(case.m), case.inner
+    check_qkv(kernels, Random(case.m), dtype, case, config=case.config)
+
+
+def check_qkv(
+    kernels: ModuleType, random: Random, dtype: torch.dtype, case: Qkv, **options: object
+) -> None:
+    """Of any set of kernels; so are the checks below."""
+    inner = case.inner
     x = (random(case.batch, case.m, case.width) + case.offset).to(dtype)
     weight, bias = random.weight(3 * inner, case.width, dtype), random(3 * inner)
     index = random.index(case.batch, case.n, case.m) if case.index else None
     sums = weight.float().sum(1)
     q, kv = kernels.slim_qkv(
-        x, stats_of(x), weight, sums, bias, case.n, inner, eps=EPS, index=index, config=case.config
+        x, stats_of(x), weight, sums, bias, case.n, inner, eps=EPS, index=index, **options
     )
     kept = case.n if index is None else index
 
@@ -148,7 +155,13 @@ def linear(
 
 @pytest.mark.parametrize("case", LINEAR, ids=name_of)
 def test_linear(dtype, case):
-    random, n = Random(case.rows), case.n or case.rows
+    check_linear(kernels, Random(case.rows), dtype, case, config=case.config)
+
+
+def check_linear(
+    kernels: ModuleType, random: Random, dtype: torch.dtype, case: Linear, **options: object
+) -> None:
+    n = case.n or case.rows
     x = (random(case.batch, case.rows, case.groups * case.inputs) + case.offset).to(dtype)
     weight = random.weight(case.groups * case.columns, case.inputs, dtype)
     bias = random(case.groups * case.columns) if case.bias else None
@@ -158,7 +171,7 @@ def test_linear(dtype, case):
         index = random.index(case.batch, n, case.rows if case.index else n + 6)
     out = None
     if case.out_rows:
-        out = torch.full((case.batch, case.out_rows, case.columns), 7.0, dtype=dtype, device=DEVICE)
+        out = x.new_full((case.batch, case.out_rows, case.columns), 7.0)
     got, stats = kernels.slim_linear(
         x,
         weight,
@@ -173,7 +186,7 @@ def test_linear(dtype, case):
         index=index,
         out=out,
         emit=case.emit,
-        config=case.config,
+        **options,
     )
     assert (stats is not None) == case.emit
     assert out is None or (got is out and (out[:, n:] == 7).all())

@@ -1,5 +1,6 @@
 """Triton's fused MLP, patch embedding and scatter against plain PyTorch."""
 
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -176,7 +177,15 @@ def embedding(case: Embedding, order: Tensor, images: Tensor, weight: Tensor, ta
 def test_patch_embedding(dtype, case):
     if case.kind == torch.bfloat16 and kernels.INTERPRETED:
         pytest.skip("Triton's interpreter computes bfloat16 wrongly: it needs a GPU")
-    random, patch, channels = Random(case.width), case.patch, case.channels
+    config = kernels.Config(*case.tile, 4, 2) if case.tile else None
+    check_embedding(kernels, Random(case.width), dtype, case, config=config)
+
+
+def check_embedding(
+    kernels: ModuleType, random: Random, dtype: torch.dtype, case: Embedding, **options: object
+) -> None:
+    """Of any set of kernels."""
+    patch, channels = case.patch, case.channels
     height, width = (g * p + r for g, p, r in zip(case.grid, patch, case.rest))
     images = random(case.batch, channels, height, width, dtype=case.kind or dtype)
     weight = random.weight(case.width, channels * patch[0] * patch[1], dtype)
@@ -187,9 +196,8 @@ def test_patch_embedding(dtype, case):
         torch.arange(case.prefix),
         case.prefix + random.index(1, tokens - case.prefix, tokens - case.prefix)[0].cpu(),
     )
-    order = torch.cat(places).to(DEVICE)
-    config = kernels.Config(*case.tile, 4, 2) if case.tile else None
-    got, stats = kernels.patch_embedding(images, weight, table, order, case.prefix, config=config)
+    order = torch.cat(places).to(images.device)
+    got, stats = kernels.patch_embedding(images, weight, table, order, case.prefix, **options)
     assert got.dtype == dtype
     check(got, lambda *given: embedding(case, order, *given), images, weight, table)
     check_stats(stats, got)
