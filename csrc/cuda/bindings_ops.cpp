@@ -114,6 +114,53 @@ void bind_last_attention(const py::kwargs& kwargs) {
   last_attention(p, given.type(), given.stream());
 }
 
+FusedBlock fused_block_of(const Given& given) {
+  FusedBlock p;
+  p.x = in(given.address("x"));
+  p.qkv = in(given.address("qkv"));
+  p.qkv_bias = in<float>(given.address("qkv_bias"));
+  p.proj = in(given.address("proj"));
+  p.proj_bias = in<float>(given.address("proj_bias"));
+  p.fc1 = in(given.address("fc1"));
+  p.fc1_bias = in<float>(given.address("fc1_bias"));
+  p.fc2 = in(given.address("fc2"));
+  p.fc2_bias = in<float>(given.address("fc2_bias"));
+  p.key_bias = in<float>(given.address("key_bias"));
+  p.index = in<std::int64_t>(given.address("index"));
+  p.out = out(given.address("out"));
+  p.out_stats = out<float>(given.address("out_stats"));
+  p.batch = given.number("batch");
+  p.m = given.number("m");
+  p.n = given.number("n");
+  p.out_rows = given.number("out_rows");
+  p.width = given.number("width");
+  p.heads = given.number("heads");
+  p.hidden = given.number("hidden");
+  p.bias_image = given.number("bias_image");
+  p.stages = 0;
+  p.has_extra = given.number("has_extra") != 0;
+  p.extra_bias = given.real("extra_bias");
+  p.eps1 = given.real("eps1");
+  p.eps2 = given.real("eps2");
+  p.activation = activation_of(given.text("activation"));
+  return p;
+}
+
+void bind_fused_block(const py::kwargs& kwargs) {
+  const Given given{kwargs};
+  fused_block(fused_block_of(given), given.type(), given.stream());
+}
+
+int bind_fused_block_stages(int width, int heads, int hidden, int m, int n) {
+  FusedBlock p = {};
+  p.width = width;
+  p.heads = heads;
+  p.hidden = hidden;
+  p.m = m;
+  p.n = n;
+  return fused_block_stages(p);
+}
+
 void bind_row_stats(const py::kwargs& kwargs) {
   const Given given{kwargs};
   RowStats p;
@@ -141,11 +188,15 @@ void bind_scatter_tokens(const py::kwargs& kwargs) {
 
 }  // namespace
 
-// Keyword arguments are the members of each op's struct in ops.h; pointers are integers, 0 for null.
+// Keyword arguments are the members of each op's struct in ops.h; pointers are integers, 0 for
+// null.
 void bind_ops(py::module_& m) {
   m.def("slim_linear", &bind_linear, "See ops.h.");
   m.def("slim_attention", &bind_attention, "See ops.h.");
   m.def("last_attention", &bind_last_attention, "See ops.h.");
+  m.def("fused_block", &bind_fused_block, "See ops.h.");
+  m.def("fused_block_stages", &bind_fused_block_stages, py::arg("width"), py::arg("heads"),
+        py::arg("hidden"), py::arg("m"), py::arg("n"), "See ops.h.");
   m.def("row_stats", &bind_row_stats, "See ops.h.");
   m.def("scatter_tokens", &bind_scatter_tokens, "See ops.h.");
 }

@@ -65,6 +65,11 @@ __device__ inline void store16(T* at, uint4 value) {
   *reinterpret_cast<uint4*>(at) = value;
 }
 
+template <class T>
+__device__ inline void store4(T* at, unsigned value) {
+  *reinterpret_cast<unsigned*>(at) = value;
+}
+
 // 16 bytes from global to shared memory, zeros where not live; there after wait_copies<n>(), which
 // leaves the n latest groups under way, and a barrier.
 template <class T>
@@ -146,7 +151,8 @@ inline void check(cudaError_t status, const char* name) {
                            cudaGetErrorName(status) + ")");
 }
 
-// Of the current device: compute capability such as 90, and the shared memory that one block may use.
+// Of the current device: compute capability such as 90, and the shared memory that one block may
+// use.
 inline int attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");

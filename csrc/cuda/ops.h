@@ -12,16 +12,16 @@ enum class Activation { none, gelu, gelu_tanh, quick_gelu };
 // act(LN(x) Wᵀ + b) + residual of n rows of each image, and then, where tail_columns > 0, of all
 // m = x_rows rows for the columns that follow: queries, then keys and values.
 struct Linear {
-  const void* x;             // [batch, x_rows, groups * inner]
-  const float* stats;        // [batch, x_rows, x_parts, 2], or null: no norm
-  const void* weight;        // [groups * columns + tail_columns, inner], the norm's weight in it
-  const float* row_sums;     // of the weight, [columns + tail_columns], where there is a norm
-  const float* bias;         // [groups * columns + tail_columns] or null
-  const void* residual;      // [batch, residual_rows, columns] or null
-  const std::int64_t* index; // [batch, n]: rows of the residual, or else of x; null: the first n
-  void* out;                 // [batch, out_rows, groups * columns]
-  void* tail_out;            // [batch, x_rows, tail_columns]
-  float* out_stats;          // [batch, out_rows, columns / part, 2] or null
+  const void* x;              // [batch, x_rows, groups * inner]
+  const float* stats;         // [batch, x_rows, x_parts, 2], or null: no norm
+  const void* weight;         // [groups * columns + tail_columns, inner], the norm's weight in it
+  const float* row_sums;      // of the weight, [columns + tail_columns], where there is a norm
+  const float* bias;          // [groups * columns + tail_columns] or null
+  const void* residual;       // [batch, residual_rows, columns] or null
+  const std::int64_t* index;  // [batch, n]: rows of the residual, or else of x; null: the first n
+  void* out;                  // [batch, out_rows, groups * columns]
+  void* tail_out;             // [batch, x_rows, tail_columns]
+  float* out_stats;           // [batch, out_rows, columns / part, 2] or null
   int batch, n, x_rows, residual_rows, out_rows;
   int groups, inner, columns, tail_columns;
   int x_parts, part;
@@ -32,14 +32,14 @@ void slim_linear(const Linear& p, Type type, void* stream);
 
 // softmax(q kᵀ / sqrt(d) + bias) v of every image and head.
 struct Attention {
-  const void* q;           // [batch, n, heads * d]
-  const void* kv;          // [batch, m, 2, heads * d]
-  const float* key_bias;   // [m] or [batch, m], or null
-  const float* extra;      // one more key and value for all images, [2, heads * d], or null
-  void* out;               // [batch, n, heads * d]
+  const void* q;          // [batch, n, heads * d]
+  const void* kv;         // [batch, m, 2, heads * d]
+  const float* key_bias;  // [m] or [batch, m], or null
+  const float* extra;     // one more key and value for all images, [2, heads * d], or null
+  void* out;              // [batch, n, heads * d]
   int batch, n, m, heads, d;
-  int bias_image;          // elements from one image's bias to the next: 0 or m
-  int segment;             // keys in shared memory at a time, a multiple of 16: set by the launcher
+  int bias_image;  // elements from one image's bias to the next: 0 or m
+  int segment;     // keys in shared memory at a time, a multiple of 16: set by the launcher
   float extra_bias;
 };
 void slim_attention(const Attention& p, Type type, void* stream);
@@ -54,10 +54,36 @@ struct LastAttention {
   int batch, m, width, queries, parts;
   int bias_image;
   float scale, eps;
-  bool has_zero;          // one more row, a zero row, with this logit
+  bool has_zero;  // one more row, a zero row, with this logit
   float zero_bias;
 };
 void last_attention(const LastAttention& p, Type type, void* stream);
+
+// A whole block in one launch; see fused_block.cu. Norms are folded into weights and biases.
+struct FusedBlock {
+  const void* x;              // [batch, m, width]
+  const void* qkv;            // [3 * width, width]
+  const float* qkv_bias;      // [3 * width]
+  const void* proj;           // [width, width]
+  const float* proj_bias;     // [width]
+  const void* fc1;            // [hidden, width]
+  const float* fc1_bias;      // [hidden]
+  const void* fc2;            // [width, hidden]
+  const float* fc2_bias;      // [width]
+  const float* key_bias;      // [m] or [batch, m], or null
+  const std::int64_t* index;  // [batch, n] or null
+  void* out;                  // [batch, out_rows, width]
+  float* out_stats;           // [batch, out_rows, width / 64, 2]
+  int batch, m, n, out_rows, width, heads, hidden;
+  int bias_image;
+  int stages;      // tiles of weights in shared memory: set by the launcher
+  bool has_extra;  // one more key and value, of a zero row
+  float extra_bias, eps1, eps2;
+  Activation activation;
+};
+// How many tiles of weights fit beside the activations on the current device; 0: it does not run.
+int fused_block_stages(const FusedBlock& p);
+void fused_block(FusedBlock p, Type type, void* stream);
 
 // Mean and sum of squared deviations of each part of each row.
 struct RowStats {
@@ -74,7 +100,7 @@ struct Scatter {
   const std::int64_t* index;  // [kept] or [batch, kept]
   void* out;                  // [batch, length, width]
   int batch, kept, length, width;
-  int index_image;            // elements from one image's index to the next: 0 or kept
+  int index_image;  // elements from one image's index to the next: 0 or kept
 };
 void scatter_tokens(const Scatter& p, void* stream);
 

@@ -1,6 +1,5 @@
-#include "cuda/row_stats.h"
-
 #include "cuda/ops.h"
+#include "cuda/row_stats.h"
 
 namespace slimvit {
 namespace {

@@ -1,5 +1,5 @@
-#include "cuda/ops.h"
 #include "cuda/device.h"
+#include "cuda/ops.h"
 
 namespace slimvit {
 namespace {

@@ -3,8 +3,8 @@
 //
 //   out = act((x - mean) · rstd · W'ᵀ + b') + residual
 //
-// The product takes x as it is; since (x - mean) W'ᵀ = x W'ᵀ - mean · (row sums of W'), the epilogue
-// puts mean and rstd right.
+// The product takes x as it is; since (x - mean) W'ᵀ = x W'ᵀ - mean · (row sums of W'), the
+// epilogue puts mean and rstd right.
 
 #include "cuda/activation.h"
 #include "cuda/mma.h"
@@ -64,12 +64,14 @@ __device__ Place place_of(const Linear& p, const Tile& tile, int row) {
   found.image = at / tile.per_image;
   found.place = at % tile.per_image;
   const bool gathered = p.index != nullptr && !tile.tail;
-  found.source = gathered ? int(p.index[std::int64_t(found.image) * p.n + found.place]) : found.place;
+  found.source =
+      gathered ? int(p.index[std::int64_t(found.image) * p.n + found.place]) : found.place;
   return found;
 }
 
-// Copies tiles of x and of the weight into shared memory, 16 bytes a thread at a time: at once where
-// copies are asynchronous, else by way of registers, so that loads are under way during a product.
+// Copies tiles of x and of the weight into shared memory, 16 bytes a thread at a time: at once
+// where copies are asynchronous, else by way of registers, so that loads are under way during a
+// product.
 template <class M, int kM, int kThreads>
 struct Loader {
   using T = typename M::T;
@@ -165,8 +167,8 @@ struct Product {
 
 // Eight neighbouring columns of a row a thread.
 template <class T, int kM, int kThreads>
-__device__ void write_tile(const Linear& p, const Tile& tile, Shared<float> sums, Shared<float> mean,
-                           Shared<float> rstd) {
+__device__ void write_tile(const Linear& p, const Tile& tile, Shared<float> sums,
+                           Shared<float> mean, Shared<float> rstd) {
   const int lane = threadIdx.x % (kN / 8) * 8;
   const int column = tile.first_column + lane;
   const bool inside = column < tile.columns;
@@ -193,8 +195,8 @@ __device__ void write_tile(const Linear& p, const Tile& tile, Shared<float> sums
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (p.bias != nullptr) values[i] += p.bias[weight_row + i];
-      values[i] = activate(values[i], p.activation);
     }
+    activate(values, p.activation);
     if (p.residual != nullptr && live) {
       float more[8];
       const std::int64_t from = std::int64_t(at.image) * p.residual_rows + at.source;

@@ -105,8 +105,14 @@ def fused_block(
     index = None if index is None else index.contiguous()
     key_bias = None if key_bias is None else key_bias.float().contiguous()
     with _on(x):
-        stats = kernels.row_stats(x) if stats is None else stats
         out = x.clone() if idle and n < x.shape[1] else None
+        if hasattr(kernels, "whole_block") and not part.keys.numel():
+            whole = kernels.whole_block(
+                x, part, n, heads, activation, eps, key_bias, zero_rows, index, out
+            )
+            if whole is not None:
+                return whole if out is None else (out, kernels.row_stats(out))
+        stats = kernels.row_stats(x) if stats is None else stats
         shared = {"index": index, "precision": _precision(tf32)}
         attend = _attend_last if part.keys.numel() else _attend
         a = attend(kernels, x, stats, part, n, heads, eps[0], key_bias, zero_rows, shared)

@@ -35,9 +35,9 @@ struct Fiber {
 };
 
 struct Warp {
-  int waiting = 0;         // at a warp barrier
-  int epoch = 0;           // barriers passed
-  int arrived = 0;         // at an instruction of the whole warp
+  int waiting = 0;  // at a warp barrier
+  int epoch = 0;    // barriers passed
+  int arrived = 0;  // at an instruction of the whole warp
   const char* instruction = "";
   void* brought[32];
 };
@@ -247,7 +247,8 @@ void run_block(int threads) {
     bool moved = false;
     for (int i = 0; i < threads; ++i) {
       Fiber& next = *block->fibers[turn % 2 == 0 ? threads - 1 - i : i];
-      if (next.done || next.waits_for_block || next.waits_for_warp || next.waits_for_lanes) continue;
+      if (next.done || next.waits_for_block || next.waits_for_warp || next.waits_for_lanes)
+        continue;
       fiber = &next;
       moved = true;
       swapcontext(&scheduler, &next.context);
@@ -349,6 +350,7 @@ Half from_float<Half>(float value) {
   const std::uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   if (std::isnan(value)) return {0x7fff};
   const float size = std::fabs(value);
+  if (size == 0) return {sign};
   if (size >= 65520.0f) return {std::uint16_t(sign | 0x7c00)};
   int exponent;
   std::frexp(size, &exponent);  // size < 2 ** exponent

@@ -166,6 +166,12 @@ void store16(Shared<T> at, uint4 value) {
 }
 
 template <class T>
+void store4(Shared<T> at, unsigned value) {
+  emulation::note_write(at.offset(), 4);
+  std::memcpy(emulation::memory() + at.offset(), &value, 4);
+}
+
+template <class T>
 void copy16_async(Shared<T> to, const T* from, bool live) {
   emulation::copy_later(to.offset(), from, live);
 }
@@ -299,8 +305,9 @@ inline void load_matrix_sync(fragment<accumulator, 16, 16, 16, float>& to, Share
   load_matrix_sync(to, from, stride, false);
 }
 
-inline void store_matrix_sync(Shared<float> to, const fragment<accumulator, 16, 16, 16, float>& from,
-                              int stride, int) {
+inline void store_matrix_sync(Shared<float> to,
+                              const fragment<accumulator, 16, 16, 16, float>& from, int stride,
+                              int) {
   const int lane = threadIdx.x % 32;
   for (int i = 0; i < 8; ++i) {
     to[(32 * i + lane) / 16 * stride + (32 * i + lane) % 16] = from.x[i];
