@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimvit import _extensions
-from slimvit.backends import triton
+from slimvit.backends import why_not
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if (reason := triton.why_not(DEVICE, torch.float32)) is not None:
+if (reason := why_not("triton", DEVICE)) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 kernels = _extensions.load("kernels")

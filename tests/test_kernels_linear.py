@@ -86,6 +86,7 @@ LINEAR = [
     Linear(63, 40, 48, 80, residual="prefix", out_rows=63, emit=True, config=SMALL),
     Linear(7, None, 160, 64, residual="index", out_rows=11, activation="quick_gelu", emit=True),
     Linear(2, None, 32, 112, out_rows=3, emit=True),
+    Linear(3, None, 16, 128, batch=1, emit=True, config=WIDE),  # two parts to a tile
     Linear(5, 2, 16, 48, groups=3, bias=False),
     Linear(2, None, 48, 16, groups=5, batch=19),
     Linear(1, None, 80, 80, groups=2, batch=33, config=SMALL),
