@@ -10,8 +10,10 @@ from slimvit import backends, ops
 from slimvit.errors import SlimvitError
 
 
-def arguments(case: Case, **changes: object) -> dict[str, object]:
-    block, (x, keep, key_bias) = make(case), inputs(case, torch.float32)
+def arguments(
+    case: Case, dtype: torch.dtype = torch.float32, **changes: object
+) -> dict[str, object]:
+    block, (x, keep, key_bias) = make(case, dtype), inputs(case, dtype)
     named = {
         "x": x,
         "stats": None,
@@ -31,22 +33,25 @@ def arguments(case: Case, **changes: object) -> dict[str, object]:
 class Embedded(nn.Module):
     """All three ops, one after the other."""
 
-    def __init__(self, idle: bool = False) -> None:
+    def __init__(
+        self, idle: bool = False, dtype: torch.dtype = torch.float32, backend: str = "triton"
+    ) -> None:
         super().__init__()
-        self.block, self.idle, random = make(Case(5, 3, zero_rows=1)), idle, Random()
+        self.idle, self.backend, random = idle, backend, Random()
+        self.block = make(Case(5, 3, zero_rows=1), dtype, backend=backend)
         order = torch.tensor([0, 3, 1, 2, 4], device=DEVICE)
         for name, tensor in {
-            "weight": random(48, 3, 8, 8),
+            "weight": random(48, 3, 8, 8, dtype=dtype),
             "table": random(5, 48),
             "order": order,
         }.items():
             self.register_buffer(name, tensor)
 
     def forward(self, images: Tensor) -> Tensor:
-        library = torch.ops.slimvit
-        x, stats = library.patch_embedding(images, self.weight, self.table, self.order, 1)
+        library, own = torch.ops.slimvit, {"backend": self.backend}
+        x, stats = library.patch_embedding(images, self.weight, self.table, self.order, 1, **own)
         x, _ = self.block(x, 3, stats, idle=self.idle)
-        return library.scatter_tokens(x.sin(), self.order[: x.shape[1]], 5) + 1
+        return library.scatter_tokens(x.sin(), self.order[: x.shape[1]], 5, **own) + 1
 
 
 class TestOps:
