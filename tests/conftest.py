@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads must not starve other processes
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -61,6 +62,31 @@ def poison_empty():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(scope="session")
+def emulation() -> ModuleType:
+    """The CUDA kernels on emulated devices; a quarter of a minute the first time."""
+    import emulated
+
+    if (reason := emulated.why_not()) is not None:
+        pytest.skip(f"the CUDA kernels cannot be emulated: {reason}")
+    try:
+        return emulated.load()
+    except subprocess.CalledProcessError as error:
+        pytest.fail(error.output)
+
+
+@pytest.fixture
+def emulated_cuda(emulation, monkeypatch) -> Iterator[ModuleType]:
+    """That module in the place of slimvit._cuda, and the tensors of all tests on the CPU."""
+    import emulated
+
+    for name in ("kernel_checks", "fused_blocks", "test_fused_block_ops"):
+        if name in sys.modules:
+            monkeypatch.setattr(sys.modules[name], "DEVICE", torch.device("cpu"))
+    with emulated.in_place(emulation):
+        yield emulation
 
 
 @pytest.fixture
