@@ -384,15 +384,17 @@ def patch_embedding(
     batch, channels, height, width = images.shape
     down, across = weight.shape[2:]
     rows, columns = height // down, width // across
-    images = images.to(weight.dtype)[..., : rows * down, : columns * across]
+    images = images[..., : rows * down, : columns * across]
     patches = images.reshape(batch, channels, rows, down, columns, across)
-    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
-    flat = weight.flatten(1)
-    spare = -flat.shape[1] % 8  # rows are read 16 bytes at a time
-    x = weight.new_empty(batch, len(order), flat.shape[1] + spare)
-    x[:, :prefix] = 0  # prefix tokens are their row of the table alone
-    x[:, prefix:, flat.shape[1] :] = 0
-    x[:, prefix:, : flat.shape[1]] = patches.index_select(1, order[prefix:] - prefix)
+    flat, count = weight.flatten(1), rows * columns
+    inner = flat.shape[1]
+    spare = -inner % 8  # rows are read 16 bytes at a time
+    x = weight.new_empty(batch, count + 1, inner + spare)
+    x[:, count] = 0  # prefix tokens, wherever they are, are their row of the table alone
+    x[:, :count, inner:] = 0
+    grid = x[:, :count, :inner].unflatten(2, (channels, down, across)).unflatten(1, (rows, columns))
+    grid.copy_(patches.permute(0, 2, 4, 1, 3, 5))
+    x = x.index_select(1, torch.where(order < prefix, count, order - prefix))
     table = table.to(weight.dtype)[None]
     return slim_linear(x, F.pad(flat, (0, spare)), None, residual=table, emit=True)
 
