@@ -102,6 +102,8 @@ LAST = [
     Last(111, 24, 384, 64, batch=1, zeros=86, key_bias="m"),
     Last(141, 31, 64, 32, key_bias="Bm", shut=100, keys=64),
     Last(37, 32, 1024, 64, batch=1, keys=0),
+    Last(41, 6, 112, 56, key_bias="Bm", zeros=5),  # rows in four pieces, the last cut off
+    Last(37, 7, 448, 64, sharpness=30.0),
 ]
 
 
