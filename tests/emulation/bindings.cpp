@@ -52,6 +52,34 @@ void planted_copy(std::uintptr_t out, int waits) {
   launch("planted_copy", planted_copy_kernel, dim3(1), 32, 512, nullptr, p);
 }
 
+enum Fault { read_then_written, beyond_the_end, never_written, waits_for_ever, lanes_part };
+
+// Two warps that make one of these mistakes; `out` has a value for each thread.
+void planted_fault_kernel(Planted p) {
+  Shared<unsigned char> memory = shared_memory();
+  Shared<float> values = carve<float>(memory, 64);
+  const int thread = threadIdx.x;
+  if (p.barrier != never_written) values[thread] = 1.0f;
+  __syncthreads();
+  p.out[thread] = values[p.barrier == beyond_the_end ? thread + 1 : (thread + 32) % 64];
+  if (p.barrier == read_then_written) values[thread] = 2.0f;
+  if (p.barrier == waits_for_ever && thread % 2 == 0) __syncthreads();
+  if (p.barrier == waits_for_ever || p.barrier == lanes_part) {
+    if (p.barrier == lanes_part && thread % 32 == 3) {
+      float product[4] = {};
+      const unsigned a[4] = {};
+      multiply<Half>(product, a, 0, 0);
+    } else {
+      __shfl_xor_sync(~0u, 1.0f, 1);
+    }
+  }
+}
+
+void planted_fault(std::uintptr_t out, int fault) {
+  const Planted p{reinterpret_cast<float*>(out), fault};
+  launch("planted_fault", planted_fault_kernel, dim3(1), 64, 256, nullptr, p);
+}
+
 }  // namespace
 }  // namespace slimvit
 
@@ -72,6 +100,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("capability", [] { return emulation::architecture; });
   m.def("planted", &planted, "A kernel whose barrier can be left out.");
   m.def("planted_copy", &planted_copy, "A kernel that may not wait for its copies.");
+  m.def("planted_fault", &planted_fault, "A kernel with another mistake, by its number.");
   m.def("half", [](float x) { return to_float(from_float<Half>(x)); });
   m.def("bfloat16", [](float x) { return to_float(from_float<BFloat16>(x)); });
   bind_ops(m);

@@ -64,6 +64,7 @@ struct Block {
 
 Block* block = nullptr;
 Fiber* fiber = nullptr;
+bool running = false;  // the fiber, not the scheduler
 ucontext_t scheduler;
 const std::function<void()>* body = nullptr;
 std::vector<char*> stacks;
@@ -130,6 +131,7 @@ void read(std::size_t offset, std::size_t bytes, int who) {
 
 void fail(const std::string& what) {
   if (block->error.empty()) block->error = what;
+  if (running) yield();  // for ever: no thread goes on after an error
 }
 
 const dim3& thread_index() { return fiber->index; }
@@ -251,7 +253,10 @@ void run_block(int threads) {
         continue;
       fiber = &next;
       moved = true;
+      running = true;
       swapcontext(&scheduler, &next.context);
+      running = false;
+      if (!block->error.empty()) return;
       if (next.done) {
         --block->live;
         if (!next.open.empty() || !next.groups.empty()) fail("a thread ends with copies under way");
