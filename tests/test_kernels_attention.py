@@ -96,14 +96,14 @@ LAST = [
     Last(17, 1, 80, 80, key_bias="m"),
     Last(17, 6, 48, key_bias="Bm", shut=16, zeros=1),
     Last(17, 17, 192, 64, key_bias="Bm", shut=17, zeros=3),
-    Last(63, 3, 192, 64, sharpness=60.0, keys=0),
+    Last(63, 24, 192, 64, sharpness=10.0, keys=0),
     Last(63, 32, 48, 3, batch=3, key_bias="m", shut=40, offset=30.0),
     Last(64, 12, 768, 64),
     Last(111, 24, 384, 64, batch=1, zeros=86, key_bias="m"),
     Last(141, 31, 64, 32, key_bias="Bm", shut=100, keys=64),
     Last(37, 32, 1024, 64, batch=1, keys=0),
     Last(41, 6, 112, 56, key_bias="Bm", zeros=5),  # rows in four pieces, the last cut off
-    Last(37, 7, 448, 64, sharpness=30.0),
+    Last(37, 7, 448, 64),
 ]
 
 
