@@ -27,7 +27,7 @@ def _scatter_tokens(
     k = tl.arange(0, KEPT_PADDED)
     place = tl.load(index + image * index_image + k, mask=k < kept, other=-1)
     found = place[None, :] == row[:, None]
-    source = tl.sum(tl.where(found, k[None, :] + 1, 0), axis=1) - 1  # -1: the token was pruned
+    source = tl.max(tl.where(found, k[None, :] + 1, 0), axis=1) - 1  # -1: the token was pruned
     d = tl.arange(0, WIDE)
     inside = (d < D)[None, :]
     at = x + (image * kept + source)[:, None] * D + d[None, :]

@@ -31,7 +31,8 @@ def examine() -> dict[str, Any]:
         `slimvit`, `python`, `system`: versions. `packages`: by name, `version` or None and
         `reason`. `processor`: `name`, `cores`, `threads` (of torch), `instruction_sets`, `uses`,
         `bfloat16` (True where the processor has the instructions, None if unknown). `modules` and
-        `gpus`: a `reason` where they do not work. `backends`: `name`, `device`, `works`, `reason`.
+        `gpus`: a `reason` where they do not work. `backends`: `name`, `device`, `precision` (what
+        was asked for: float16 on GPUs, float32 on the CPU), `works`, `reason`.
         `auto`: the back end that "auto" takes on each device, None where there is none.
     """
     packages = {name: _package(name) for name in _INSTALL}
@@ -76,11 +77,14 @@ def describe(report: dict[str, Any]) -> str:
             ("instructions", _instructions(cpu)),
             ("bfloat16", _BFLOAT16[cpu["bfloat16"]]),
         ],
-        "modules": [(name, _state(entry)) for name, entry in report["modules"].items()],
+        "modules": [
+            (name, _state(entry) + (_built(report["gpus"]) if name == "_cuda" else ""))
+            for name, entry in report["modules"].items()
+        ],
         "GPUs": _gpu_rows(report["gpus"]),
     }
     for entry in report["backends"]:
-        rows = sections.setdefault(f"back ends on {entry['device']}", [])
+        rows = sections.setdefault(f"back ends on {entry['device']}, {entry['precision']}", [])
         rows.append((entry["name"], _state(entry)))
     lines = [f"slimvit {report['slimvit']}, Python {report['python']}, {report['system']}"]
     for title, rows in sections.items():
@@ -97,6 +101,11 @@ _BFLOAT16 = {
 
 def _state(entry: dict[str, Any]) -> str:
     return "works" if entry["works"] else f"no: {entry['reason']}"
+
+
+def _built(gpus: dict[str, Any]) -> str:
+    architectures = " ".join(gpus["architectures"])
+    return architectures and f", built with CUDA {gpus['runtime']} for {architectures}"
 
 
 def _instructions(cpu: dict[str, Any]) -> str:
@@ -217,22 +226,23 @@ def _backends(devices: list[str]) -> tuple[list[dict[str, Any]], dict[str, str |
 
         from slimvit import backends
     except Exception as error:
-        return [{"name": "torch", "device": "cpu", "works": False, "reason": _one_line(error)}], {}
+        row = {"name": "torch", "device": "cpu", "precision": "float32"}
+        return [{**row, "works": False, "reason": _one_line(error)}], {}
     for device in devices:
+        precision = "float32" if device == "cpu" else "float16"
+        dtype = getattr(torch, precision)
         for name in backends.NAMES:
-            reason = backends.why_not(name, torch.device(device))
-            row = {"name": name, "device": device, "works": reason is None, "reason": reason}
-            rows.append(row)
-        auto[device] = _chosen(backends, torch.device(device))
+            reason = backends.why_not(name, torch.device(device), dtype)
+            row = {"name": name, "device": device, "precision": precision}
+            rows.append({**row, "works": reason is None, "reason": reason})
+        auto[device] = _chosen(backends, torch.device(device), dtype)
     return rows, auto
 
 
-def _chosen(backends: Any, device: Any) -> str | None:
-    import torch
-
+def _chosen(backends: Any, device: Any, dtype: Any) -> str | None:
     from slimvit.errors import SlimvitError
 
     try:
-        return backends.choose("auto", device, torch.float32)
+        return backends.choose("auto", device, dtype)
     except SlimvitError:
         return None

@@ -115,11 +115,9 @@ class TestRefused:
         }
         for got, x in wrong.items():
             self.refuses(rule + got, x=x)
-        for shape in ((0, 7, 48), (2, 0, 48)):
-            self.refuses(
-                rf"x must have images and tokens, got \[{shape[0]}, {shape[1]}, 48\]",
-                x=torch.empty(shape, device=DEVICE),
-            )
+        self.refuses(
+            r"x must have tokens, got \[2, 0, 48\]", x=torch.empty(2, 0, 48, device=DEVICE)
+        )
 
     @pytest.mark.parametrize("n", [8, 1 << 40, 0, -1])
     def test_n(self, n):

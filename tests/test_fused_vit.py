@@ -254,11 +254,16 @@ class TestRefused:
             r"images must be \[B, 3, 64, 64\], got \[1, 3, 32, 128\]": torch.zeros(1, 3, 32, 128),
             r"images must be \[B, 3, 64, 64\], got \[3, 64, 64\]": torch.zeros(3, 64, 64),
             "images must be floating point, got uint8": torch.zeros(1, 3, 64, 64).byte(),
-            "x must have images and tokens, got": torch.zeros(0, 3, 64, 64),
         }
         for message, images in wrong.items():
             with pytest.raises(SlimvitError, match=message):
                 call(images.to(DEVICE))
+
+    def test_no_images(self):
+        fast = make("depth_1")
+        none = torch.zeros(0, 3, 64, 64, device=DEVICE)
+        assert fast(none).shape == (0, fast.num_classes)
+        assert fast.forward_features(none).shape == (0, fast.masks.tokens, 48)
 
     def test_graphs_of_a_model_on_a_cpu(self):
         model, masks = build("depth_1"), masks_of("depth_1", "drop")

@@ -71,6 +71,8 @@ def patch_embedding(
     down, across = images.shape[2] // weight.shape[2], images.shape[3] // weight.shape[3]
     rule = f"images must have as many patches as the table has rows for them, {len(table) - prefix}"
     _require(backend, down * across == len(table) - prefix, rule, images)
+    if not len(images):
+        return _nothing(weight, *table.shape)
     with _on(images):
         return kernel_set(backend).patch_embedding(
             images.contiguous(), weight, table, order, prefix, precision=_precision(tf32)
@@ -102,6 +104,8 @@ def fused_block(
     _require(
         backend, activation in kernels.ACTIVATIONS, f"activation must be one of {known}", activation
     )
+    if not len(x):
+        return _nothing(x, x.shape[1] if idle else n, x.shape[2])
     index = None if index is None else index.contiguous()
     key_bias = None if key_bias is None else key_bias.float().contiguous()
     with _on(x):
@@ -221,6 +225,8 @@ def scatter_tokens(x: Tensor, index: Tensor, length: int, backend: str = "triton
     fits = index.shape in shapes and index.dtype == torch.int64 and index.device == x.device
     rule = f"index must be [K] = [{x.shape[1]}] or [B, K], int64, on {x.device}"
     _require(backend, fits, rule, index)
+    if not len(x):
+        return x.new_empty(0, length, x.shape[2])
     with _on(x):
         return kernel_set(backend).scatter_tokens(x.contiguous(), index, length)
 
@@ -242,7 +248,7 @@ def _check(
     fits = x.dim() == 3 and x.shape[2] == width and x.dtype == dtype and x.device == device
     _require(backend, fits, rule, x)
     batch, m, _ = x.shape
-    _require(backend, batch > 0 and m > 0, "x must have images and tokens", x)
+    _require(backend, m > 0, "x must have tokens", x)
     _require(backend, 1 <= n <= m, f"n must be in [1, m] = [1, {m}]", n)
     if stats is not None:
         shape = (batch, m, width // part_width(width), 2)
@@ -269,6 +275,12 @@ def kernel_set(backend: str) -> ModuleType:
 def part_width(width: int) -> int:
     """How many of a row's columns have statistics of their own: as many in every set of kernels."""
     return min(64, width & -width)
+
+
+def _nothing(like: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """What an empty batch gives: no kernel is launched for it."""
+    stats = like.new_empty(0, rows, width // part_width(width), 2, dtype=torch.float32)
+    return like.new_empty(0, rows, width), stats
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager:
