@@ -17,10 +17,6 @@ std::optional<std::string> reason(std::string text) {
   return text;
 }
 
-std::string dotted(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
-
 py::list devices() {
   py::list found;
   for (const slimvit::Device& device : slimvit::devices()) {
@@ -49,11 +45,11 @@ PYBIND11_MODULE(_cuda, m) {
       "driver",
       [] {
         const int version = slimvit::driver_version();
-        return version == 0 ? std::optional<std::string>() : dotted(version);
+        return version == 0 ? std::optional<std::string>() : slimvit::dotted(version);
       },
       "The newest CUDA version that the installed driver serves; None without a driver.");
   m.def(
-      "runtime", [] { return dotted(slimvit::runtime_version()); },
+      "runtime", [] { return slimvit::dotted(slimvit::runtime_version()); },
       "The CUDA runtime version linked in.");
   m.def(
       "architectures", [] { return std::string(SLIMVIT_CUDA_ARCHITECTURES); },

@@ -3,12 +3,24 @@
 #include "cuda/devices.h"
 
 namespace slimvit {
+
+std::string dotted(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
 namespace {
 
 // Empty for success. Clears the runtime's last error, so that torch never meets it.
 std::string message(cudaError_t status) {
   if (status == cudaSuccess) return "";
   cudaGetLastError();
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  if (status == cudaErrorInsufficientDriver && driver > 0) {
+    return "the NVIDIA driver serves CUDA " + dotted(driver) + " and slimvit._cuda is built with " +
+           dotted(runtime) + ": update the driver, or build slimvit with an older CUDA";
+  }
   return std::string(cudaGetErrorString(status)) + " (" + cudaGetErrorName(status) + ")";
 }
 

@@ -26,4 +26,7 @@ std::string probe(int device);
 int driver_version();
 int runtime_version();
 
+// Such as 13.0 for 13000.
+std::string dotted(int version);
+
 }  // namespace slimvit
