@@ -1,0 +1,72 @@
+"""The CUDA kernel of a whole block in one launch, emulated, against slim_block in float64."""
+
+import pytest
+import torch
+from cuda_checks import kernels, use
+from emulated import A100, H200, RTX3090, V100
+from fused_blocks import Case, inputs, make, make_parts
+from kernel_checks import check, check_stats
+from test_fused_block import reference
+
+from slimvit.backends.fused import BlockWeights
+
+pytestmark = pytest.mark.usefixtures("emulated_cuda", "poison_empty")
+HALF = torch.float16
+WIDE = {"width": 192, "heads": 3, "head_dim": 64, "hidden": 128}
+CASES = [
+    Case(1, 1, 1, **WIDE),
+    Case(17, 17, **WIDE, act="quick_gelu", biases=False),
+    Case(37, 17, 3, **WIDE, index=True, key_bias="Bm", act="gelu_tanh"),
+    Case(63, 40, **WIDE, key_bias="m", zero_rows=134),
+    Case(97, 33, **WIDE, idle=True),
+    Case(99, 97, 1, **WIDE, index=True),  # an A100 has room for one tile of a weight
+    Case(141, 131, 1, **WIDE, index=True, zero_rows=3),  # nine warps; no A100 has room
+]
+
+
+def answer(device, case):
+    dtype = use(device)
+    block, parts = make(case, dtype, backend="cuda"), make_parts(case, dtype)
+    x, keep, key_bias = inputs(case, dtype)
+    part = BlockWeights(*(block._buffers[name] for name in BlockWeights._fields))
+    out = x.clone() if case.idle else None
+    answered = kernels.fused_block(
+        *(x, part, case.n, case.heads, block.activation, block.eps, key_bias, case.zero_rows),
+        index=keep if case.index else None,
+        out=out,
+    )
+    return answered, lambda *given: reference(case, parts, keep, *given), (x, key_bias)
+
+
+@pytest.mark.parametrize(
+    ("device", "case"),
+    [
+        *((A100._replace(dtype=HALF), case) for case in CASES[:-1]),
+        *((H200, case) for case in CASES),
+    ],
+    ids=str,
+)
+def test_errs_no_more_than_torch(device, case):
+    answered, formula, given = answer(device, case)
+    assert answered is not None
+    got, stats = answered
+    check(got, formula, *given)
+    check_stats(stats[:, : case.n], got[:, : case.n])
+
+
+@pytest.mark.parametrize(
+    ("device", "case"),
+    [
+        (V100, CASES[0]),  # for the newer cores
+        (A100, CASES[-1]),  # too many tokens for its shared memory
+        (A100, CASES[0]._replace(width=128, heads=2)),
+        (A100, CASES[0]._replace(width=256)),
+        (A100, CASES[0]._replace(hidden=80)),
+        (RTX3090, CASES[-2]),
+        (H200, CASES[0]._replace(m=197, n=193)),
+    ],
+    ids=str,
+)
+def test_other_blocks_are_left_to_the_other_kernels(device, case):
+    answered, _, _ = answer(device, case)
+    assert answered is None
