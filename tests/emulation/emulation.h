@@ -266,7 +266,10 @@ struct row_major;
 struct col_major;
 constexpr int mem_row_major = 0;
 
-// Element i of lane l is number 32 i + l, row by row: no kernel may rely on it.
+// Which number, row by row, element i of a lane has: CUDA does not say, and no kernel may rely on
+// it, so lanes come in an order in which no kernel writes what wmma reads.
+inline int element(int i, int lane) { return 32 * i + (11 * lane + 5) % 32; }
+
 template <class Use, int m, int n, int k, class T, class Layout = row_major>
 struct fragment {
   static constexpr int num_elements = 8;
@@ -285,9 +288,9 @@ void load_matrix_sync(F& to, Shared<T> from, int stride, bool by_columns) {
   emulation::together("wmma load", &mine, [=](void* const* lanes) {
     for (int l = 0; l < 32; ++l) {
       for (int i = 0; i < 8; ++i) {
-        const int row = (32 * i + l) / 16, column = (32 * i + l) % 16;
+        const int row = element(i, l) / 16, column = element(i, l) % 16;
         const int at = by_columns ? column * stride + row : row * stride + column;
-        emulation::note_read_by(l, start + at * sizeof(T), sizeof(T));
+        emulation::note_read_by(l ^ 1, start + at * sizeof(T), sizeof(T));  // whose it may be
         std::memcpy(&static_cast<Lane*>(lanes[l])->to->x[i],
                     emulation::memory() + start + at * sizeof(T), sizeof(T));
       }
@@ -310,7 +313,7 @@ inline void store_matrix_sync(Shared<float> to,
                               int) {
   const int lane = threadIdx.x % 32;
   for (int i = 0; i < 8; ++i) {
-    to[(32 * i + lane) / 16 * stride + (32 * i + lane) % 16] = from.x[i];
+    to[element(i, lane) / 16 * stride + element(i, lane) % 16] = from.x[i];
   }
 }
 
@@ -332,14 +335,14 @@ void mma_sync(C& to, const A& a, const B& b, const C& c) {
     for (int l = 0; l < 32; ++l) {
       const Lane& lane = *static_cast<Lane*>(lanes[l]);
       for (int i = 0; i < 8; ++i) {
-        a[(32 * i + l) / 16][(32 * i + l) % 16] = to_float(lane.a->x[i]);
-        b[(32 * i + l) / 16][(32 * i + l) % 16] = to_float(lane.b->x[i]);
+        a[element(i, l) / 16][element(i, l) % 16] = to_float(lane.a->x[i]);
+        b[element(i, l) / 16][element(i, l) % 16] = to_float(lane.b->x[i]);
       }
     }
     for (int l = 0; l < 32; ++l) {
       const Lane& lane = *static_cast<Lane*>(lanes[l]);
       for (int i = 0; i < 8; ++i) {
-        const int row = (32 * i + l) / 16, column = (32 * i + l) % 16;
+        const int row = element(i, l) / 16, column = element(i, l) % 16;
         lane.to->x[i] = emulation::accumulate(lane.c->x[i], a[row], b[0] + column, 1, 16);
       }
     }
