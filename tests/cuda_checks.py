@@ -5,7 +5,7 @@ import torch
 from emulated import A100, H200, RTX3090, T4, V100, Device, become
 
 from slimvit import _extensions
-from slimvit.backends import cuda as kernels  # noqa: F401  what the tests call
+from slimvit.backends import cuda_kernels as kernels  # noqa: F401  what the tests call
 
 # All cases run on these two, one for each generation of tensor cores; a few on the others, which
 # differ in how much shared memory there is.

@@ -131,7 +131,7 @@ class TestWithoutCode:
         )
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(kernels, "_runs_on", kernels._runs_on.__wrapped__)
+        monkeypatch.setattr(backends.cuda, "_runs_on", backends.cuda._runs_on.__wrapped__)
 
 
 class TestRefused:

@@ -47,7 +47,6 @@ __global__ void __launch_bounds__(32 * kWarps) last_attention_kernel(LastAttenti
 
   for (int first = 0; first < p.m; first += kRows) {
     const int count = min(kRows, p.m - first);
-    __syncthreads();
     for (int row = threadIdx.x; row < count; row += blockDim.x) {
       const std::int64_t at = std::int64_t(image) * p.m + first + row;
       const Norm norm = norm_of(p.stats + at * p.parts * 2, p.parts, p.width, p.eps);

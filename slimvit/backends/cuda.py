@@ -1,30 +1,19 @@
-"""The CUDA C++ kernels: what they need of a device, and the calls that take tensors.
-
-Functions have the names and the meaning of those of `slimvit.kernels`; what that package says of
-shapes and dtypes is not said again here. Matrices are float16 or bfloat16.
-"""
+"""The CUDA C++ kernels: what they need of a device."""
 
 from __future__ import annotations
 
 import functools
-import math
-import sys
 from types import ModuleType
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from slimvit import _extensions
 from slimvit.errors import SlimvitError
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
 OLDEST = 70
 _BFLOAT16 = 80
 _OLDEST_OF_CUDA_13 = 75
-_WIDEST_HEAD, _WIDEST_LAST = 128, 1024  # see slim_attention.cu, last_attention.cu
-_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
@@ -32,18 +21,18 @@ def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
     reason = _extensions.why_not("_cuda")
     if reason is not None:
         return reason
-    device, module = torch.device(device), _module()
-    emulated = getattr(module, "emulated", False)
+    device, built = torch.device(device), module()
+    emulated = getattr(built, "emulated", False)
     if device.type != ("cpu" if emulated else "cuda"):
         return f"it computes on CUDA GPUs, not on {device.type}"
-    reason = module.why_not()
+    reason = built.why_not()
     if reason is not None:
         return reason
-    capability = module.capability() if emulated else _capability(device)
+    capability = built.capability() if emulated else _capability(device)
     if capability < OLDEST:
         return f"it has tensor-core kernels for sm_{OLDEST} and newer, this is sm_{capability}"
-    if dtype not in _DTYPES:
-        return _wrong(dtype)
+    if dtype not in DTYPES:
+        return wrong(dtype)
     if dtype == torch.bfloat16 and capability < _BFLOAT16:
         return f"bfloat16 needs sm_{_BFLOAT16}, this is sm_{capability}: use float16"
     return (
@@ -61,407 +50,26 @@ def _capability(device: torch.device) -> int:
 @functools.cache
 def _runs_on(index: int) -> str | None:
     """Why kernels of this build do not run on a GPU, and the cure where its code was left out."""
-    module, capability = _module(), _capability(torch.device("cuda", index))
-    reason = module.probe(index)
+    built, capability = module(), _capability(torch.device("cuda", index))
+    reason = built.probe(index)
     if reason is None or "NoKernelImage" not in reason:
         return reason
     cure = f"TORCH_CUDA_ARCH_LIST={capability // 10}.{capability % 10}"
     if capability < _OLDEST_OF_CUDA_13:
         cure = "CUDA 12 (CUDACXX=/path/of/12/bin/nvcc), for compilers of CUDA 13 leave it out"
-    built = module.architectures()
-    return f"it was built without code for sm_{capability} ({built}): build slimvit with {cure}"
+    code = f"code for sm_{capability} ({built.architectures()})"
+    return f"it was built without {code}: build slimvit with {cure}"
 
 
-def kernel_set() -> ModuleType:
-    """This module."""
-    return sys.modules[__name__]
-
-
-def halves(width: int) -> tuple[int, int] | None:
-    """None: there is no kernel that computes a block's second half in one launch."""
-    return None
-
-
-def whole_block(
-    x: Tensor,
-    part: Any,
-    n: int,
-    heads: int,
-    activation: str,
-    eps: list[float],
-    key_bias: Tensor | None,
-    zero_rows: int,
-    index: Tensor | None,
-    out: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """A block in one launch, or None where that does not fit or would leave the GPU idle.
-
-    An image is one block of threads, so there must be as many as the GPU has multiprocessors.
-    """
-    batch = x.shape[0]
-    if not x.is_cuda or batch < _multiprocessors(x.get_device()):
-        return None
-    return fused_block(x, part, n, heads, activation, eps, key_bias, zero_rows, index, out)
-
-
-def fused_block(
-    x: Tensor,
-    part: Any,
-    n: int,
-    heads: int,
-    activation: str,
-    eps: list[float],
-    key_bias: Tensor | None = None,
-    zero_rows: int = 0,
-    index: Tensor | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor] | None:
-    """A block in one launch, whatever the batch; None where it does not fit.
-
-    `part` are the `BlockWeights` of `slimvit.backends.fused`; other arguments are those of its
-    `fused_block`.
-    """
-    batch, m, width = x.shape
-    hidden = part.fc1.shape[0]
-    if not _module().fused_block_stages(width=width, heads=heads, hidden=hidden, m=m, n=n):
-        return None
-    out = x.new_empty(batch, n, width) if out is None else out
-    stats = x.new_empty(batch, out.shape[1], width // _part(width), 2, dtype=torch.float32)
-    _call(
-        _module().fused_block,
-        x,
-        x=x,
-        qkv=part.qkv,
-        qkv_bias=part.qkv_bias,
-        proj=part.proj,
-        proj_bias=part.proj_bias,
-        fc1=part.fc1,
-        fc1_bias=part.fc1_bias,
-        fc2=part.fc2,
-        fc2_bias=part.fc2_bias,
-        key_bias=key_bias,
-        index=index,
-        out=out,
-        out_stats=stats,
-        batch=batch,
-        m=m,
-        n=n,
-        out_rows=out.shape[1],
-        width=width,
-        heads=heads,
-        hidden=hidden,
-        bias_image=_per_image(key_bias),
-        has_extra=int(zero_rows > 0),
-        extra_bias=math.log(zero_rows or 1),
-        eps1=eps[0],
-        eps2=eps[1],
-        activation=activation,
-    )
-    return out, stats
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def row_stats(x: Tensor) -> Tensor:
-    """Statistics of rows, [B, m, parts, 2]."""
-    batch, m, width = x.shape
-    _eights(width=width)
-    part = _part(width)
-    out = x.new_empty(batch, m, width // part, 2, dtype=torch.float32)
-    _call(_module().row_stats, x, x=x, out=out, rows=batch * m, width=width, part=part)
-    return out
-
-
-def slim_qkv(
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor,
-    row_sums: Tensor,
-    bias: Tensor,
-    n: int,
-    inner: int,
-    *,
-    eps: float,
-    index: Tensor | None = None,
-    precision: str = "ieee",
-) -> tuple[Tensor, Tensor]:
-    """Queries of the kept rows, keys and values of all rows, of LN(x), in one launch."""
-    batch, m, _ = x.shape
-    q, kv = x.new_empty(batch, n, inner), x.new_empty(batch, m, 2 * inner)
-    _linear(
-        x,
-        weight,
-        bias,
-        n=n,
-        stats=stats,
-        row_sums=row_sums,
-        eps=eps,
-        index=index,
-        out=q,
-        tail_out=kv,
-    )
-    return q, kv
-
-
-def slim_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    stage: str = "linear",
-    n: int | None = None,
-    groups: int = 1,
-    stats: Tensor | None = None,
-    row_sums: Tensor | None = None,
-    eps: float = 0.0,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    index: Tensor | None = None,
-    out: Tensor | None = None,
-    emit: bool = False,
-    precision: str = "ieee",
-) -> tuple[Tensor, Tensor | None]:
-    """act(LN(x) Wᵀ + b) + residual of rows, and the statistics of the result where asked."""
-    batch, columns = x.shape[0], weight.shape[0]
-    n = x.shape[1] if n is None else n
-    out = x.new_empty(batch, n, columns) if out is None else out
-    out_stats = None
-    if emit:
-        parts = columns // _part(columns)
-        out_stats = x.new_empty(batch, out.shape[1], parts, 2, dtype=torch.float32)
-    _linear(
-        x,
-        weight,
-        bias,
-        n=n,
-        groups=groups,
-        stats=stats,
-        row_sums=row_sums,
-        eps=eps,
-        activation=activation,
-        residual=residual,
-        index=index,
-        out=out,
-        out_stats=out_stats,
-    )
-    return out, out_stats
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    n: int,
-    out: Tensor,
-    groups: int = 1,
-    tail_out: Tensor | None = None,
-    stats: Tensor | None = None,
-    row_sums: Tensor | None = None,
-    eps: float = 0.0,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    index: Tensor | None = None,
-    out_stats: Tensor | None = None,
-) -> None:
-    batch, x_rows, stride = x.shape
-    columns = out.shape[2] // groups
-    _eights(inner=stride // groups, columns=columns)
-    _call(
-        _module().slim_linear,
-        x,
-        x=x,
-        stats=stats,
-        weight=weight,
-        row_sums=row_sums,
-        bias=bias,
-        residual=residual,
-        index=index,
-        out=out,
-        tail_out=tail_out,
-        out_stats=out_stats,
-        batch=batch,
-        n=n,
-        x_rows=x_rows,
-        residual_rows=0 if residual is None or residual.shape[0] < batch else residual.shape[1],
-        out_rows=out.shape[1],
-        groups=groups,
-        inner=stride // groups,
-        columns=columns,
-        tail_columns=0 if tail_out is None else tail_out.shape[2],
-        x_parts=1 if stats is None else stats.shape[2],
-        part=_part(columns),
-        eps=eps,
-        activation=activation,
-    )
-
-
-def slim_attention(
-    q: Tensor,
-    kv: Tensor,
-    heads: int,
-    *,
-    key_bias: Tensor | None = None,
-    extra: Tensor | None = None,
-    extra_bias: float = 0.0,
-    precision: str = "ieee",
-) -> Tensor:
-    """softmax(q kᵀ / sqrt(d) + bias) v for every head."""
-    batch, n, inner = q.shape
-    _eights(head_dim=inner // heads)
-    _at_most("head_dim", inner // heads, _WIDEST_HEAD)
-    out = torch.empty_like(q)
-    _call(
-        _module().slim_attention,
-        q,
-        q=q,
-        kv=kv,
-        key_bias=key_bias,
-        extra=extra,
-        out=out,
-        batch=batch,
-        n=n,
-        m=kv.shape[1],
-        heads=heads,
-        d=inner // heads,
-        bias_image=_per_image(key_bias),
-        extra_bias=extra_bias,
-    )
-    return out
-
-
-def last_attention(
-    x: Tensor,
-    stats: Tensor,
-    u: Tensor,
-    head_dim: int,
-    *,
-    eps: float,
-    key_bias: Tensor | None = None,
-    zero_bias: float | None = None,
-    precision: str = "ieee",
-) -> Tensor:
-    """For each query, the average of the normalised rows under its softmax."""
-    batch, m, width = x.shape
-    _eights(width=width)
-    _at_most("width", width, _WIDEST_LAST)
-    out = x.new_empty(batch, u.shape[1], width)
-    _call(
-        _module().last_attention,
-        x,
-        x=x,
-        stats=stats,
-        u=u,
-        key_bias=key_bias,
-        out=out,
-        batch=batch,
-        m=m,
-        width=width,
-        queries=u.shape[1],
-        parts=stats.shape[2],
-        bias_image=_per_image(key_bias),
-        scale=head_dim**-0.5,
-        eps=eps,
-        has_zero=int(zero_bias is not None),
-        zero_bias=zero_bias or 0.0,
-    )
-    return out
-
-
-def patch_embedding(
-    images: Tensor,
-    weight: Tensor,
-    table: Tensor,
-    order: Tensor,
-    prefix: int,
-    *,
-    precision: str = "ieee",
-) -> tuple[Tensor, Tensor]:
-    """Tokens in lifetime order, and their statistics."""
-    batch, channels, height, width = images.shape
-    down, across = weight.shape[2:]
-    rows, columns = height // down, width // across
-    images = images[..., : rows * down, : columns * across]
-    patches = images.reshape(batch, channels, rows, down, columns, across)
-    flat, count = weight.flatten(1), rows * columns
-    inner = flat.shape[1]
-    spare = -inner % 8  # rows are read 16 bytes at a time
-    x = weight.new_empty(batch, count + 1, inner + spare)
-    x[:, count] = 0  # prefix tokens, wherever they are, are their row of the table alone
-    x[:, :count, inner:] = 0
-    grid = x[:, :count, :inner].unflatten(2, (channels, down, across)).unflatten(1, (rows, columns))
-    grid.copy_(patches.permute(0, 2, 4, 1, 3, 5))
-    x = x.index_select(1, torch.where(order < prefix, count, order - prefix))
-    table = table.to(weight.dtype)[None]
-    return slim_linear(x, F.pad(flat, (0, spare)), None, residual=table, emit=True)
-
-
-def scatter_tokens(x: Tensor, index: Tensor, length: int) -> Tensor:
-    """Put kept tokens back in their places: out[b, index[b, k]] = x[b, k], zero elsewhere."""
-    batch, kept, width = x.shape
-    _eights(width=width)
-    out = x.new_empty(batch, length, width)
-    _call(
-        _module().scatter_tokens,
-        x,
-        x=x,
-        index=index.contiguous(),
-        out=out,
-        batch=batch,
-        kept=kept,
-        length=length,
-        width=width,
-        index_image=_per_image(index),
-    )
-    return out
-
-
-def _wrong(dtype: torch.dtype) -> str:
+def wrong(dtype: torch.dtype) -> str:
+    """The reason why the kernels do not compute in `dtype`."""
     name = str(dtype).removeprefix("torch.")
     return f"it computes float16 and bfloat16, not {name}: use back end triton or torch"
 
 
-def _eights(**sizes: int) -> None:
-    """Kernels read rows 16 bytes at a time."""
-    for name, size in sizes.items():
-        if size % 8:
-            raise SlimvitError(f"back end cuda: {name} must be a multiple of 8, got {size}")
-
-
-def _at_most(name: str, size: int, most: int) -> None:
-    if size > most:
-        raise SlimvitError(f"back end cuda: {name} must be at most {most}, got {size}")
-
-
-def _part(width: int) -> int:
-    return min(64, width & -width)
-
-
-def _per_image(tensor: Tensor | None) -> int:
-    """Elements from one image's to the next, 0 where all images share them."""
-    return tensor.shape[1] if tensor is not None and tensor.dim() == 2 else 0
-
-
-def _module() -> ModuleType:
+def module() -> ModuleType:
+    """`slimvit._cuda`."""
     module = _extensions.load("_cuda")
     if module is None:
         raise SlimvitError(f"back end cuda: {_extensions.why_not('_cuda')}")
     return module
-
-
-def _call(function: object, like: Tensor, **arguments: object) -> None:
-    """Call a kernel with tensors as addresses, on the current stream of their device."""
-    if like.dtype not in _DTYPES:
-        raise SlimvitError(f"back end cuda: {_wrong(like.dtype)}")
-    plain = {
-        name: value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value
-        for name, value in arguments.items()
-    }
-    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    try:
-        function(**plain, stream=stream, dtype=_DTYPES[like.dtype])
-    except (RuntimeError, ValueError) as error:
-        raise SlimvitError(f"back end cuda: {error}") from error

@@ -1,7 +1,7 @@
 """How a block is put together from fused GPU kernels, whichever back end has them.
 
 A set of kernels is a module with the functions of `slimvit.kernels`: the Triton back end's is that
-package itself, the CUDA back end's is `slimvit.backends.cuda`.
+package itself, the CUDA back end's is `slimvit.backends.cuda_kernels`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slimvit.backends import cuda, triton
+from slimvit.backends import cuda, cuda_kernels, triton
 from slimvit.errors import SlimvitError
 
-_BACKENDS = {"triton": triton, "cuda": cuda}
+_WHY_NOT = {"triton": triton.why_not, "cuda": cuda.why_not}
+_KERNELS = {"triton": triton.kernel_set, "cuda": lambda: cuda_kernels}
 
 
 class BlockWeights(NamedTuple):
@@ -241,7 +242,7 @@ def _check(
     key_bias: Tensor | None,
 ) -> None:
     width, dtype, device = part.qkv.shape[1], part.qkv.dtype, part.qkv.device
-    reason = _BACKENDS[backend].why_not(device, dtype)
+    reason = _WHY_NOT[backend](device, dtype)
     if reason is not None:
         raise SlimvitError(f"back end {backend}: {reason}")
     rule = f"x must be [B, m, D] with D = {width}, {_name(dtype)}, on {device}"
@@ -267,9 +268,9 @@ def _check(
 
 def kernel_set(backend: str) -> ModuleType:
     """The functions of a back end's kernels, by the names that `slimvit.kernels` gives them."""
-    if backend not in _BACKENDS:
-        raise SlimvitError(f"back end must be one of {', '.join(_BACKENDS)}, got {backend!r}")
-    return _BACKENDS[backend].kernel_set()
+    if backend not in _KERNELS:
+        raise SlimvitError(f"back end must be one of {', '.join(_KERNELS)}, got {backend!r}")
+    return _KERNELS[backend]()
 
 
 def part_width(width: int) -> int:

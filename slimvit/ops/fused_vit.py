@@ -10,6 +10,7 @@ from slimvit.ops import fused_block  # noqa: F401  defines the ops
 from slimvit.ops.folded_block import FoldedBlock
 from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of, why_not_plain
 
+_CUDA_HEAD = 128  # see csrc/cuda/slim_attention.cu
 # What a block may keep for its keys and values to be folded away, and how many bytes of a row fit
 # the registers that are left: see kernels/last_attention.py.
 _LAST_TOKENS, _LAST_QUERIES, _LAST_BYTES = 2, 32, 2048
@@ -136,10 +137,12 @@ class FusedNetwork(nn.Module):
         return self.norm(x)
 
 
-def why_not_fused(parts: NetworkParts) -> str | None:
-    """Why the GPU kernels do not compute such a network, or None if they do."""
+def why_not_fused(parts: NetworkParts, backend: str = "triton") -> str | None:
+    """Why the GPU kernels of a back end do not compute such a network, or None if they do."""
     for number, block in enumerate(parts.blocks, 1):
         reason = why_not_plain(block)
+        if reason is None and backend == "cuda" and block.head_dim > _CUDA_HEAD:
+            reason = f"head_dim must be at most {_CUDA_HEAD}, got {block.head_dim}"
         if reason is not None:
             return f"block {number}: {reason}"
     return None

@@ -76,7 +76,7 @@ def accelerate(
             return None
         if isinstance(parts, str):
             return parts
-        return why_not_packed(parts) if name == "cpu" else why_not_fused(parts)
+        return why_not_packed(parts) if name == "cpu" else why_not_fused(parts, name)
 
     backend = choose(backend, token.device, dtype, refuses)
     spec = models.spec(model)
