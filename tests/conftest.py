@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -78,15 +78,22 @@ def emulation() -> ModuleType:
 
 
 @pytest.fixture
-def emulated_cuda(emulation, monkeypatch) -> Iterator[ModuleType]:
+def emulated_cuda(emulation, monkeypatch) -> ModuleType:
     """That module in the place of slimvit._cuda, and the tensors of all tests on the CPU."""
     import emulated
+
+    from slimvit import _extensions
 
     for name in ("kernel_checks", "fused_blocks", "test_fused_block_ops"):
         if name in sys.modules:
             monkeypatch.setattr(sys.modules[name], "DEVICE", torch.device("cpu"))
-    with emulated.in_place(emulation):
-        yield emulation
+    # By the same monkeypatch as the tests', so that all is undone in its order.
+    real = _extensions._attempt
+    monkeypatch.setattr(
+        _extensions, "_attempt", lambda name: emulation if name == "_cuda" else real(name)
+    )
+    emulated.become(emulation, emulated.A100)
+    return emulation
 
 
 @pytest.fixture
