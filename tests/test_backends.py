@@ -63,14 +63,20 @@ class TestChoice:
             ("mps", NAMES, "torch"),
         ):
             monkeypatch.setattr(select, "why_not", only(*working))
-            assert choose("auto", device, torch.float32) == taken
+            assert choose("auto", device, torch.float16) == taken
+
+    def test_auto_leaves_float32_on_gpus_to_torch(self, monkeypatch, caplog):
+        monkeypatch.setattr(select, "why_not", only("triton", "torch"))
+        assert choose("auto", "cuda", torch.float32) == "torch"
+        assert "back end triton passed over: in float32 its products are not" in caplog.text
+        assert choose("triton", "cuda", torch.float32) == "triton"
 
     def test_auto_says_why_it_goes_on(self, monkeypatch, caplog):
         with caplog.at_level(logging.DEBUG, "slimvit"):
             monkeypatch.setattr(select, "why_not", only("cuda", "torch"))
-            assert choose("auto", "cuda", torch.float32) == "cuda"
+            assert choose("auto", "cuda", torch.float16) == "cuda"
             monkeypatch.setattr(select, "why_not", only("cpu", "torch"))
-            assert choose("auto", "cuda", torch.float32) == "torch"
+            assert choose("auto", "cuda", torch.float16) == "torch"
         assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
             ("DEBUG", "back end triton passed over: triton is not here"),
             ("WARNING", "back end triton passed over: triton is not here"),

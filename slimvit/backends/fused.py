@@ -7,6 +7,7 @@ package itself, the CUDA back end's is `slimvit.backends.cuda_kernels`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from types import ModuleType
 from typing import NamedTuple
@@ -242,7 +243,8 @@ def _check(
     key_bias: Tensor | None,
 ) -> None:
     width, dtype, device = part.qkv.shape[1], part.qkv.dtype, part.qkv.device
-    reason = _WHY_NOT[backend](device, dtype)
+    ask = _ask_once if device.type == "cuda" else _ask  # a GPU stays what it is
+    reason = ask(backend, device, dtype)
     if reason is not None:
         raise SlimvitError(f"back end {backend}: {reason}")
     rule = f"x must be [B, m, D] with D = {width}, {_name(dtype)}, on {device}"
@@ -276,6 +278,13 @@ def kernel_set(backend: str) -> ModuleType:
 def part_width(width: int) -> int:
     """How many of a row's columns have statistics of their own: as many in every set of kernels."""
     return min(64, width & -width)
+
+
+def _ask(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return _WHY_NOT[backend](device, dtype)
+
+
+_ask_once = functools.cache(_ask)
 
 
 def _nothing(like: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:

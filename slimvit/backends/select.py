@@ -68,7 +68,7 @@ def choose(
         return name
     passed: dict[str, str] = {}
     for candidate in _FASTEST_FIRST.get(torch.device(device).type, ("torch",)):
-        reason = why_not(candidate, device, dtype)
+        reason = why_not(candidate, device, dtype) or _slower(candidate, dtype)
         if reason is not None:
             passed[candidate] = reason
             continue
@@ -82,3 +82,13 @@ def choose(
             return candidate
         _log.warning("back end %s passed over for this model: %s", candidate, reason)
     raise SlimvitError(f"no back end computes {dtype} on {device}: {reason}")
+
+
+def _slower(name: str, dtype: torch.dtype) -> str | None:
+    """Why `auto` passes over a back end that works: plain PyTorch must be expected to be faster."""
+    if name == "triton" and dtype == torch.float32:
+        return (
+            "in float32 its products are not made for tensor cores; precision='float16' and "
+            "'bfloat16' are"
+        )
+    return None
