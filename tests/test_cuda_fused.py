@@ -22,6 +22,14 @@ CASES = [
     Case(99, 97, 1, **WIDE, index=True),  # an A100 has room for one tile of a weight
     Case(141, 131, 1, **WIDE, index=True, zero_rows=3),  # nine warps; no A100 has room
 ]
+TWO_SIDES = {"width": 384, "heads": 6, "head_dim": 64, "hidden": 128}  # two warps to sixteen rows
+WIDER = [
+    Case(1, 1, 1, **TWO_SIDES),
+    Case(19, 7, 3, **TWO_SIDES, index=True, key_bias="Bm", act="gelu_tanh"),
+    Case(33, 33, 1, **TWO_SIDES, zero_rows=163, biases=False),
+    Case(48, 33, **TWO_SIDES, key_bias="m", idle=True),  # room for one tile of a weight
+    Case(63, 61, 1, **TWO_SIDES, index=True, act="quick_gelu"),  # no A100 has room
+]
 
 
 def answer(device, case):
@@ -41,8 +49,8 @@ def answer(device, case):
 @pytest.mark.parametrize(
     ("device", "case"),
     [
-        *((A100._replace(dtype=HALF), case) for case in CASES[:-1]),
-        *((H200, case) for case in CASES),
+        *((A100._replace(dtype=HALF), case) for case in CASES[:-1] + WIDER[:-1]),
+        *((H200, case) for case in CASES + WIDER),
     ],
     ids=str,
 )
@@ -64,6 +72,9 @@ def test_errs_no_more_than_torch(device, case):
         (A100, CASES[0]._replace(hidden=80)),
         (RTX3090, CASES[-2]),
         (H200, CASES[0]._replace(m=197, n=193)),
+        (A100, WIDER[-1]),
+        (H200, WIDER[0]._replace(m=70, n=65)),
+        (RTX3090, WIDER[2]),
     ],
     ids=str,
 )

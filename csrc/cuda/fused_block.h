@@ -8,59 +8,72 @@
 
 namespace slimvit {
 
-constexpr int kMostWarps = 12;  // three a scheduler, 168 registers a thread
-constexpr int kD = 64;          // of a head
-constexpr int kHeads = 3;
-constexpr int kWidth = kHeads * kD;
-constexpr int kStride = kWidth + 8;  // rows of activations, and of weights taken 64 rows at a time
-constexpr int kNarrow = kD + 8;      // rows of keys, values, and weights taken 64 columns at a time
-constexpr int kTile = kWidth * kNarrow;  // room for either tile of a weight, values
-static_assert(kTile >= 64 * kStride, "either tile fits");
+constexpr int kD = 64;           // of a head
+constexpr int kShare = 192;      // columns of the residual whose sums a warp holds
+constexpr int kNarrow = kD + 8;  // rows of keys, values, and weights taken 64 columns at a time
 
-template <class T>
-using Core = Ampere<T>;
+// A model of `width` channels. Where they are too many for one warp's registers, several warps have
+// the same sixteen rows: each its own heads, its own hidden channels and its own columns of the
+// result.
+template <class Type, int width>
+struct Shape {
+  using T = Type;
+  using M = Ampere<Type>;
+  static constexpr int kWidth = width;
+  static constexpr int kHeads = width / kD;
+  static constexpr int kSides = width / kShare;
+  static constexpr int kStride = width + 8;  // rows of activations, and of weights taken 64 rows
+  static constexpr int kTile = width * kNarrow;  // room for either tile of a weight, values
+  static_assert(width % kShare == 0 && kTile >= 64 * kStride, "whole sides, and either tile fits");
+};
 
-// Tiles of the weights in the order in which they are needed: keys, values and queries of each
-// head, the projection by heads, then fc1 and fc2 by 64 hidden channels.
-template <class T, int kThreads>
+// Tiles of the weights in the order in which they are needed: keys, values and queries of as many
+// heads as there are sides, again and again, the projection by heads, then fc1 and fc2 by 64 hidden
+// channels.
+template <class S>
 struct Weights {
+  using T = typename S::T;
+
   const FusedBlock& p;
   Shared<T> room;
   int next = 0;
 
   __device__ Weights(const FusedBlock& p, Shared<T> room) : p(p), room(room) {}
 
-  __device__ int count() const { return 4 * kHeads + 2 * (p.hidden / 64); }
-  __device__ Shared<T> at(int tile) const { return room + tile % p.stages * kTile; }
+  __device__ int count() const { return 4 * S::kHeads + 2 * (p.hidden / 64); }
+  __device__ Shared<T> at(int tile) const { return room + tile % p.stages * S::kTile; }
 
   __device__ void fetch(int tile) {
     if (tile >= count()) return;
-    if (tile < 3 * kHeads) {
-      const int part = tile % 3 == 2 ? 0 : tile % 3 + 1;  // keys, values, queries
-      rows(tile, p.qkv, part * kWidth + tile / 3 * kD);
-    } else if (tile < 4 * kHeads) {
-      columns(tile, p.proj, kWidth, (tile - 3 * kHeads) * kD);
-    } else if ((tile - 4 * kHeads) % 2 == 0) {
-      rows(tile, p.fc1, (tile - 4 * kHeads) / 2 * 64);
+    const int late = tile - 3 * S::kHeads, last = tile - 4 * S::kHeads;
+    if (late < 0) {
+      const int kind = tile / S::kSides % 3;  // keys, values, queries
+      const int head = tile / (3 * S::kSides) * S::kSides + tile % S::kSides;
+      rows(tile, p.qkv, (kind + 1) % 3 * S::kWidth + head * kD);
+    } else if (last < 0) {
+      columns(tile, p.proj, S::kWidth, late * kD);
+    } else if (last % 2 == 0) {
+      rows(tile, p.fc1, last / 2 * 64);
     } else {
-      columns(tile, p.fc2, p.hidden, (tile - 4 * kHeads) / 2 * 64);
+      columns(tile, p.fc2, p.hidden, last / 2 * 64);
     }
     close_copies();
   }
 
-  // 64 rows of a weight [·, kWidth].
+  // 64 rows of a weight [·, width].
   __device__ void rows(int tile, const void* weight, int first) {
-    const T* from = static_cast<const T*>(weight) + first * kWidth;
-    for (int i = threadIdx.x; i < 64 * kWidth / 8; i += blockDim.x) {
-      const int row = i / (kWidth / 8), column = i % (kWidth / 8) * 8;
-      copy16_async(at(tile) + row * kStride + column, from + row * kWidth + column, true);
+    constexpr int kVectors = S::kWidth / 8;
+    const T* from = static_cast<const T*>(weight) + first * S::kWidth;
+    for (int i = threadIdx.x; i < 64 * kVectors; i += blockDim.x) {
+      const int row = i / kVectors, column = i % kVectors * 8;
+      copy16_async(at(tile) + row * S::kStride + column, from + row * S::kWidth + column, true);
     }
   }
 
-  // 64 columns of a weight [kWidth, stride].
+  // 64 columns of a weight [width, stride].
   __device__ void columns(int tile, const void* weight, int stride, int first) {
     const T* from = static_cast<const T*>(weight) + first;
-    for (int i = threadIdx.x; i < kWidth * 64 / 8; i += blockDim.x) {
+    for (int i = threadIdx.x; i < S::kWidth * 64 / 8; i += blockDim.x) {
       const int row = i / 8, column = i % 8 * 8;
       copy16_async(at(tile) + row * kNarrow + column, from + std::int64_t(row) * stride + column,
                    true);
@@ -81,62 +94,83 @@ struct Weights {
   }
 };
 
-// c[j] = rows (16, of kWidth, wherever this lane's is) times 16 * count rows of a weight.
-template <class T, int count>
-__device__ void multiply_rows(typename Core<T>::C (&c)[count], Shared<T> row, Shared<T> weight) {
+// c[j] = rows (16, wherever this lane's is) times 16 * count rows of a weight.
+template <class S, int count>
+__device__ void multiply_rows(typename S::M::C (&c)[count], Shared<typename S::T> row,
+                              Shared<typename S::T> weight) {
+  using M = typename S::M;
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (auto& tile : c) Core<T>::zero(tile);
+  for (auto& tile : c) M::zero(tile);
 #pragma unroll 4
-  for (int k = 0; k < kWidth; k += 16) {
-    typename Core<T>::A a;
+  for (int k = 0; k < S::kWidth; k += 16) {
+    typename M::A a;
     load_matrices<false>(a.r, row + k + lane / 16 * 8);
 #pragma unroll
     for (int j = 0; j < count; ++j) {
-      typename Core<T>::ColumnsB b;
-      Core<T>::load_columns(b, weight + 16 * j * kStride + k, kStride);
-      Core<T>::multiply_add(c[j], a, b);
+      typename M::ColumnsB b;
+      M::load_columns(b, weight + 16 * j * S::kStride + k, S::kStride);
+      M::multiply_add(c[j], a, b);
     }
   }
 }
 
-// c + bias into 16 rows of shared memory.
-template <class T>
-__device__ void store_rows(Shared<T> to, int stride, const typename Core<T>::C (&c)[4],
-                           const float* bias) {
+// c into 16 rows of shared memory, rounded.
+template <class M, int count>
+__device__ void store_rows(Shared<typename M::T> to, int stride, const typename M::C (&c)[count]) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
+  for (int j = 0; j < count; ++j) {
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
-      const int column = 16 * j + Core<T>::column(i);
-      store4(to + Core<T>::row(i) * stride + column,
-             pack<T>(c[j].x[i] + bias[column], c[j].x[i + 1] + bias[column + 1]));
+      store4(to + M::row(i) * stride + 16 * j + M::column(i),
+             pack<typename M::T>(c[j].x[i], c[j].x[i + 1]));
     }
   }
 }
 
-// A warp's rows normalised, [rows, kWidth] from global to shared memory; rows beyond the end are
-// zero.
-template <class T>
-__device__ void normalise(Shared<T> to, const T* x, int m, int rows, float eps) {
+template <class M, int count>
+__device__ void add_bias(typename M::C (&c)[count], const float* bias) {
+#pragma unroll
+  for (int j = 0; j < count; ++j) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) c[j].x[i] += bias[16 * j + M::column(i)];
+  }
+}
+
+// Rows normalised, a warp each, from global to shared memory; rows beyond the end are zero.
+template <class S>
+__device__ void normalise(Shared<typename S::T> to, const typename S::T* x, int m, int rows,
+                          float eps) {
+  using T = typename S::T;
+  constexpr int kVectors = S::kWidth / 8, kRounds = (kVectors + 31) / 32;
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  const bool inside = lane < kWidth / 8;
   for (int row = threadIdx.x / 32; row < rows; row += warps) {
-    float values[8] = {};
-    if (inside && row < m) unpack<T>(load16(x + row * kWidth + 8 * lane), values);
-    float sum = 0;
-    for (float value : values) sum += value;
+    float values[kRounds][8] = {};
+    float sum = 0, square = 0;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int vector = lane + 32 * r;
+      if (vector < kVectors && row < m)
+        unpack<T>(load16(x + row * S::kWidth + 8 * vector), values[r]);
+      for (float value : values[r]) sum += value;
+    }
     for (int far = 16; far > 0; far /= 2) sum += __shfl_xor_sync(~0u, sum, far);
-    const float mean = sum / kWidth;
-    float square = 0;
-    for (float& value : values) {
-      value = inside ? value - mean : 0;
-      square += value * value;
+    const float mean = sum / S::kWidth;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      for (float& value : values[r]) {
+        value = lane + 32 * r < kVectors ? value - mean : 0;
+        square += value * value;
+      }
     }
     for (int far = 16; far > 0; far /= 2) square += __shfl_xor_sync(~0u, square, far);
-    const float rstd = row < m ? rsqrtf(square / kWidth + eps) : 0.0f;
-    for (float& value : values) value *= rstd;
-    if (inside) store16(to + row * kStride + 8 * lane, pack<T>(values));
+    const float rstd = row < m ? rsqrtf(square / S::kWidth + eps) : 0.0f;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int vector = lane + 32 * r;
+      for (float& value : values[r]) value *= rstd;
+      if (vector < kVectors) store16(to + row * S::kStride + 8 * vector, pack<T>(values[r]));
+    }
   }
 }
 
@@ -146,16 +180,41 @@ __device__ void normalise(Shared<T> to, const T* x, int m, int rows, float eps) 
   return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-// The second half of the block on a warp's 16 rows: the residual's sums in registers.
-template <class T>
-struct Rows {
-  using M = Core<T>;
-  typename M::C sum[kWidth / 16];
+// Adds up, over the sides, what their warps have of the rows l / 4 and l / 4 + 8.
+template <int kSides>
+__device__ void sum_over_sides(float (&value)[2], Shared<float> room) {
+  if constexpr (kSides > 1) {
+    const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4;
+    if (threadIdx.x % 4 == 0) {
+      room[16 * warp + row] = value[0];
+      room[16 * warp + row + 8] = value[1];
+    }
+    __syncthreads();
+    value[0] = value[1] = 0;
+    for (int side = 0; side < kSides; ++side) {
+      const int at = 16 * (warp / kSides * kSides + side) + row;
+      value[0] += room[at];
+      value[1] += room[at + 8];
+    }
+  }
+}
 
-  // sum[j] += a (16 x 64 at `row`, this lane's) times 64 columns of a weight.
+// The second half of the block on a warp's 16 rows: its columns of the residual, in registers.
+template <class S>
+struct Rows {
+  using T = typename S::T;
+  using M = typename S::M;
+  typename M::C sum[kShare / 16];
+
+  __device__ Rows() {
+#pragma unroll
+    for (auto& tile : sum) M::zero(tile);
+  }
+
+  // sum += a (16 x 64) times 64 columns of a weight.
   __device__ void add(const typename M::A (&a)[4], Shared<T> weight) {
 #pragma unroll
-    for (int j = 0; j < kWidth / 16; ++j) {
+    for (int j = 0; j < kShare / 16; ++j) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         typename M::ColumnsB b;
@@ -167,26 +226,30 @@ struct Rows {
 
   // Adds a row of x for each row, and a bias.
   __device__ void add(const T* const (&x)[2], const float* bias) {
+    add_bias<M>(sum, bias);
 #pragma unroll
-    for (int j = 0; j < kWidth / 16; ++j) {
+    for (int j = 0; j < kShare / 16; ++j) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int column = 16 * j + M::column(i);
-        sum[j].x[i] += to_float(x[i % 4 / 2][column]) + bias[column];
+        sum[j].x[i] += to_float(x[i % 4 / 2][16 * j + M::column(i)]);
       }
     }
   }
 
-  // LN of the rows into shared memory; then the bias of what will be added is added.
-  __device__ void normalise(Shared<T> to, float eps, const float* bias) {
-    float mean[2] = {}, square[2] = {}, rstd[2];
+  // LN of the rows into shared memory, this warp's columns of it. `room` has two floats for each
+  // row of each warp.
+  __device__ void normalise(Shared<T> to, float eps, Shared<float> room) {
+    float mean[2] = {}, square[2] = {};
 #pragma unroll
     for (auto& tile : sum) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) mean[i % 4 / 2] += tile.x[i];
     }
 #pragma unroll
-    for (float& value : mean) value = sum_of_row(value) / kWidth;
+    for (float& value : mean) value = sum_of_row(value);
+    sum_over_sides<S::kSides>(mean, room);
+#pragma unroll
+    for (float& value : mean) value /= S::kWidth;
 #pragma unroll
     for (auto& tile : sum) {
 #pragma unroll
@@ -196,31 +259,18 @@ struct Rows {
       }
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) rstd[i] = rsqrtf(sum_of_row(square[i]) / kWidth + eps);
+    for (float& value : square) value = sum_of_row(value);
+    sum_over_sides<S::kSides>(square, room + blockDim.x / 2);
 #pragma unroll
-    for (int j = 0; j < kWidth / 16; ++j) {
+    for (float& value : square) value = rsqrtf(value / S::kWidth + eps);
 #pragma unroll
-      for (int i = 0; i < 8; i += 2) {
-        const int half = i % 4 / 2, column = 16 * j + M::column(i);
-        store4(to + M::row(i) * kStride + column,
-               pack<T>((sum[j].x[i] - mean[half]) * rstd[half],
-                       (sum[j].x[i + 1] - mean[half]) * rstd[half]));
-        sum[j].x[i] += bias[column];
-        sum[j].x[i + 1] += bias[column + 1];
-      }
-    }
-    __syncwarp();
-  }
-
-  // Rounded into shared memory.
-  __device__ void store(Shared<T> to) {
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < kWidth / 16; ++j) {
+    for (int j = 0; j < kShare / 16; ++j) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
-        store4(to + M::row(i) * kStride + 16 * j + M::column(i),
-               pack<T>(sum[j].x[i], sum[j].x[i + 1]));
+        const int half = i % 4 / 2;
+        store4(to + M::row(i) * S::kStride + 16 * j + M::column(i),
+               pack<T>((sum[j].x[i] - mean[half]) * square[half],
+                       (sum[j].x[i + 1] - mean[half]) * square[half]));
       }
     }
     __syncwarp();
