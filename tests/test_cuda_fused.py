@@ -81,3 +81,23 @@ def test_errs_no_more_than_torch(device, case):
 def test_other_blocks_are_left_to_the_other_kernels(device, case):
     answered, _, _ = answer(device, case)
     assert answered is None
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=str)
+def test_the_op_takes_it_where_it_pays(case, monkeypatch):
+    use(H200)
+    (wanted, wanted_stats), _, (x, key_bias) = answer(H200, case)
+    block = make(case, H200.dtype, backend="cuda")
+    keep = inputs(case, H200.dtype)[1]
+    monkeypatch.setattr(kernels, "whole_block", kernels.fused_block)
+    got, stats = block(x, keep, key_bias=key_bias, idle=case.idle)
+    assert torch.equal(got, wanted)
+    assert torch.equal(stats[:, : case.n], wanted_stats[:, : case.n])
+
+
+def test_few_images_are_left_to_the_other_kernels():
+    use(H200)
+    block, x = make(CASES[0], H200.dtype, backend="cuda"), inputs(CASES[0], H200.dtype)[0]
+    part = BlockWeights(*(block._buffers[name] for name in BlockWeights._fields))
+    given = x, part, 1, 3, "gelu", block.eps, None, 0, None, None
+    assert kernels.whole_block(*given) is None

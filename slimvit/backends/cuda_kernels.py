@@ -19,6 +19,8 @@ from slimvit.errors import SlimvitError
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
 WIDEST_HEAD, WIDEST_LAST = 128, 1024  # see slim_attention.cu, last_attention.cu
+# From how many images a multiprocessor a block of each width is one launch: a guess, not measured.
+WHOLE_FROM = {192: 1.0, 384: 1.0}
 
 
 def halves(width: int) -> tuple[int, int] | None:
@@ -40,10 +42,10 @@ def whole_block(
 ) -> tuple[Tensor, Tensor] | None:
     """A block in one launch, or None where that does not fit or would leave the GPU idle.
 
-    An image is one block of threads, so there must be as many as the GPU has multiprocessors.
+    An image is one block of threads, so few of them would leave multiprocessors without work.
     """
-    batch = x.shape[0]
-    if not x.is_cuda or batch < _multiprocessors(x.get_device()):
+    batch, _, width = x.shape
+    if not x.is_cuda or batch < WHOLE_FROM.get(width, math.inf) * _multiprocessors(x.get_device()):
         return None
     return fused_block(x, part, n, heads, activation, eps, key_bias, zero_rows, index, out)
 
