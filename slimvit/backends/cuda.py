@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels: what they need of a device."""
+"""The CUDA C++ kernels: what they need of a device, and how they are called."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from slimvit import _extensions
 from slimvit.errors import SlimvitError
@@ -73,3 +74,35 @@ def module() -> ModuleType:
     if module is None:
         raise SlimvitError(f"back end cuda: {_extensions.why_not('_cuda')}")
     return module
+
+
+def eights(**sizes: int) -> None:
+    """Refuse sizes that are not multiples of 8: kernels read rows 16 bytes at a time."""
+    for name, size in sizes.items():
+        if size % 8:
+            raise SlimvitError(f"back end cuda: {name} must be a multiple of 8, got {size}")
+
+
+def part_width(width: int) -> int:
+    """How many of a row's columns have statistics of their own."""
+    return min(64, width & -width)
+
+
+def per_image(tensor: Tensor | None) -> int:
+    """Elements from one image's to the next, 0 where all images share them."""
+    return tensor.shape[1] if tensor is not None and tensor.dim() == 2 else 0
+
+
+def call(function: object, like: Tensor, **arguments: object) -> None:
+    """Call a kernel with tensors as addresses, on the current stream of their device."""
+    if like.dtype not in DTYPES:
+        raise SlimvitError(f"back end cuda: {wrong(like.dtype)}")
+    plain = {
+        name: value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value
+        for name, value in arguments.items()
+    }
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    try:
+        function(**plain, stream=stream, dtype=DTYPES[like.dtype])
+    except (RuntimeError, ValueError) as error:
+        raise SlimvitError(f"back end cuda: {error}") from error

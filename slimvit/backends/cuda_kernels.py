@@ -6,21 +6,29 @@ shapes and dtypes is not said again here. Matrices are float16 or bfloat16.
 
 from __future__ import annotations
 
-import functools
-import math
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from slimvit.backends import cuda
+from slimvit.backends.cuda_block import fused_block, whole_block
 from slimvit.errors import SlimvitError
 
+__all__ = [
+    "ACTIVATIONS",
+    "fused_block",
+    "halves",
+    "last_attention",
+    "patch_embedding",
+    "row_stats",
+    "scatter_tokens",
+    "slim_attention",
+    "slim_linear",
+    "slim_qkv",
+    "whole_block",
+]
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
 WIDEST_HEAD, WIDEST_LAST = 128, 1024  # see slim_attention.cu, last_attention.cu
-# From how many images a multiprocessor a block of each width is one launch: a guess, not measured.
-WHOLE_FROM = {192: 1.0, 384: 1.0}
 
 
 def halves(width: int) -> tuple[int, int] | None:
@@ -28,96 +36,13 @@ def halves(width: int) -> tuple[int, int] | None:
     return None
 
 
-def whole_block(
-    x: Tensor,
-    part: Any,
-    n: int,
-    heads: int,
-    activation: str,
-    eps: list[float],
-    key_bias: Tensor | None,
-    zero_rows: int,
-    index: Tensor | None,
-    out: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """A block in one launch, or None where that does not fit or would leave the GPU idle.
-
-    An image is one block of threads, so few of them would leave multiprocessors without work.
-    """
-    batch, _, width = x.shape
-    if not x.is_cuda or batch < WHOLE_FROM.get(width, math.inf) * _multiprocessors(x.get_device()):
-        return None
-    return fused_block(x, part, n, heads, activation, eps, key_bias, zero_rows, index, out)
-
-
-def fused_block(
-    x: Tensor,
-    part: Any,
-    n: int,
-    heads: int,
-    activation: str,
-    eps: list[float],
-    key_bias: Tensor | None = None,
-    zero_rows: int = 0,
-    index: Tensor | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor] | None:
-    """A block in one launch, whatever the batch; None where it does not fit.
-
-    `part` are the `BlockWeights` of `slimvit.backends.fused`; other arguments are those of its
-    `fused_block`.
-    """
-    batch, m, width = x.shape
-    hidden = part.fc1.shape[0]
-    if not cuda.module().fused_block_stages(width=width, heads=heads, hidden=hidden, m=m, n=n):
-        return None
-    out = x.new_empty(batch, n, width) if out is None else out
-    stats = x.new_empty(batch, out.shape[1], width // _part(width), 2, dtype=torch.float32)
-    _call(
-        cuda.module().fused_block,
-        x,
-        x=x,
-        qkv=part.qkv,
-        qkv_bias=part.qkv_bias,
-        proj=part.proj,
-        proj_bias=part.proj_bias,
-        fc1=part.fc1,
-        fc1_bias=part.fc1_bias,
-        fc2=part.fc2,
-        fc2_bias=part.fc2_bias,
-        key_bias=key_bias,
-        index=index,
-        out=out,
-        out_stats=stats,
-        batch=batch,
-        m=m,
-        n=n,
-        out_rows=out.shape[1],
-        width=width,
-        heads=heads,
-        hidden=hidden,
-        bias_image=_per_image(key_bias),
-        has_extra=int(zero_rows > 0),
-        extra_bias=math.log(zero_rows or 1),
-        eps1=eps[0],
-        eps2=eps[1],
-        activation=activation,
-    )
-    return out, stats
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def row_stats(x: Tensor) -> Tensor:
     """Statistics of rows, [B, m, parts, 2]."""
     batch, m, width = x.shape
-    _eights(width=width)
-    part = _part(width)
+    cuda.eights(width=width)
+    part = cuda.part_width(width)
     out = x.new_empty(batch, m, width // part, 2, dtype=torch.float32)
-    _call(cuda.module().row_stats, x, x=x, out=out, rows=batch * m, width=width, part=part)
+    cuda.call(cuda.module().row_stats, x, x=x, out=out, rows=batch * m, width=width, part=part)
     return out
 
 
@@ -176,7 +101,7 @@ def slim_linear(
     out = x.new_empty(batch, n, columns) if out is None else out
     out_stats = None
     if emit:
-        parts = columns // _part(columns)
+        parts = columns // cuda.part_width(columns)
         out_stats = x.new_empty(batch, out.shape[1], parts, 2, dtype=torch.float32)
     _linear(
         x,
@@ -215,8 +140,8 @@ def _linear(
 ) -> None:
     batch, x_rows, stride = x.shape
     columns = out.shape[2] // groups
-    _eights(inner=stride // groups, columns=columns)
-    _call(
+    cuda.eights(inner=stride // groups, columns=columns)
+    cuda.call(
         cuda.module().slim_linear,
         x,
         x=x,
@@ -239,7 +164,7 @@ def _linear(
         columns=columns,
         tail_columns=0 if tail_out is None else tail_out.shape[2],
         x_parts=1 if stats is None else stats.shape[2],
-        part=_part(columns),
+        part=cuda.part_width(columns),
         eps=eps,
         activation=activation,
     )
@@ -257,10 +182,10 @@ def slim_attention(
 ) -> Tensor:
     """softmax(q kᵀ / sqrt(d) + bias) v for every head."""
     batch, n, inner = q.shape
-    _eights(head_dim=inner // heads)
+    cuda.eights(head_dim=inner // heads)
     _at_most("head_dim", inner // heads, WIDEST_HEAD)
     out = torch.empty_like(q)
-    _call(
+    cuda.call(
         cuda.module().slim_attention,
         q,
         q=q,
@@ -273,7 +198,7 @@ def slim_attention(
         m=kv.shape[1],
         heads=heads,
         d=inner // heads,
-        bias_image=_per_image(key_bias),
+        bias_image=cuda.per_image(key_bias),
         extra_bias=extra_bias,
     )
     return out
@@ -292,10 +217,10 @@ def last_attention(
 ) -> Tensor:
     """For each query, the average of the normalised rows under its softmax."""
     batch, m, width = x.shape
-    _eights(width=width)
+    cuda.eights(width=width)
     _at_most("width", width, WIDEST_LAST)
     out = x.new_empty(batch, u.shape[1], width)
-    _call(
+    cuda.call(
         cuda.module().last_attention,
         x,
         x=x,
@@ -308,7 +233,7 @@ def last_attention(
         width=width,
         queries=u.shape[1],
         parts=stats.shape[2],
-        bias_image=_per_image(key_bias),
+        bias_image=cuda.per_image(key_bias),
         scale=head_dim**-0.5,
         eps=eps,
         has_zero=int(zero_bias is not None),
@@ -348,9 +273,9 @@ def patch_embedding(
 def scatter_tokens(x: Tensor, index: Tensor, length: int) -> Tensor:
     """Put kept tokens back in their places: out[b, index[b, k]] = x[b, k], zero elsewhere."""
     batch, kept, width = x.shape
-    _eights(width=width)
+    cuda.eights(width=width)
     out = x.new_empty(batch, length, width)
-    _call(
+    cuda.call(
         cuda.module().scatter_tokens,
         x,
         x=x,
@@ -360,42 +285,11 @@ def scatter_tokens(x: Tensor, index: Tensor, length: int) -> Tensor:
         kept=kept,
         length=length,
         width=width,
-        index_image=_per_image(index),
+        index_image=cuda.per_image(index),
     )
     return out
-
-
-def _eights(**sizes: int) -> None:
-    """Kernels read rows 16 bytes at a time."""
-    for name, size in sizes.items():
-        if size % 8:
-            raise SlimvitError(f"back end cuda: {name} must be a multiple of 8, got {size}")
 
 
 def _at_most(name: str, size: int, most: int) -> None:
     if size > most:
         raise SlimvitError(f"back end cuda: {name} must be at most {most}, got {size}")
-
-
-def _part(width: int) -> int:
-    return min(64, width & -width)
-
-
-def _per_image(tensor: Tensor | None) -> int:
-    """Elements from one image's to the next, 0 where all images share them."""
-    return tensor.shape[1] if tensor is not None and tensor.dim() == 2 else 0
-
-
-def _call(function: object, like: Tensor, **arguments: object) -> None:
-    """Call a kernel with tensors as addresses, on the current stream of their device."""
-    if like.dtype not in cuda.DTYPES:
-        raise SlimvitError(f"back end cuda: {cuda.wrong(like.dtype)}")
-    plain = {
-        name: value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value
-        for name, value in arguments.items()
-    }
-    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    try:
-        function(**plain, stream=stream, dtype=cuda.DTYPES[like.dtype])
-    except (RuntimeError, ValueError) as error:
-        raise SlimvitError(f"back end cuda: {error}") from error

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from slimvit.backends import cuda, cuda_kernels, triton
+from slimvit.backends.cuda import part_width  # as many parts in every set of kernels
 from slimvit.errors import SlimvitError
 
 _WHY_NOT = {"triton": triton.why_not, "cuda": cuda.why_not}
@@ -273,11 +274,6 @@ def kernel_set(backend: str) -> ModuleType:
     if backend not in _KERNELS:
         raise SlimvitError(f"back end must be one of {', '.join(_KERNELS)}, got {backend!r}")
     return _KERNELS[backend]()
-
-
-def part_width(width: int) -> int:
-    """How many of a row's columns have statistics of their own: as many in every set of kernels."""
-    return min(64, width & -width)
 
 
 def _ask(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
