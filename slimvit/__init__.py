@@ -3,6 +3,7 @@
     masks = slimvit.prune(model, loader, tolerance=0.02)   # Algorithm 1 of Patch Slimming
     slim = slimvit.apply_masks(model, masks)               # trainable, plain PyTorch, exportable
     fast = slimvit.accelerate(model, masks)                # inference: same call, same outputs
+    fast = slimvit.accelerate(model, slimvit.Absorb(cut=0.45))  # each image its own patches
 
 Names load on first use, so that `import slimvit` costs nothing.
 """
@@ -15,15 +16,29 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
+    "Absorb": "slimvit.dynamic",
     "Masks": "slimvit.masks",
+    "Planner": "slimvit.dynamic",
     "SlimvitError": "slimvit.errors",
     "accelerate": "slimvit.runtime",
     "apply_masks": "slimvit.runtime",
+    "load_plan": "slimvit.dynamic",
     "prune": "slimvit.search",
 }
-__all__ = ["Masks", "SlimvitError", "__version__", "accelerate", "apply_masks", "prune"]
+__all__ = [
+    "Absorb",
+    "Masks",
+    "Planner",
+    "SlimvitError",
+    "__version__",
+    "accelerate",
+    "apply_masks",
+    "load_plan",
+    "prune",
+]
 
 if TYPE_CHECKING:
+    from slimvit.dynamic import Absorb, Planner, load_plan
     from slimvit.errors import SlimvitError
     from slimvit.masks import Masks
     from slimvit.runtime import accelerate, apply_masks

@@ -15,6 +15,10 @@ class MasksError(SlimvitError):
     """A masks file or a set of masks that breaks a rule (nesting, prefix tokens, shape, format)."""
 
 
+class PlanError(SlimvitError):
+    """A dynamic plan, or its file, that breaks a rule or does not fit the model."""
+
+
 class UnsupportedModelError(SlimvitError):
     """A model that cannot be slimmed; the message says which part of it and why."""
 

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from slimvit.masks import Masks
 from slimvit.models.spec import Spec
 
 
-def gmacs(spec: Spec, masks: Masks | None = None) -> float:
+class Plan(Protocol):
+    """A dynamic plan, bound to a model, as far as its work is counted."""
+
+    counts: tuple[int, ...]
+    semantics: str
+
+    @property
+    def tokens(self) -> int:
+        """N, all tokens of the model."""
+
+    @property
+    def alive(self) -> tuple[int, ...]:
+        """Tokens whose keys and values each block computes."""
+
+    def macs(self, spec: Spec) -> int:
+        """Multiply–accumulates of choosing, for one image."""
+
+
+def gmacs(spec: Spec, masks: Masks | Plan | None = None) -> float:
     """Executed giga-MACs for one image: what the slimmed model computes, no more.
 
     With n kept and m alive tokens, a block costs n·D·Hd for the queries, 2·m·D·Hd for keys and
@@ -16,13 +36,15 @@ def gmacs(spec: Spec, masks: Masks | None = None) -> float:
 
     Args:
         spec: the model's shape.
-        masks: kept sets; None counts the dense model.
+        masks: kept sets, or a bound dynamic plan, whose own work counts too; None counts the
+            dense model.
     """
     blocks = sum(_block(spec, n, m, keys) for n, m, keys in zip(*_rows(spec, masks), strict=True))
-    return (blocks + _ends(spec)) / 1e9
+    planner = 0 if masks is None or isinstance(masks, Masks) else masks.macs(spec)
+    return (blocks + _ends(spec) + planner) / 1e9
 
 
-def paper_gmacs(spec: Spec, masks: Masks | None = None) -> float:
+def paper_gmacs(spec: Spec, masks: Masks | Plan | None = None) -> float:
     """Giga-MACs by the papers' formula: every matrix of block l counted with n_l rows.
 
     It leaves out that keys and values are computed for the alive tokens, n_{l-1} of them.
@@ -33,12 +55,12 @@ def paper_gmacs(spec: Spec, masks: Masks | None = None) -> float:
     return (sum(_block(spec, n, n, n) for n in counts) + _ends(spec)) / 1e9
 
 
-def cut(spec: Spec, masks: Masks) -> float:
+def cut(spec: Spec, masks: Masks | Plan) -> float:
     """Fraction of the dense model's MACs that the masks save: 1 - gmacs(masks) / gmacs(dense)."""
     return 1 - gmacs(spec, masks) / gmacs(spec)
 
 
-def _rows(spec: Spec, masks: Masks | None) -> tuple[list[int], list[int], list[int]]:
+def _rows(spec: Spec, masks: Masks | Plan | None) -> tuple[list[int], list[int], list[int]]:
     """For each block: rows kept, rows whose key and value it computes, keys it attends to."""
     if masks is None:
         full = [spec.tokens] * spec.depth

@@ -422,7 +422,7 @@ class TestRefused:
 
     def test_another_input_size(self):
         _, slim = slim_pair()
-        with pytest.raises(UnsupportedModelError, match="masks belong to one image size"):
+        with pytest.raises(UnsupportedModelError, match="belongs to one image size"):
             slim.set_input_size(img_size=96)
 
 

@@ -18,6 +18,7 @@ LAYERS = (
     ("bench", "finetune", "doctor"),
     ("search", "export", "evaluate"),
     ("runtime",),
+    ("dynamic",),
     ("macs",),
     ("models",),
     ("ops",),

@@ -1,6 +1,7 @@
 """Foreign models: the only place that knows timm's classes."""
 
 from slimvit.models.create import create, load_checkpoint
+from slimvit.models.dynamic import dynamic_class
 from slimvit.models.slim import slim_class
 from slimvit.models.spec import Spec
 from slimvit.models.vision_transformer import (
@@ -17,6 +18,7 @@ __all__ = [
     "block_parts",
     "check_masks",
     "create",
+    "dynamic_class",
     "embed",
     "load_checkpoint",
     "slim_class",

@@ -26,8 +26,42 @@ from slimvit.ops import (
 )
 
 
-class _Slim:
-    """What a slimmed model does differently from the timm class that it is mixed into."""
+class SlimCalls:
+    """What any slimmed model does differently from the timm class that it is mixed into."""
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: kept tokens make no full grid of features."""
+        raise UnsupportedModelError(
+            "a slimmed model has no intermediate features on the full grid: "
+            "call forward_features, or forward_intermediates of the dense model"
+        )
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head of `num_classes` outputs, which reads what the old one read."""
+        if global_pool not in (None, self.global_pool):
+            raise UnsupportedModelError(
+                f"a slimmed model keeps global_pool={self.global_pool!r}, got {global_pool!r}: "
+                "its last block computes only what the head reads"
+            )
+        super().reset_classifier(num_classes)
+
+    get_intermediate_layers = forward_intermediates
+    prune_intermediate_layers = forward_intermediates
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: what is kept belongs to one image size."""
+        raise UnsupportedModelError(
+            "what is kept belongs to one image size: resize the dense model, prune again"
+        )
+
+    @staticmethod
+    def _refuse_attention_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+        if attn_mask is not None or is_causal:
+            raise UnsupportedModelError("a slimmed model takes no attn_mask and is not causal")
+
+
+class _Slim(SlimCalls):
+    """The forward with static masks."""
 
     masks: Masks
     _order: Tensor
@@ -146,47 +180,24 @@ class _Slim:
 
         With `idle` masks pruned tokens hold their last value instead of zero.
         """
-        _refuse_attention_mask(attn_mask, is_causal)
+        self._refuse_attention_mask(attn_mask, is_causal)
         return self.scatter(self._slim_tokens(x).transpose(0, 1))
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]; nothing is scattered on the way."""
-        _refuse_attention_mask(attn_mask, is_causal)
+        self._refuse_attention_mask(attn_mask, is_causal)
         return self.forward_head(self._slim_tokens(x).transpose(0, 1))
 
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedModelError(
-            "a slimmed model has no intermediate features on the full grid: "
-            "call forward_features, or forward_intermediates of the dense model"
-        )
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head of `num_classes` outputs, which reads what the old one read."""
-        if global_pool not in (None, self.global_pool):
-            raise UnsupportedModelError(
-                f"a slimmed model keeps global_pool={self.global_pool!r}, got {global_pool!r}: "
-                "its last block computes only what the head reads"
-            )
-        super().reset_classifier(num_classes)
-
-    get_intermediate_layers = forward_intermediates
-    prune_intermediate_layers = forward_intermediates
-
-    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        raise UnsupportedModelError(
-            "masks belong to one image size: resize the dense model, prune again"
-        )
-
     def __reduce_ex__(self, protocol: int) -> tuple:
-        mro = type(self).__mro__
-        return _rebuild, (mro[mro.index(_Slim) + 1],), self.__dict__
+        return _rebuild, (base_of(type(self)),), self.__dict__
 
 
-def _refuse_attention_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
-    if attn_mask is not None or is_causal:
-        raise UnsupportedModelError("a slimmed model takes no attn_mask and is not causal")
+def base_of(slimmed: type[nn.Module]) -> type[nn.Module]:
+    """timm's class that a slimmed forward was mixed into."""
+    mro = slimmed.__mro__
+    return mro[mro.index(SlimCalls) + 1]
 
 
 @functools.cache

@@ -64,7 +64,7 @@ def spec(model: nn.Module) -> Spec:
 def check_supported(model: nn.Module) -> None:
     """Refuse, by name and with the reason, what slimvit cannot slim."""
     kind = type(model).__name__
-    if getattr(model, "masks", None) is not None:
+    if any(getattr(model, name, None) is not None for name in ("masks", "plan")):
         raise UnsupportedModelError(f"{kind} is slimmed already: give the dense model")
     if not isinstance(model, VisionTransformer):
         reason = _OTHER_FAMILIES.get(kind, "it is not one of timm's VisionTransformer family")

@@ -1,5 +1,14 @@
 """The operations of a slimmed transformer, each defined by its reference in plain PyTorch."""
 
+from slimvit.ops.dynamic_block import (
+    Alive,
+    Choice,
+    View,
+    absorb_tokens,
+    complement,
+    dynamic_block,
+    top,
+)
 from slimvit.ops.folded_block import FoldedBlock
 from slimvit.ops.fused_vit import FusedBlock, FusedNetwork, why_not_fused
 from slimvit.ops.network import NetworkParts
@@ -16,6 +25,13 @@ from slimvit.ops.slim_block import (
 from slimvit.ops.slim_vit import PackedNetwork, pack_block, why_not_packed
 
 __all__ = [
+    "Alive",
+    "Choice",
+    "View",
+    "absorb_tokens",
+    "complement",
+    "dynamic_block",
+    "top",
     "BlockParts",
     "ExtraKey",
     "FoldedBlock",

@@ -99,43 +99,73 @@ def slim_block(
     Source: Patch Slimming (Tang et al., CVPR 2022), Eq. 2 and footnote 1.
     """
     x_kept = take(x, keep)
-    attended = _attention_branch(x, block, keep, x_kept.shape[0], key_bias, extra_key)
-    x_kept = x_kept + _drop_path(block.drop_path1, block.ls1(attended))
-    return x_kept + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x_kept))))
-
-
-def _attention_branch(
-    x: Tensor,
-    block: BlockParts,
-    keep: int | Tensor,
-    n: int,
-    key_bias: Tensor | None,
-    extra_key: ExtraKey | None,
-) -> Tensor:
     y = block.norm1(x)
     y_kept = take(y, keep)
     q, k, v = project_qkv(block, y_kept, y)  # [B, H, n, d], [B, H, m, d] twice
     if extra_key is not None:
         k, v, key_bias = append_key(k, v, key_bias, extra_key)
+    return mlp_branch(attend(x_kept, y_kept, block, q, k, v, key_bias), block)
+
+
+def attend(
+    x_kept: Tensor,
+    y_kept: Tensor,
+    block: BlockParts,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    """x' = x[keep] + ls1 · (Attn(q, k, v) Wo + bo).
+
+    Args:
+        x_kept: the kept tokens, [n, B, D].
+        y_kept: the same after LN1, for blocks that gate attention by it.
+        block: the block's modules.
+        q: queries, [B, H, n, d].
+        k: keys, [B, H, m, d].
+        v: values, [B, H, m, d].
+        key_bias: added to the logits of each key, [m] or [B, m].
+
+    Returns:
+        [n, B, D].
+    """
     dropout = block.attn_drop if block.proj.training else 0.0
     a = slim_attention(q, k, v, key_bias, dropout)
-    a = block.attn_norm(a.permute(2, 0, 1, 3).reshape(n, x.shape[1], block.heads * block.head_dim))
+    a = a.permute(2, 0, 1, 3).reshape(*x_kept.shape[:2], block.heads * block.head_dim)
+    a = block.attn_norm(a)
     if block.gate is not None:
         a = a * block.gate(y_kept).sigmoid()
-    return block.proj_drop(block.proj(a))
+    return x_kept + _drop_path(block.drop_path1, block.ls1(block.proj_drop(block.proj(a))))
+
+
+def mlp_branch(x: Tensor, block: BlockParts) -> Tensor:
+    """x + ls2 · MLP(LN2(x)), [n, B, D]."""
+    return x + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))))
 
 
 def project_qkv(block: BlockParts, y_kept: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries of `y_kept` [n, B, D], keys and values of `y` [m, B, D], as [B, H, ·, d] views."""
-    inner = block.heads * block.head_dim
     if y_kept is y:
         q, k, v = _heads(block, block.qkv(y), 3)
-    else:
-        weight, bias = block.qkv.weight, block.qkv.bias
-        q_bias, kv_bias = (None, None) if bias is None else (bias[:inner], bias[inner:])
-        (q,) = _heads(block, F.linear(y_kept, weight[:inner], q_bias), 1)
-        k, v = _heads(block, F.linear(y, weight[inner:], kv_bias), 2)
-    return block.q_norm(q), block.k_norm(k), v
+        return block.q_norm(q), block.k_norm(k), v
+    return project_q(block, y_kept), *project_kv(block, y)
+
+
+def project_q(block: BlockParts, y: Tensor) -> Tensor:
+    """Queries [B, H, n, d] of normed tokens [n, B, D]."""
+    inner, bias = block.heads * block.head_dim, block.qkv.bias
+    bias = None if bias is None else bias[:inner]
+    (q,) = _heads(block, F.linear(y, block.qkv.weight[:inner], bias), 1)
+    return block.q_norm(q)
+
+
+def project_kv(block: BlockParts, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values, [B, H, m, d] each, of normed tokens [m, B, D]."""
+    inner, bias = block.heads * block.head_dim, block.qkv.bias
+    bias = None if bias is None else bias[inner:]
+    k, v = _heads(block, F.linear(y, block.qkv.weight[inner:], bias), 2)
+    return block.k_norm(k), v
 
 
 def _heads(block: BlockParts, rows: Tensor, parts: int) -> tuple[Tensor, ...]:

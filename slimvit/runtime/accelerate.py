@@ -10,6 +10,7 @@ from torch import nn
 
 from slimvit import models
 from slimvit.backends import choose
+from slimvit.dynamic import Planner
 from slimvit.errors import UsageError
 from slimvit.masks import Masks
 from slimvit.ops import why_not_fused, why_not_packed
@@ -27,7 +28,7 @@ PRECISIONS = {
 
 def accelerate(
     model: nn.Module,
-    masks: Masks | str | os.PathLike[str],
+    masks: Masks | Planner | str | os.PathLike[str],
     *,
     backend: str = "auto",
     precision: str | None = None,
@@ -38,7 +39,7 @@ def accelerate(
 
     Args:
         model: a timm VisionTransformer; its device is where the result runs.
-        masks: kept sets, or the path of a masks file.
+        masks: kept sets, a dynamic plan, or the path of a file with either.
         backend: "torch", "cpu", "triton", "cuda", or "auto" for the fastest that works here.
         precision: "float32", "bfloat16" or "float16"; None keeps the model's own. In
             float32 the products of the Triton kernels are in TF32 where
@@ -54,7 +55,7 @@ def accelerate(
 
     Raises:
         UnsupportedModelError: the model cannot be slimmed.
-        MasksError: the masks are wrong or do not fit the model.
+        MasksError, PlanError: the masks or the plan are wrong or do not fit the model.
         SlimvitError: the back end or the precision cannot run here; the message says why.
     """
     slim = apply_masks(model, masks)
@@ -68,26 +69,42 @@ def accelerate(
         raise UsageError(f"cuda_graphs needs a model on a GPU and batch_sizes: {why}")
     if any(size < 1 for size in batch_sizes):
         raise UsageError(f"batch_sizes must be positive, got {list(batch_sizes)}")
-    slim.fold()
-    parts = slim.network_parts()
+    plan = getattr(slim, "plan", None)
+    spec = models.spec(model)
+    # Kernels read a dynamic model as one whose masks keep everything in the model's own order.
+    folded = slim if plan is None else apply_masks(model, _dense(spec))
+    folded.fold()
+    parts = folded.network_parts()
 
     def refuses(name: str) -> str | None:
         if name == "torch":
             return None
         if isinstance(parts, str):
             return parts
+        if plan is not None:
+            reason = why_not_dynamic(plan, name)
+            if reason is not None:
+                return reason
         return why_not_packed(parts) if name == "cpu" else why_not_fused(parts, name)
 
     backend = choose(backend, token.device, dtype, refuses)
-    spec = models.spec(model)
     shape = (spec.in_chans, *spec.image_size)
-    if backend == "cpu":
-        fast: AcceleratedViT = PackedViT(slim, parts, dtype, shape)
-    elif backend == "torch":
+    if backend == "torch":
         fast = AcceleratedViT(slim.to(dtype), backend, shape)
+    elif backend == "cpu":
+        fast = PackedViT(folded, parts, dtype, shape)
     else:
-        fast = FusedViT(slim, parts, dtype, backend, shape)
+        fast = FusedViT(folded, parts, dtype, backend, shape)
     fast.eval().requires_grad_(False)
     for size in batch_sizes or ([1] if backend == "triton" and token.is_cuda else []):
         fast.warm_up(size, cuda_graph=cuda_graphs)
     return fast
+
+
+def why_not_dynamic(plan: Planner, backend: str) -> str | None:
+    """Why the kernels of a back end do not choose tokens as a plan does, or None if they do."""
+    return f"{backend} has no kernels for the planner {plan.kind or type(plan).__name__} yet"
+
+
+def _dense(spec: models.Spec) -> Masks:
+    return Masks.dense(spec.depth, spec.grid, spec.prefix)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimvit.dynamic import Planner
 from slimvit.errors import SlimvitError, UsageError
 from slimvit.masks import Masks
 from slimvit.runtime.graphs import Graph
@@ -17,7 +18,8 @@ class AcceleratedViT(nn.Module):
     """A slimmed model for inference. It takes images of any floating dtype and answers in it.
 
     Attributes:
-        masks: the kept sets.
+        masks: the kept sets, or None where a dynamic plan chooses them.
+        plan: the dynamic plan, or None.
         backend: the back end that computes.
         num_classes: outputs of the head.
         image_shape: channels, height and width of the images that the model was made for.
@@ -26,7 +28,7 @@ class AcceleratedViT(nn.Module):
     def __init__(self, network: nn.Module, backend: str, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.network = network
-        self.masks: Masks = network.masks
+        self.masks: Masks | None = getattr(network, "masks", None)
         self.backend = backend
         self.num_classes: int = network.num_classes
         self.image_shape = image_shape
@@ -78,6 +80,21 @@ class AcceleratedViT(nn.Module):
         return super().train(False)
 
     @property
+    def plan(self) -> Planner | None:
+        """The dynamic plan, or None where masks are the same for all images."""
+        return getattr(self.network, "plan", None)
+
+    def kept_sets(self, images: Tensor) -> list[Tensor]:
+        """Places of the tokens that each block keeps of images [B, C, H, W]: L of [B, n], int64.
+
+        N and more are package tokens, which stand nowhere.
+        """
+        if self.masks is None:
+            return self.network.kept_sets(self._cast(images))
+        places = [row.nonzero()[:, 0].to(images.device) for row in self.masks.keep]
+        return [place.expand(images.shape[0], -1) for place in places]
+
+    @property
     def precision(self) -> str:
         """The dtype that the network computes in, by name; `.to(dtype)` changes it."""
         return dtype_name(self.network.cls_token.dtype)
@@ -94,7 +111,8 @@ class AcceleratedViT(nn.Module):
         return {**self.__dict__, "_graphs": {}}
 
     def extra_repr(self) -> str:  # noqa: D102
-        return f"backend={self.backend}, precision={self.precision}, kept={self.masks.counts}"
+        kept = (self.masks or self.plan).counts
+        return f"backend={self.backend}, precision={self.precision}, kept={kept}"
 
 
 def check_floating(images: Tensor) -> None:

@@ -1,0 +1,81 @@
+"""absorb: without any training, tokens that matter little go into the kept ones like them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slimvit.dynamic.planner import Planner
+from slimvit.dynamic.schedule import check_cut, schedule
+from slimvit.models import Spec
+from slimvit.ops import Choice, View, complement, top
+
+
+class Absorb(Planner):
+    """Each pruned token is averaged into the kept token with the nearest key.
+
+    Of each image the tokens are kept that the class token attends to and that no other stands for:
+
+        importance_i = Σ_h A^h[class, i] · ‖V^h_i‖
+        score_i = size_i · importance_i · (1 − max cos(k_i, k_j)),  j more important than i
+
+    with k the mean of the keys over the heads. `into` is the kept patch of the greatest cosine.
+
+    Args:
+        cut: share of the dense model's multiply–accumulates to save, in (0, 1); or
+        counts: n_1 … n_L, tokens that each block keeps, prefix tokens included.
+
+    Raises:
+        PlanError: neither or both are given, or they are out of range.
+    """
+
+    kind = "absorb"
+
+    def __init__(self, cut: float | None = None, *, counts: Sequence[int] | None = None) -> None:
+        super().__init__(counts)
+        check_cut(cut, counts)
+        self.cut = cut
+
+    def choose(self, layer: int, view: View, n: int) -> Choice:
+        """The n tokens of the highest scores; the others go into them."""
+        prefix, m = view.prefix, view.alive.x.shape[0]
+        importance = (view.class_attention() * view.values.float().norm(dim=-1)).sum(1)  # [B, m]
+        key = F.normalize(view.keys.float().mean(1), dim=-1)  # [B, m, d]
+        cosine = key @ key.transpose(1, 2)
+        cosine[:, :, :prefix] = -1.0  # nothing goes into a prefix token
+        score = view.size * importance * (1 - _nearest_above(cosine, importance))
+        index = top(score, n, prefix)
+        pruned = complement(index, m)
+        into = _rows(_rows(cosine, pruned).transpose(1, 2), index).argmax(1)
+        return Choice(index, into)
+
+    def counts_for(self, spec: Spec) -> tuple[int, ...]:
+        """The counts, or the schedule that saves `cut`."""
+        return schedule(spec, self.cut, self) if self.counts is None else self.counts
+
+    def settings(self) -> dict[str, Any]:
+        """The cut, or the counts."""
+        return {"cut": self.cut} if self.counts is None else super().settings()
+
+    def macs(self, spec: Spec) -> int:
+        """Class attention and cosines in every block that prunes."""
+        return sum(
+            m * spec.heads * spec.head_dim * spec.head_tokens + m * m * spec.head_dim
+            for m, n in zip(self.alive, self.counts)
+            if spec.prefix < n < m
+        )
+
+
+def _nearest_above(cosine: Tensor, importance: Tensor) -> Tensor:
+    """Greatest cosine of each token [B, m] to one that is more important; -1 for the first."""
+    above = importance[:, None, :] > importance[:, :, None]
+    return cosine.masked_fill(~above, -1.0).amax(2)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[b, index[b, i]], [B, n, m]."""
+    return torch.gather(x, 1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))

@@ -1,0 +1,146 @@
+"""What every dynamic planner is: a module that chooses, for each image, what each block keeps."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+from slimvit.errors import PlanError
+from slimvit.models import Spec
+from slimvit.ops import Alive, Choice, View
+
+
+class Planner(nn.Module):
+    """Chooses, for each image, the tokens that each block keeps; the counts are the same for all.
+
+    A new planner is a subclass with a `kind` and a `choose`:
+
+        class Largest(slimvit.Planner):
+            kind = "largest"
+
+            def choose(self, layer, view, n):
+                return view.top(view.alive.x.norm(dim=-1).t(), n)
+
+        fast = slimvit.accelerate(model, Largest(counts=[197, 180, …, 1]))
+
+    Attributes:
+        kind: the planner's name in files, unique.
+        counts: n_1 … n_L, tokens that each block keeps, prefix tokens included; None until `bind`
+            for a planner that works them out from the model.
+        spec: the model's shape, after `bind`.
+        semantics: pruned tokens are no keys of later blocks.
+    """
+
+    kind: ClassVar[str] = ""
+    kinds: ClassVar[dict[str, type[Planner]]] = {}
+    semantics = "drop"
+    spec: Spec | None = None
+
+    def __init__(self, counts: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.counts = None if counts is None else tuple(counts)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.kind:
+            Planner.kinds[cls.kind] = cls
+
+    def choose(self, layer: int, view: View, n: int) -> Choice:
+        """The n tokens that block `layer`, counted from 0, keeps.
+
+        Args:
+            layer: from 0 to L - 1.
+            view: the block between its keys and its queries; `view.top(scores, n)` helps.
+            n: how many to keep, prefix tokens included.
+        """
+        raise NotImplementedError
+
+    def before(self, layer: int, alive: Alive) -> Alive:
+        """What block `layer`, counted from 0, receives: to remove tokens ahead of its keys."""
+        return alive
+
+    def counts_for(self, spec: Spec) -> tuple[int, ...]:
+        """n_1 … n_L for a model of this shape."""
+        if self.counts is None:
+            raise PlanError(f"{self.kind}: counts are missing")
+        return self.counts
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments that make this planner again, as JSON can hold them; weights apart."""
+        return {"counts": None if self.counts is None else list(self.counts)}
+
+    def macs(self, spec: Spec) -> int:
+        """Multiply–accumulates of the choosing itself, for one image."""
+        return 0
+
+    @property
+    def alive(self) -> tuple[int, ...]:
+        """Tokens whose keys and values each block computes, after `before`."""
+        return (self._bound.tokens, *self.counts[:-1])
+
+    @property
+    def tokens(self) -> int:
+        """N, all tokens of the model, prefix included."""
+        return self._bound.tokens
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self._bound.grid
+
+    @property
+    def prefix(self) -> int:
+        """Class, distillation and register tokens, which are always kept."""
+        return self._bound.prefix
+
+    @property
+    def _bound(self) -> Spec:
+        if self.spec is None:
+            raise PlanError(f"{self.kind}: bind it to a model first")
+        return self.spec
+
+    def bind(self, spec: Spec) -> Planner:
+        """A copy for a model of this shape, its counts worked out and checked.
+
+        Raises:
+            PlanError: the plan is of another model, or the counts do not fit this one.
+        """
+        if self.spec is not None and self.spec != spec:
+            raise PlanError(f"the plan is of {_shape(self.spec)}, got {_shape(spec)}")
+        bound = copy.deepcopy(self)
+        bound.counts = tuple(self.counts_for(spec))
+        bound.spec = spec
+        _check(bound.counts, spec)
+        return bound
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; it appears whole or not at all."""
+        from slimvit.dynamic.file import save
+
+        save(self, path)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return "" if self.counts is None else "kept=" + ",".join(map(str, self.counts))
+
+
+def _shape(spec: Spec) -> str:
+    return f"{spec.name} ({spec.depth} blocks, {spec.tokens} tokens, {spec.width} wide)"
+
+
+def _check(counts: Sequence[int], spec: Spec) -> None:
+    if len(counts) != spec.depth:
+        raise PlanError(f"counts must be one for each of {spec.depth} blocks, got {len(counts)}")
+    if any(b > a for a, b in zip((spec.tokens, *counts), counts, strict=False)):
+        raise PlanError(
+            f"kept counts must start at N = {spec.tokens} or less and not grow with depth, "
+            f"got {list(counts)}"
+        )
+    if min(counts[:-1], default=spec.prefix) < spec.prefix or counts[-1] < spec.head_tokens:
+        raise PlanError(
+            f"blocks must keep the {spec.prefix} prefix tokens and the last one the "
+            f"{spec.head_tokens} that the head reads, got {list(counts)}"
+        )

@@ -1,0 +1,94 @@
+"""The forward of a model that chooses its tokens for each image, mixed into a timm class."""
+
+from __future__ import annotations
+
+import functools
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from slimvit.models.slim import SlimCalls, base_of
+from slimvit.models.vision_transformer import embed, parts
+from slimvit.ops import Alive, dynamic_block, scatter_tokens
+
+
+class _Dynamic(SlimCalls):
+    """What a dynamically slimmed model does differently from the timm class it is mixed into."""
+
+    plan: nn.Module
+
+    def set_plan(self, plan: nn.Module) -> None:
+        """Take a bound planner; its weights are part of this model from now on, as `plan`."""
+        self.plan = plan.to(self.cls_token.device)
+
+    def _slim_tokens(self, images: Tensor) -> Alive:
+        """Kept tokens after the final norm with their places."""
+        alive, _ = self._blocks(images)
+        return alive._replace(x=self.norm(alive.x))
+
+    def kept_sets(self, images: Tensor) -> list[Tensor]:
+        """Places of the tokens that each block keeps of images [B, C, H, W]: L of [B, n], int64.
+
+        Prefix tokens come first; N and more are package tokens, which stand nowhere.
+        """
+        return self._blocks(images)[1]
+
+    def _blocks(self, images: Tensor) -> tuple[Alive, list[Tensor]]:
+        x = embed(self, images).transpose(0, 1)  # [N, B, D]
+        place = torch.arange(x.shape[0], device=x.device).expand(x.shape[1], -1)
+        alive, kept = Alive(x, place), []
+        for layer, module in enumerate(self.blocks):
+            if self.grad_checkpointing and self.training:
+                alive = checkpoint(self._layer, alive, layer, module, use_reentrant=False)
+            else:
+                alive = self._layer(alive, layer, module)
+            kept.append(alive.place)
+        return alive, kept
+
+    def _layer(self, alive: Alive, layer: int, module: nn.Module) -> Alive:
+        alive = self.plan.before(layer, alive)
+        return dynamic_block(
+            alive,
+            parts(module),
+            self.plan.counts[layer],
+            partial(self.plan.choose, layer),
+            prefix=self.plan.prefix,
+            head_tokens=self.plan.spec.head_tokens,
+        )
+
+    def forward_features(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Kept tokens after the final norm, each image's in its own places: [B, N, D], else zero.
+
+        A package token stands in no place and is left out.
+        """
+        self._refuse_attention_mask(attn_mask, is_causal)
+        alive = self._slim_tokens(x)
+        tokens = self.plan.tokens
+        place = alive.place.clamp(max=tokens)
+        return scatter_tokens(alive.x.transpose(0, 1), place, tokens + 1)[:, :tokens]
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Logits [B, classes] of images [B, C, H, W]; nothing is scattered on the way."""
+        self._refuse_attention_mask(attn_mask, is_causal)
+        return self.forward_head(self._slim_tokens(x).x.transpose(0, 1))
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _rebuild, (base_of(type(self)),), self.__dict__
+
+
+@functools.cache
+def dynamic_class(base: type[nn.Module]) -> type[nn.Module]:
+    """`base` with the dynamic forward mixed in: same modules and calls, and a `plan`."""
+    return type(f"Dynamic{base.__name__}", (_Dynamic, base), {"__module__": __name__})
+
+
+def _rebuild(base: type[nn.Module]) -> Any:
+    cls = dynamic_class(base)
+    return cls.__new__(cls)

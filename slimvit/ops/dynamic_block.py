@@ -1,0 +1,183 @@
+"""One block that chooses for each image which tokens it keeps, in plain PyTorch: the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimvit.ops.slim_attention import attention_probabilities
+from slimvit.ops.slim_block import BlockParts, attend, mlp_branch, project_kv, project_q, take
+
+
+class Alive(NamedTuple):
+    """The tokens that a block receives, of each image its own, prefix tokens first.
+
+    Attributes:
+        x: [m, B, D].
+        place: where each stands in the full sequence of N tokens, [B, m], int64; N and more for
+            package tokens, which stand nowhere.
+        size: how many tokens each stands for, float32 [B, m]; None where every one stands for
+            itself alone. Keys carry log(size) as a bias, as if all of them were still there.
+    """
+
+    x: Tensor
+    place: Tensor
+    size: Tensor | None = None
+
+    @property
+    def key_bias(self) -> Tensor | None:
+        """log(size), [B, m], in the dtype of `x`."""
+        return None if self.size is None else self.size.log().to(self.x.dtype)
+
+
+class Choice(NamedTuple):
+    """Which of the m alive tokens a block keeps.
+
+    Attributes:
+        index: their positions among the alive, ascending, [B, n], int64.
+        into: for each pruned token, in ascending order, which of the n kept ones it is averaged
+            into, [B, m - n], int64; None drops the pruned tokens.
+    """
+
+    index: Tensor
+    into: Tensor | None = None
+
+
+class View:
+    """What a planner may look at when it chooses: block l between its keys and its queries.
+
+    Attributes:
+        alive: the tokens that the block receives.
+        keys, values: of all of them, [B, H, m, d].
+        prefix: prefix tokens among them, the first ones, which are always kept.
+    """
+
+    def __init__(
+        self, alive: Alive, block: BlockParts, y: Tensor, prefix: int, head_tokens: int
+    ) -> None:
+        self.alive, self.prefix = alive, prefix
+        self.keys, self.values = project_kv(block, y)
+        self._block, self._y, self._head_tokens = block, y, head_tokens
+
+    @property
+    def size(self) -> Tensor:
+        """How many tokens each alive one stands for, float32 [B, m]."""
+        if self.alive.size is None:
+            return torch.ones_like(self.alive.place, dtype=torch.float32)
+        return self.alive.size
+
+    def class_attention(self) -> Tensor:
+        """Attention of the tokens that the head reads, averaged over them: float32 [B, H, m]."""
+        q = project_q(self._block, self._y[: self._head_tokens]).float()
+        logits = q @ self.keys.float().transpose(-2, -1) * q.shape[-1] ** -0.5
+        if self.alive.size is not None:
+            logits = logits + self.alive.size.log()[:, None, None, :]
+        return logits.softmax(-1).mean(2)
+
+    def attention(self) -> Tensor:
+        """Attention of all alive tokens, [B, H, m, m]; costs as much as attention itself."""
+        return attention_probabilities(project_q(self._block, self._y), self.keys)
+
+    def top(self, scores: Tensor, n: int) -> Choice:
+        """The prefix tokens and the highest scores [B, m]: n in all; among equals the earlier."""
+        return Choice(top(scores, n, self.prefix))
+
+
+def top(scores: Tensor, n: int, prefix: int) -> Tensor:
+    """Positions [B, n], ascending, of the first `prefix` and of the highest of the other scores.
+
+    Among equal scores the earlier token is kept; NaN counts as the lowest.
+    """
+    scores = scores.detach().float().nan_to_num(nan=-torch.inf, neginf=-torch.inf).clone()
+    scores[:, :prefix] = torch.inf
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return order[:, :n].sort(dim=1).values
+
+
+def complement(index: Tensor, m: int) -> Tensor:
+    """Positions in [0, m) that are not in `index` [B, n], ascending: [B, m - n]."""
+    pruned = torch.ones(index.shape[0], m, dtype=torch.bool, device=index.device)
+    pruned.scatter_(1, index, False)
+    # A stable sort brings the pruned ones to the front in their order, for any batch at once.
+    return pruned.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[
+        :, : m - index.shape[1]
+    ]
+
+
+def absorb_tokens(alive: Alive, choice: Choice) -> Alive:
+    """The kept tokens, each averaged with the pruned ones that go into it, weighted by size.
+
+        out_k = Σ size_i x_i / Σ size_i over i = k and the pruned i with into_i = k
+
+    With `into` None the kept tokens as they are. No scatter: a small product, the same on every
+    device in every run.
+    """
+    x, place = take(alive.x, choice.index), alive.place.gather(1, choice.index)
+    if choice.into is None:
+        size = None if alive.size is None else alive.size.gather(1, choice.index)
+        return Alive(x, place, size)
+    m, n = alive.x.shape[0], choice.index.shape[1]
+    all_sizes = alive.place.new_ones(alive.place.shape, dtype=torch.float32)
+    all_sizes = all_sizes if alive.size is None else alive.size
+    pruned = complement(choice.index, m)
+    size, theirs = all_sizes.gather(1, choice.index), all_sizes.gather(1, pruned)
+    belongs = choice.into.unsqueeze(1) == torch.arange(n, device=place.device)[:, None]
+    weights = belongs * theirs.unsqueeze(1)  # [B, n, m - n]
+    total = size + weights.sum(2)
+    added = torch.einsum("bnp,pbd->nbd", weights, take(alive.x, pruned).float())
+    merged = (x.float() * size.t().unsqueeze(-1) + added) / total.t().unsqueeze(-1)
+    return Alive(merged.to(x.dtype), place, total)
+
+
+def dynamic_block(
+    alive: Alive,
+    block: BlockParts,
+    n: int,
+    choose: Callable[[View, int], Choice],
+    *,
+    prefix: int,
+    head_tokens: int = 1,
+) -> Alive:
+    """A block that keeps n of its tokens, each image its own.
+
+        y = LN1(x);  K, V of all of y;  index, into = choose(…)
+        z = x[index], averaged with what is absorbed
+        x' = z + ls1 · Attn(LN1(z), K, V);  out = x' + ls2 · MLP(LN2(x'))
+
+    Args:
+        alive: the tokens, m of them, with place and size.
+        block: the block's modules.
+        n: tokens to keep. Where n ≤ `prefix` or n = m there is nothing to choose: the first n.
+        choose: asked with a view of the block and n.
+        prefix: prefix tokens, always kept.
+        head_tokens: leading tokens that the head reads.
+
+    Returns:
+        The kept tokens, with their places and sizes. Without anything absorbed this is
+        `slim_block(x, block, index, key_bias=log(size))`.
+
+    Raises:
+        ValueError: n is more than the alive tokens.
+    """
+    m = alive.x.shape[0]
+    if n > m:
+        raise ValueError(f"n must be at most m = {m}, the alive tokens, got {n}")
+    y = block.norm1(alive.x)
+    view = View(alive, block, y, prefix, head_tokens)
+    if n <= prefix or n == m:
+        kept = Alive(
+            take(alive.x, n),
+            alive.place[:, :n],
+            None if alive.size is None else alive.size[:, :n],
+        )
+        y_kept = take(y, n)
+    else:
+        choice = choose(view, n)
+        kept = absorb_tokens(alive, choice)
+        y_kept = take(y, choice.index) if choice.into is None else block.norm1(kept.x)
+    q = project_q(block, y_kept)
+    x = attend(kept.x, y_kept, block, q, view.keys, view.values, alive.key_bias)
+    return kept._replace(x=mlp_branch(x, block))
