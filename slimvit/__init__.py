@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Absorb": "slimvit.dynamic",
+    "DPS": "slimvit.dynamic",
     "Masks": "slimvit.masks",
     "Planner": "slimvit.dynamic",
     "SlimvitError": "slimvit.errors",
@@ -26,6 +27,7 @@ _HOME = {
     "prune": "slimvit.search",
 }
 __all__ = [
+    "DPS",
     "Absorb",
     "Masks",
     "Planner",
@@ -38,7 +40,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from slimvit.dynamic import Absorb, Planner, load_plan
+    from slimvit.dynamic import DPS, Absorb, Planner, load_plan
     from slimvit.errors import SlimvitError
     from slimvit.masks import Masks
     from slimvit.runtime import accelerate, apply_masks

@@ -1,9 +1,10 @@
 """Planners that choose for each image which tokens to keep."""
 
 from slimvit.dynamic.absorb import Absorb
+from slimvit.dynamic.dps import DPS
 from slimvit.dynamic.file import load_plan
 from slimvit.dynamic.planner import Planner
 from slimvit.dynamic.static import Static
 from slimvit.ops import Alive, Choice, View
 
-__all__ = ["Absorb", "Alive", "Choice", "Planner", "Static", "View", "load_plan"]
+__all__ = ["DPS", "Absorb", "Alive", "Choice", "Planner", "Static", "View", "load_plan"]

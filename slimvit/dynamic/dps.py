@@ -1,0 +1,125 @@
+"""DPS: a small module in each block predicts, for each image, which tokens matter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimvit.dynamic.planner import Planner
+from slimvit.errors import PlanError
+from slimvit.models import Spec
+from slimvit.ops import Choice, View, complement
+
+
+class Predictor(nn.Module):
+    """score_i = w2 · GELU(W1 LN(x_i) + b1) + b2: a token's score from what the block receives.
+
+    Args:
+        width: D.
+        hidden: r, channels after the downsampling.
+
+    Source: Patch Slimming (Tang et al., CVPR 2022), section 4.4.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.down = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.score = nn.Linear(hidden, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores [B, m] of tokens [m, B, D]; only their order within an image counts."""
+        return self.score(self.act(self.down(self.norm(x)))).squeeze(-1).t()
+
+
+class DPS(Planner):
+    """Each block keeps the tokens of the highest predicted scores; `train_dps` fits the predictors.
+
+    A predictor stands in every block that prunes patches. Until they are trained their weights
+    are random, the same in every process.
+
+    Args:
+        counts: n_1 … n_L, tokens that each block keeps, prefix tokens included: those of static
+            masks.
+        hidden: r, channels inside the predictors; None for D / 4 rounded to a multiple of 16.
+        absorb: average each pruned token into the kept patch with the nearest key instead of
+            dropping it.
+
+    Raises:
+        PlanError: `hidden` is not positive.
+
+    Source: Patch Slimming (Tang et al., CVPR 2022), section 4.4.
+    """
+
+    kind = "dps"
+
+    def __init__(
+        self, counts: Sequence[int], *, hidden: int | None = None, absorb: bool = False
+    ) -> None:
+        super().__init__(counts)
+        if hidden is not None and hidden < 1:
+            raise PlanError(f"hidden must be at least 1 channel, got {hidden}")
+        self.hidden, self.absorb = hidden, absorb
+        self.predictors = nn.ModuleDict()
+
+    def choose(self, layer: int, view: View, n: int) -> Choice:
+        """The n tokens of the highest scores."""
+        choice = view.top(self.predictors[str(layer)](view.alive.x), n)
+        return Choice(choice.index, nearest(view, choice.index)) if self.absorb else choice
+
+    def bind(self, spec: Spec) -> DPS:
+        """A copy for a model of this shape, with a predictor in each block that prunes."""
+        bound = super().bind(spec)
+        if not bound.predictors:
+            # The same weights wherever the same plan is bound.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                for layer in bound.pruning:
+                    bound.predictors[str(layer)] = Predictor(spec.width, bound.channels)
+        return bound
+
+    @property
+    def pruning(self) -> tuple[int, ...]:
+        """Blocks that choose among patches, counted from 0."""
+        rows = enumerate(zip(self.alive, self.counts, strict=True))
+        return tuple(layer for layer, (m, n) in rows if self.prefix < n < m)
+
+    @property
+    def channels(self) -> int:
+        """r, once bound."""
+        if self.hidden is not None:
+            return self.hidden
+        return max(1, round(self._bound.width / 64)) * 16
+
+    def settings(self) -> dict[str, Any]:
+        """The counts and what the predictors look like."""
+        return super().settings() | {"hidden": self.hidden, "absorb": self.absorb}
+
+    def macs(self, spec: Spec) -> int:
+        """The predictors, on every alive token; with `absorb` the cosines too."""
+        rows = sum(self.alive[layer] for layer in self.pruning)
+        pairs = sum(
+            self.counts[layer] * (self.alive[layer] - self.counts[layer]) for layer in self.pruning
+        )
+        return rows * (spec.width + 1) * self.channels + self.absorb * pairs * spec.head_dim
+
+
+def nearest(view: View, index: Tensor) -> Tensor:
+    """For each pruned token the kept patch, of `index` [B, n], with the nearest key: [B, m - n].
+
+    Keys are compared by the cosine of their means over the heads; prefix tokens take in nothing.
+    """
+    key = F.normalize(view.keys.float().mean(1), dim=-1)  # [B, m, d]
+    pruned = complement(index, key.shape[1])
+    cosine = _rows(key, pruned) @ _rows(key, index).transpose(1, 2)  # [B, m - n, n]
+    return cosine[:, :, view.prefix :].argmax(2) + view.prefix
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[b, index[b, i]], [B, n, d]."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
