@@ -127,8 +127,9 @@ def absorb_tokens(alive: Alive, choice: Choice) -> Alive:
     belongs = choice.into.unsqueeze(1) == torch.arange(n, device=place.device)[:, None]
     weights = belongs * theirs.unsqueeze(1)  # [B, n, m - n]
     total = size + weights.sum(2)
-    added = torch.einsum("bnp,pbd->nbd", weights, take(alive.x, pruned).float())
-    merged = (x.float() * size.t().unsqueeze(-1) + added) / total.t().unsqueeze(-1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    added = torch.einsum("bnp,pbd->nbd", weights.to(wide), take(alive.x, pruned).to(wide))
+    merged = (x.to(wide) * size.t().unsqueeze(-1) + added) / total.t().unsqueeze(-1)
     return Alive(merged.to(x.dtype), place, total)
 
 
@@ -160,7 +161,7 @@ def dynamic_block(
         `slim_block(x, block, index, key_bias=log(size))`.
 
     Raises:
-        ValueError: n is more than the alive tokens.
+        ValueError: n is more than the alive tokens, or the choice is not of n tokens.
     """
     m = alive.x.shape[0]
     if n > m:
@@ -176,8 +177,21 @@ def dynamic_block(
         y_kept = take(y, n)
     else:
         choice = choose(view, n)
+        _check(choice, (alive.x.shape[1], n), m)
         kept = absorb_tokens(alive, choice)
         y_kept = take(y, choice.index) if choice.into is None else block.norm1(kept.x)
     q = project_q(block, y_kept)
     x = attend(kept.x, y_kept, block, q, view.keys, view.values, alive.key_bias)
     return kept._replace(x=mlp_branch(x, block))
+
+
+def _check(choice: Choice, shape: tuple[int, int], m: int) -> None:
+    batch, n = shape
+    if choice.index.shape != (batch, n):
+        raise ValueError(
+            f"choose must give index [B, n] = [{batch}, {n}], got {list(choice.index.shape)}"
+        )
+    if choice.into is not None and choice.into.shape != (batch, m - n):
+        raise ValueError(
+            f"choose must give into [B, m - n] = [{batch}, {m - n}], got {list(choice.into.shape)}"
+        )

@@ -1,0 +1,356 @@
+"""A block that chooses its tokens, against naive loops and against slim_block and timm's blocks."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from references import build, off
+from torch import Tensor
+
+from slimvit.dynamic import Absorb
+from slimvit.models import block_parts
+from slimvit.ops import Alive, Choice, View, complement, dynamic_block, slim_block, top
+from slimvit.ops.dynamic_block import absorb_tokens
+
+EXACT = 1e-12
+SIZES = [(1, 1), (2, 1), (2, 2), (63, 20), (63, 62), (197, 1), (197, 104), (197, 197)]
+KINDS = ["deit", "dinov2_swiglu", "qk_norm", "scale_norms", "no_biases"]
+
+
+def some_alive(batch: int, m: int, sizes: bool, width: int = 48, seed: int = 0) -> Alive:
+    """Tokens [m, B, width] in float64 with places of a longer sequence, and whole sizes."""
+    generator = torch.Generator().manual_seed(seed + m)
+    x = torch.randn(m, batch, width, generator=generator, dtype=torch.float64)
+    orders = [torch.randperm(2 * m, generator=generator)[:m] for _ in range(batch)]
+    place = torch.stack(orders).sort(1).values
+    size = torch.randint(1, 9, (batch, m), generator=generator).float() if sizes else None
+    return Alive(x, place, size)
+
+
+def some_choice(batch: int, m: int, n: int, prefix: int, absorbs: bool) -> Choice:
+    """Random kept tokens, the prefix among them, and random ones that take the others in."""
+    generator = torch.Generator().manual_seed(n)
+    scores = torch.rand(batch, m, generator=generator)
+    scores[:, :prefix] = 2
+    index = scores.topk(n, 1).indices.sort(1).values
+    into = torch.randint(0, n, (batch, m - n), generator=generator) if absorbs else None
+    return Choice(index, into)
+
+
+def absorbed(alive: Alive, choice: Choice) -> Alive:
+    """absorb_tokens in loops over images, tokens and channels."""
+    (m, batch, width), n = alive.x.shape, choice.index.shape[1]
+    x = torch.zeros(n, batch, width, dtype=torch.float64)
+    place = torch.zeros(batch, n, dtype=torch.int64)
+    size = torch.zeros(batch, n)
+    for b in range(batch):
+        kept = choice.index[b].tolist()
+        pruned = [i for i in range(m) if i not in kept]
+        for k, i in enumerate(kept):
+            group = [i]
+            if choice.into is not None:
+                group += [j for j, into in zip(pruned, choice.into[b].tolist()) if into == k]
+            weights = [1.0 if alive.size is None else alive.size[b, j].item() for j in group]
+            total = sum(w * alive.x[j, b] for w, j in zip(weights, group, strict=True))
+            x[k, b] = total / sum(weights)
+            place[b, k], size[b, k] = alive.place[b, i], sum(weights)
+    return Alive(x, place, size)
+
+
+class TestAbsorbTokens:
+    @pytest.mark.parametrize(("m", "n"), SIZES)
+    @pytest.mark.parametrize("batch", [1, 3])
+    @pytest.mark.parametrize("sizes", [False, True])
+    @pytest.mark.parametrize("absorbs", [False, True])
+    def test_equals_loops(self, poison_empty, m, n, batch, sizes, absorbs):
+        alive = some_alive(batch, m, sizes, width=5)
+        choice = some_choice(batch, m, n, 1, absorbs)
+        got, wanted = absorb_tokens(alive, choice), absorbed(alive, choice)
+        assert torch.equal(got.place, wanted.place)
+        assert got.x.dtype == torch.float64
+        assert off(got.x, wanted.x) < EXACT
+        if absorbs or sizes:
+            assert torch.equal(got.size, wanted.size)
+        else:
+            assert got.size is None
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_rounds_once(self, dtype):
+        alive = some_alive(2, 63, True, width=5)
+        alive = alive._replace(x=alive.x.to(dtype))
+        choice = some_choice(2, 63, 20, 1, True)
+        got = absorb_tokens(alive, choice)
+        assert got.x.dtype == dtype
+        wanted = absorbed(alive._replace(x=alive.x.double()), choice).x
+        assert ((got.x - wanted).abs() <= torch.finfo(dtype).eps * (wanted.abs() + 1)).all()
+
+    def test_no_token_is_lost(self):
+        alive, choice = some_alive(3, 63, True), some_choice(3, 63, 7, 2, True)
+        got = absorb_tokens(alive, choice)
+        assert torch.equal(got.size.sum(1), alive.size.sum(1))
+        before = (alive.x * alive.size.t()[:, :, None]).sum(0, keepdim=True)
+        assert off((got.x * got.size.t()[:, :, None]).sum(0, keepdim=True), before) < EXACT
+
+    def test_gradients(self):
+        alive, choice = some_alive(2, 7, True, width=3), some_choice(2, 7, 3, 1, True)
+        x = alive.x.requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x: absorb_tokens(alive._replace(x=x), choice).x, x, fast_mode=True
+        )
+
+
+def ranked(scores: Tensor, n: int, prefix: int) -> Tensor:
+    """`top` in a loop: prefix first, then by score, NaN last, earlier ones first."""
+    rows = []
+    for row in scores.tolist():
+        keys = [-float("inf") if value != value else value for value in row]
+        order = sorted(range(prefix, len(row)), key=lambda i: (-keys[i], i))
+        rows.append(sorted([*range(prefix), *order][:n]))
+    return torch.tensor(rows)
+
+
+class TestTop:
+    @pytest.mark.parametrize("m", [2, 3, 63, 197])
+    @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+    def test_equals_sorting(self, m, prefix):
+        scores = torch.randn(3, m, generator=torch.Generator().manual_seed(m))
+        for n in sorted({*range(prefix, min(prefix + 3, m)), m // 2, m - 1, m}):
+            if prefix <= n <= m and n > 0:
+                assert torch.equal(top(scores, n, prefix), ranked(scores, n, prefix)), n
+
+    @pytest.mark.parametrize("m", [17, 63, 300])
+    def test_among_equals_the_earlier(self, m):
+        generator = torch.Generator().manual_seed(0)
+        scores = torch.randint(0, 3, (5, m), generator=generator).float()
+        for n in range(2, m, 7):
+            assert torch.equal(top(scores, n, 1), ranked(scores, n, 1)), n
+        alike = top(torch.zeros(2, m), 9, 2)
+        assert torch.equal(alike, torch.arange(9).expand(2, -1))
+
+    def test_nan_is_the_lowest_and_infinity_the_highest_but_the_prefix(self):
+        nan, inf = float("nan"), float("inf")
+        scores = torch.tensor([[nan, -inf, inf, nan, 3.0, -inf, inf, 1e38, -1e38]])
+        for n in range(2, 9):
+            assert torch.equal(top(scores, n, 2), ranked(scores, n, 2)), n
+        assert top(scores, 4, 2).tolist() == [[0, 1, 2, 6]]
+        assert top(torch.full((1, 6), nan), 3, 1).tolist() == [[0, 1, 2]]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_leaves_scores_alone(self, dtype):
+        scores = torch.randn(2, 63, dtype=dtype, requires_grad=True)
+        before = scores.detach().clone()
+        assert torch.equal(top(scores, 9, 1), ranked(before, 9, 1))
+        assert torch.equal(scores.detach(), before)
+
+    def test_an_image_is_ranked_alone(self):
+        scores = torch.randint(0, 5, (6, 63)).float()
+        alone = [top(row[None], 20, 1) for row in scores]
+        assert torch.equal(top(scores, 20, 1), torch.cat(alone))
+
+
+@pytest.mark.parametrize(("m", "n"), SIZES)
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_complement(m, n, batch):
+    index = some_choice(batch, m, n, 0, False).index
+    got = complement(index, m)
+    assert got.shape == (batch, m - n)
+    for kept, pruned in zip(index.tolist(), got.tolist(), strict=True):
+        assert pruned == [i for i in range(m) if i not in kept]
+
+
+def parts_of(kind: str, layer: int = 1):
+    model = build(kind).double()
+    return model.blocks[layer], block_parts(model)[layer]
+
+
+def always(choice: Choice) -> Callable[..., Choice]:
+    return lambda *_: choice
+
+
+class TestDynamicBlock:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(("m", "n"), [(2, 1), (63, 20), (63, 63), (197, 104), (197, 1)])
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_without_absorbing_is_slim_block(self, poison_empty, kind, m, n, batch):
+        _, block = parts_of(kind)
+        for sizes in (False, True):
+            alive = some_alive(batch, m, sizes)
+            choice = some_choice(batch, m, n, 1, False)
+            with torch.no_grad():
+                got = dynamic_block(alive, block, n, always(choice), prefix=1)
+                index = choice.index
+                bias = alive.size.double().log() if sizes else None
+                wanted = slim_block(alive.x, block, index, key_bias=bias)
+            assert off(got.x, wanted) < (1e-6 if sizes else EXACT)  # sizes are float32
+            assert torch.equal(got.place, alive.place.gather(1, index))
+            assert (got.size is None) == (not sizes)
+            assert not sizes or torch.equal(got.size, alive.size.gather(1, index))
+
+    @pytest.mark.parametrize("n", [1, 2, 4, 9])
+    def test_nothing_is_asked_where_there_is_no_choice(self, n):
+        _, block = parts_of("deit")
+        alive = some_alive(2, 9, True)
+
+        def refuse(*_):
+            raise AssertionError("it was asked")
+
+        got = dynamic_block(alive, block, n, refuse, prefix=4)
+        bias = alive.size.log().double()
+        assert off(got.x, slim_block(alive.x, block, n, key_bias=bias)) < EXACT
+        assert torch.equal(got.place, alive.place[:, :n])
+        assert torch.equal(got.size, alive.size[:, :n])
+
+    def test_absorbing_merges_before_the_queries(self):
+        block, parts = parts_of("deit")
+        alive, choice = some_alive(2, 9, False), some_choice(2, 9, 4, 1, True)
+        with torch.no_grad():
+            got = dynamic_block(alive, parts, 4, always(choice), prefix=1).x
+            merged = absorbed(alive, choice).x.transpose(0, 1)
+            # timm's block on merged tokens and original ones, of which only the latter are keys.
+            both = torch.cat([merged, alive.x.transpose(0, 1)], 1)
+            seen = torch.arange(13) >= 4
+            wanted = block(both, attn_mask=seen.expand(2, 1, 13, 13))[:, :4]
+        assert off(got.transpose(0, 1), wanted) < 1e-6
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("prefix", [1, 2, 5])
+    def test_absorbed_duplicates_change_nothing(self, kind, prefix):
+        """Tokens that are twins of others stay counted by log(size), block after block."""
+        blocks, parts = build(kind).double().blocks, block_parts(build(kind).double())
+        x, twin = twins(prefix, patches=12)
+        alive = Alive(x, torch.arange(len(twin)).expand(x.shape[1], -1))
+        for layer in range(3):
+            n = len(set(twin[: alive.x.shape[0]])) if layer == 0 else alive.x.shape[0]
+            choice = absorb_twins(twin, x.shape[1])
+            with torch.no_grad():
+                x = blocks[layer](x.transpose(0, 1)).transpose(0, 1)
+                alive = dynamic_block(alive, parts[layer], n, always(choice), prefix=prefix)
+            rows = torch.stack([x[place, b] for b, place in enumerate(alive.place)], 1)
+            assert off(alive.x, rows) < 1e-6, layer  # sizes are float32
+        assert alive.x.shape[0] == len(set(twin)) < len(twin)
+
+    def test_a_stale_size_would_change_it(self):
+        """What the test above relies on: without log(size) the answers differ."""
+        block, parts = parts_of("deit")
+        x, twin = twins(1, 12)
+        choice = absorb_twins(twin, x.shape[1])
+        alive = Alive(x, torch.arange(len(twin)).expand(x.shape[1], -1))
+        n = choice.index.shape[1]
+        with torch.no_grad():
+            first = dynamic_block(alive, parts, n, always(choice), prefix=1)
+            right = dynamic_block(first, parts, n, always(choice), prefix=1)
+            wrong = dynamic_block(first._replace(size=None), parts, n, always(choice), prefix=1)
+        assert off(wrong.x, right.x) > 1e-3
+
+    def test_more_than_there_are(self):
+        _, block = parts_of("deit")
+        with pytest.raises(ValueError, match="at most m = 9, the alive tokens, got 10"):
+            dynamic_block(some_alive(1, 9, False), block, 10, View.top, prefix=1)
+
+    @pytest.mark.parametrize("shape", [(2, 4), (2, 6), (1, 5), (5,)])
+    def test_a_choice_of_another_number(self, shape):
+        _, block = parts_of("deit")
+        choice = Choice(torch.zeros(shape, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"index \[B, n\] = \[2, 5\], got"):
+            dynamic_block(some_alive(2, 9, False), block, 5, always(choice), prefix=1)
+
+    def test_takers_of_another_number(self):
+        _, block = parts_of("deit")
+        choice = some_choice(2, 9, 5, 1, True)
+        choice = choice._replace(into=choice.into[:, 1:])
+        with pytest.raises(ValueError, match=r"into \[B, m - n\] = \[2, 4\], got \[2, 3\]"):
+            dynamic_block(some_alive(2, 9, False), block, 5, always(choice), prefix=1)
+
+
+def twins(prefix: int, patches: int, batch: int = 2) -> tuple[Tensor, list[int]]:
+    """Tokens [m, B, 48], some patches equal to earlier ones; for each its first twin, or itself."""
+    generator = torch.Generator().manual_seed(prefix)
+    m = prefix + patches
+    x = torch.randn(m, batch, 48, generator=generator, dtype=torch.float64)
+    twin = list(range(m))
+    for later, earlier in ((5, 2), (7, 2), (8, 3), (11, 9)):
+        twin[prefix + later] = prefix + earlier
+        x[prefix + later] = x[prefix + earlier]
+    return x, twin
+
+
+def absorb_twins(twin: list[int], batch: int) -> Choice:
+    kept = [i for i, first in enumerate(twin) if first == i]
+    into = [kept.index(first) for i, first in enumerate(twin) if first != i]
+    index = torch.tensor(kept)
+    return Choice(index.expand(batch, -1), torch.tensor(into).expand(batch, -1))
+
+
+class TestView:
+    @pytest.mark.parametrize("kind", ["deit", "qk_norm", "no_biases"])
+    @pytest.mark.parametrize("sizes", [False, True])
+    @pytest.mark.parametrize("head_tokens", [1, 2])
+    def test_attention(self, kind, sizes, head_tokens):
+        _, block = parts_of(kind)
+        alive = some_alive(3, 17, sizes)
+        y = block.norm1(alive.x)
+        view = View(alive, block, y, 2, head_tokens)
+        q, k, v = block.qkv(y).view(17, 3, 3, block.heads, block.head_dim).permute(2, 1, 3, 0, 4)
+        q, k = block.q_norm(q), block.k_norm(k)
+        assert off(view.keys, k) < EXACT
+        assert off(view.values, v) < EXACT
+        logits = q @ k.transpose(2, 3) / block.head_dim**0.5
+        assert off(view.attention(), logits.softmax(-1)) < EXACT
+        if sizes:
+            logits = logits + alive.size.log()[:, None, None, :]
+        wanted = logits.softmax(-1)[:, :, :head_tokens].mean(2)
+        assert off(view.class_attention(), wanted) < 1e-5  # it is float32
+        size = alive.size if sizes else torch.ones(3, 17)
+        assert torch.equal(view.size, size)
+
+    def test_top(self):
+        _, block = parts_of("deit")
+        alive = some_alive(2, 17, False)
+        view = View(alive, block, block.norm1(alive.x), 3, 1)
+        scores = torch.randn(2, 17)
+        assert torch.equal(view.top(scores, 8).index, ranked(scores, 8, 3))
+        assert view.top(scores, 8).into is None
+
+
+def absorb_in_loops(view: View, n: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Which tokens Absorb keeps and where the others go, by its formula, token by token."""
+    alive, prefix = view.alive, view.prefix
+    attention, values = view.class_attention().double(), view.values.double()
+    keys = view.keys.double().mean(1)
+    kept, into = [], []
+    for b in range(alive.x.shape[1]):
+        m = alive.x.shape[0]
+        heads = range(values.shape[1])
+        importance = [
+            sum((attention[b, h, i] * values[b, h, i].norm()).item() for h in heads)
+            for i in range(m)
+        ]
+        unit = [keys[b, i] / keys[b, i].norm() for i in range(m)]
+
+        def cosine(i, j, unit=unit):
+            return -1.0 if j < prefix else (unit[i] @ unit[j]).item()
+
+        scores = []
+        for i in range(m):
+            above = [cosine(i, j) for j in range(m) if importance[j] > importance[i]]
+            scores.append(view.size[b, i].item() * importance[i] * (1 - max(above, default=-1.0)))
+        order = sorted(range(prefix, m), key=lambda i: -scores[i])
+        chosen = sorted([*range(prefix), *order][:n])
+        others = [i for i in range(m) if i not in chosen]
+        kept.append(chosen)
+        into.append([max(range(n), key=lambda k: cosine(i, chosen[k])) for i in others])
+    return kept, into
+
+
+@pytest.mark.parametrize(("m", "n", "prefix"), [(3, 2, 1), (17, 6, 1), (40, 39, 2), (63, 9, 5)])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("sizes", [False, True])
+def test_absorb_chooses_as_its_formula_says(m, n, prefix, batch, sizes):
+    _, block = parts_of("deit")
+    alive = some_alive(batch, m, sizes)
+    view = View(alive, block, block.norm1(alive.x), prefix, min(prefix, 2))
+    with torch.no_grad():
+        choice = Absorb(counts=[1]).choose(0, view, n)
+        kept, into = absorb_in_loops(view, n)
+    assert choice.index.tolist() == kept
+    assert choice.into.tolist() == into
