@@ -89,22 +89,32 @@ class View:
 def top(scores: Tensor, n: int, prefix: int) -> Tensor:
     """Positions [B, n], ascending, of the first `prefix` and of the highest of the other scores.
 
-    Among equal scores the earlier token is kept; NaN counts as the lowest.
+    Among equal scores the earlier token is kept; NaN counts as the lowest. Scores are compared in
+    float32.
     """
-    scores = scores.detach().float().nan_to_num(nan=-torch.inf, neginf=-torch.inf).clone()
-    scores[:, :prefix] = torch.inf
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    return order[:, :n].sort(dim=1).values
+    position = torch.arange(scores.shape[1], device=scores.device)
+    scores = scores.detach().float()
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    scores = torch.where(position < prefix, torch.inf, scores)
+    # ONNX has no stable sort: all above the n-th score, then the first of its equals.
+    least = scores.topk(n, dim=1).values[:, n - 1 :]  # [B, 1]
+    above, equal = scores > least, scores == least
+    room = n - above.sum(1, keepdim=True)
+    return _ascending(above | (equal & (equal.cumsum(1) <= room)), n)
 
 
 def complement(index: Tensor, m: int) -> Tensor:
     """Positions in [0, m) that are not in `index` [B, n], ascending: [B, m - n]."""
-    pruned = torch.ones(index.shape[0], m, dtype=torch.bool, device=index.device)
-    pruned.scatter_(1, index, False)
-    # A stable sort brings the pruned ones to the front in their order, for any batch at once.
-    return pruned.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[
-        :, : m - index.shape[1]
-    ]
+    chosen = torch.zeros(index.shape[0], m, dtype=torch.int64, device=index.device)
+    return _ascending(chosen.scatter(1, index, 1) == 0, m - index.shape[1])
+
+
+def _ascending(mask: Tensor, n: int) -> Tensor:
+    """Positions [B, n] at which `mask` [B, m] is true, n in each row: of any batch at once."""
+    m = mask.shape[1]
+    # Whole numbers, since runtimes that compute in bfloat16 would mix up larger ones.
+    key = torch.where(mask, m - torch.arange(m, device=mask.device), 0)
+    return key.topk(n, dim=1).indices
 
 
 def absorb_tokens(alive: Alive, choice: Choice) -> Alive:
