@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimvit.dynamic.planner import Planner
-from slimvit.dynamic.schedule import check_cut, schedule
+from slimvit.dynamic.schedule import check_cut, counts_for_cut
 from slimvit.models import Spec
 from slimvit.ops import Choice, View, complement, top
 
@@ -55,7 +55,9 @@ class Absorb(Planner):
 
     def counts_for(self, spec: Spec) -> tuple[int, ...]:
         """The counts, or the schedule that saves `cut`."""
-        return schedule(spec, self.cut, self) if self.counts is None else self.counts
+        if self.counts is not None:
+            return self.counts
+        return counts_for_cut(spec, self.cut, lambda counts: Absorb(counts=counts))
 
     def settings(self) -> dict[str, Any]:
         """The cut, or the counts."""

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from slimvit import macs
+from slimvit import macs, models
+from slimvit.dynamic import Planner
 from slimvit.errors import SlimvitError
 from slimvit.masks import Masks
 from slimvit.models import Spec
@@ -63,7 +64,9 @@ def uniform_counts(spec: Spec, fraction: float) -> tuple[int, ...]:
     raise SlimvitError(f"cut {fraction} is out of reach by uniform pruning")
 
 
-def measure_speedup(model: nn.Module, masks: Masks, images: Tensor, rounds: int = 7) -> float:
+def measure_speedup(
+    model: nn.Module, masks: Masks | Planner, images: Tensor, rounds: int = 7
+) -> float:
     """Images per second of the slimmed model over the dense one, on this device, in one run.
 
     Dense and slim alternate; the median ratio of the rounds is returned, from rank 0 in all
@@ -71,13 +74,12 @@ def measure_speedup(model: nn.Module, masks: Masks, images: Tensor, rounds: int 
 
     Args:
         model: the dense model.
-        masks: kept sets.
+        masks: kept sets, or a dynamic plan.
         images: one batch, [B, C, H, W], of the size to be fast at.
         rounds: counted rounds after one that warms up.
     """
-    dense = accelerate(
-        model, masks.replace(keep=torch.ones_like(masks.keep), scores=None, errors=None)
-    )
+    shape = models.spec(model)
+    dense = accelerate(model, Masks.dense(shape.depth, shape.grid, shape.prefix))
     slim = accelerate(model, masks)
     ratios = [_seconds(dense, images) / _seconds(slim, images) for _ in range(rounds + 1)][1:]
     value = torch.tensor([statistics.median(ratios)], dtype=torch.float64, device=images.device)

@@ -1,0 +1,159 @@
+"""Counts for `Absorb`: to a budget that is measured, or by how images are answered."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from slimvit.dynamic import Absorb, Shape, counts_for_cut
+from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
+from slimvit.models import Spec, spec
+from slimvit.runtime import apply_masks
+from slimvit.search.budget import measure_speedup
+from slimvit.search.reduce import ExactMean, rank
+
+SHAPES = tuple(
+    Shape(whole, power, floor)
+    for whole, power, floor in itertools.product((1, 2, 3), (0.7, 1.0, 1.4), (1 / 8, 1 / 5))
+)
+_TRIALS = 6
+
+
+def fit_absorb(
+    model: nn.Module,
+    loader: Iterable | None = None,
+    *,
+    cut: float | None = None,
+    speedup: float | None = None,
+    shapes: Iterable[Shape] = SHAPES,
+    progress: bool = True,
+) -> Absorb:
+    """An `Absorb` whose counts are chosen by what the model answers, or by a measured speed.
+
+    With images, those counts are taken among the `shapes` whose answers stay nearest to the dense
+    model's: the least mean KL(dense ‖ slim). Labels are not needed, nothing is trained, and every
+    image is answered once for each shape. Without images `Absorb`'s own shape is taken.
+
+    Args:
+        model: a dense timm VisionTransformer; not changed.
+        loader: batches of images [b, C, H, W], or tuples that begin with them; None for no images.
+        cut: share of the dense multiply–accumulates to save, in (0, 1); or
+        speedup: images per second over the dense model's to reach, > 1, measured on the model's
+            device with the loader's batch size (1 without a loader).
+        shapes: how counts may fall with depth.
+        progress: show progress on stderr (rank 0 only).
+
+    Returns:
+        A plan with fixed counts, bound to the model's shape.
+
+    Raises:
+        UsageError: neither or both of `cut` and `speedup`, or out of range.
+        DataError: the loader has no images.
+        SlimvitError: the budget is out of reach.
+    """
+    if (cut is None) == (speedup is None):
+        raise UsageError("give one of cut and speedup")
+    if speedup is not None and not 1 < speedup < math.inf:
+        raise UsageError(f"speedup must be above 1 and finite, got {speedup}")
+    shape = spec(model)
+    if cut is None:
+        cut = _cut_for(model, shape, speedup, _first(model, shape, loader))
+    plans = _plans(shape, cut, shapes if loader is not None else [Shape()])
+    if loader is None or len(plans) == 1:
+        return plans[0]
+    found = divergences(model, plans, loader, progress=progress)
+    return plans[int(torch.tensor(found).argmin())]
+
+
+@torch.inference_mode()
+def divergences(
+    model: nn.Module, plans: list[Absorb], loader: Iterable, *, progress: bool = True
+) -> list[float]:
+    """Mean KL(dense ‖ slim) of each plan over the images of a loader, in nats."""
+    dense = model.eval()
+    device = next(model.parameters()).device
+    slims = [apply_masks(model, plan).eval() for plan in plans]
+    mean, images = ExactMean(len(plans)), 0
+    bar = tqdm(loader, desc="schedules", disable=not progress or rank() != 0)
+    for batch in bar:
+        batch = (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
+        wanted = dense(batch).double().log_softmax(1)
+        found = torch.stack([_divergence(wanted, slim(batch)) for slim in slims], 1)
+        if not found.isfinite().all():
+            raise SlimvitError("the answers are not finite: no schedule can be chosen by them")
+        mean.add(found)
+        images += len(batch)
+    if not images:
+        raise DataError("no images to choose a schedule by")
+    return mean.mean().tolist()
+
+
+def _divergence(wanted: Tensor, logits: Tensor) -> Tensor:
+    """KL of each image, [b]."""
+    answers = logits.double().log_softmax(1)
+    return F.kl_div(answers, wanted, log_target=True, reduction="none").sum(1)
+
+
+def _plans(shape: Spec, cut: float, shapes: Iterable[Shape]) -> list[Absorb]:
+    """Plans of different counts that save `cut`; shapes that cannot are passed over."""
+    plans: dict[tuple[int, ...], Absorb] = {}
+    reason: PlanError | None = None
+    for fall in shapes:
+        try:
+            counts = counts_for_cut(shape, cut, lambda counts: Absorb(counts=counts), fall)
+        except PlanError as error:
+            reason = error
+            continue
+        plans.setdefault(counts, Absorb(counts=counts).bind(shape))
+    if not plans:
+        raise reason or UsageError("shapes must not be empty")
+    return list(plans.values())
+
+
+def _first(model: nn.Module, shape: Spec, loader: Iterable | None) -> Tensor:
+    """A batch to time: the loader's first, or one blank image."""
+    device = next(model.parameters()).device
+    if loader is None:
+        return torch.zeros(1, shape.in_chans, *shape.image_size, device=device)
+    batches: Iterator = iter(loader)
+    batch = next(batches, None)
+    if batch is None:
+        raise DataError("no images to measure a speed-up with")
+    return (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
+
+
+def _cut_for(model: nn.Module, shape: Spec, speedup: float, images: Tensor) -> float:
+    """The least cut, of those tried by halving, that reaches the speed-up."""
+
+    def reached(cut: float) -> bool:
+        plan = _plans(shape, cut, [Shape()])[0]
+        return measure_speedup(model, plan, images) >= speedup
+
+    low, high = 0.0, _most(shape)
+    if not reached(high):
+        raise SlimvitError(
+            f"speed-up {speedup} is out of reach: the most that can be cut is {high:.3f}"
+        )
+    for _ in range(_TRIALS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high
+
+
+def _most(shape: Spec) -> float:
+    """The greatest cut, to a thousandth, that `Absorb` can reach."""
+    low, high = 0.0, 1.0
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        try:
+            _plans(shape, middle, [Shape()])
+            low = middle
+        except PlanError:
+            high = middle
+    return low

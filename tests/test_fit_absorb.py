@@ -1,0 +1,99 @@
+"""Counts of Absorb chosen by the model's answers or by a measured speed."""
+
+import pytest
+import torch
+
+from slimvit.dynamic import Absorb, Shape
+from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
+from slimvit.macs import cut
+from slimvit.models import spec
+from slimvit.runtime import apply_masks
+from slimvit.search import absorb, fit_absorb
+
+SHAPES = (Shape(0), Shape(1), Shape(2, 1.4), Shape(3))
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(size, 3, 64, 64, generator=generator) for size in (3, 2)]
+
+
+def kl(model, plan, batches):
+    images = torch.cat(batches)
+    with torch.no_grad():
+        p = model(images).double().softmax(1)
+        q = apply_masks(model, plan).eval()(images).double().softmax(1)
+    return float((p * (p / q).log()).sum(1).mean())
+
+
+def test_takes_the_shape_whose_answers_stay_nearest(tiny_vit, batches):
+    plan = fit_absorb(tiny_vit, batches, cut=0.25, shapes=SHAPES, progress=False)
+    shape = spec(tiny_vit)
+    assert cut(shape, plan) == pytest.approx(0.25, abs=0.04)
+    tried = absorb._plans(shape, 0.25, SHAPES)
+    assert len(tried) > 1
+    by_hand = [kl(tiny_vit, each, batches) for each in tried]
+    assert plan.counts == tried[by_hand.index(min(by_hand))].counts
+    found = absorb.divergences(tiny_vit, tried, batches, progress=False)
+    assert found == pytest.approx(by_hand, rel=1e-4, abs=1e-9)
+
+
+def test_is_the_same_however_images_are_batched(tiny_vit, batches):
+    whole = [(torch.cat(batches), torch.zeros(5))]
+    one, other = (
+        fit_absorb(tiny_vit, images, cut=0.3, shapes=SHAPES, progress=False)
+        for images in (batches, whole)
+    )
+    assert one.counts == other.counts
+
+
+def test_without_images_it_is_absorbs_own_schedule(tiny_vit):
+    plan = fit_absorb(tiny_vit, cut=0.3)
+    assert plan.counts == Absorb(cut=0.3).bind(spec(tiny_vit)).counts
+
+
+def test_a_speedup_takes_the_least_cut_that_reaches_it(tiny_vit, monkeypatch):
+    shape = spec(tiny_vit)
+
+    def measured(model, plan, images):
+        assert images.shape == (1, 3, 64, 64)
+        return 1 / (1 - cut(shape, plan))
+
+    monkeypatch.setattr(absorb, "measure_speedup", measured)
+    plan = fit_absorb(tiny_vit, speedup=1.25)
+    assert 0.2 <= cut(shape, plan) <= 0.26
+    with pytest.raises(SlimvitError, match="speed-up 50 is out of reach"):
+        fit_absorb(tiny_vit, speedup=50)
+
+
+def test_a_speedup_is_really_measured(tiny_vit):
+    from slimvit.search.budget import measure_speedup
+
+    images = torch.zeros(1, 3, 64, 64)
+    assert measure_speedup(tiny_vit, Absorb(cut=0.3), images, rounds=1) > 0
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({}, UsageError, "one of cut and speedup"),
+        ({"cut": 0.3, "speedup": 2.0}, UsageError, "one of cut and speedup"),
+        ({"speedup": 1.0}, UsageError, "speedup must be above 1"),
+        ({"speedup": float("nan")}, UsageError, "speedup must be above 1"),
+        ({"cut": 0.3, "loader": []}, DataError, "no images"),
+        ({"speedup": 1.5, "loader": []}, DataError, "no images"),
+        ({"cut": 0.3, "shapes": [], "loader": [1]}, UsageError, "shapes must not be empty"),
+        ({"cut": 0.99}, PlanError, "cut must be at most"),
+    ],
+)
+def test_bad_input(tiny_vit, options, error, message):
+    loader = options.pop("loader", None)
+    with pytest.raises(error, match=message):
+        fit_absorb(tiny_vit, loader, **options)
+
+
+def test_answers_that_are_not_finite_choose_nothing(tiny_vit, batches):
+    batches[1][0, 0, 0, 0] = torch.nan
+    with pytest.raises(SlimvitError, match="not finite"):
+        fit_absorb(tiny_vit, batches, cut=0.3, shapes=SHAPES, progress=False)
