@@ -20,6 +20,7 @@ _HOME = {
     "DPS": "slimvit.dynamic",
     "Masks": "slimvit.masks",
     "Planner": "slimvit.dynamic",
+    "SPViT": "slimvit.dynamic",
     "SlimvitError": "slimvit.errors",
     "accelerate": "slimvit.runtime",
     "apply_masks": "slimvit.runtime",
@@ -31,6 +32,7 @@ __all__ = [
     "Absorb",
     "Masks",
     "Planner",
+    "SPViT",
     "SlimvitError",
     "__version__",
     "accelerate",
@@ -40,7 +42,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from slimvit.dynamic import DPS, Absorb, Planner, load_plan
+    from slimvit.dynamic import DPS, Absorb, Planner, SPViT, load_plan
     from slimvit.errors import SlimvitError
     from slimvit.masks import Masks
     from slimvit.runtime import accelerate, apply_masks

@@ -33,11 +33,13 @@ class Planner(nn.Module):
             for a planner that works them out from the model.
         spec: the model's shape, after `bind`.
         semantics: pruned tokens are no keys of later blocks.
+        learns: whether `finetune` trains the planner's own weights along with the model's.
     """
 
     kind: ClassVar[str] = ""
     kinds: ClassVar[dict[str, type[Planner]]] = {}
     semantics = "drop"
+    learns: ClassVar[bool] = False
     spec: Spec | None = None
 
     def __init__(self, counts: Sequence[int] | None = None) -> None:
@@ -46,8 +48,13 @@ class Planner(nn.Module):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if cls.kind:
-            Planner.kinds[cls.kind] = cls
+        if "kind" not in cls.__dict__:
+            return
+        holder = Planner.kinds.get(cls.kind, cls)
+        # The same class again, from a notebook's cell or a reloaded module, is welcome.
+        if (holder.__module__, holder.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise PlanError(f"the kind {cls.kind!r} is taken by {holder.__qualname__}")
+        Planner.kinds[cls.kind] = cls
 
     def choose(self, layer: int, view: View, n: int) -> Choice:
         """The n tokens that block `layer`, counted from 0, keeps.
@@ -62,6 +69,22 @@ class Planner(nn.Module):
     def before(self, layer: int, alive: Alive) -> Alive:
         """What block `layer`, counted from 0, receives: to remove tokens ahead of its keys."""
         return alive
+
+    def count(self, layer: int, received: int) -> int:
+        """How many tokens block `layer` keeps of those that it receives after `before`."""
+        return self.counts[layer]
+
+    @property
+    def acts_before(self) -> tuple[int, ...]:
+        """Blocks, counted from 0, ahead of which `before` changes anything."""
+        if type(self).before is Planner.before:
+            return ()
+        return tuple(range(self._bound.depth))
+
+    @property
+    def chooses(self) -> bool:
+        """Whether blocks choose among what they receive, by `choose`."""
+        return type(self).choose is not Planner.choose
 
     def counts_for(self, spec: Spec) -> tuple[int, ...]:
         """n_1 … n_L for a model of this shape."""
@@ -134,6 +157,8 @@ def _shape(spec: Spec) -> str:
 def _check(counts: Sequence[int], spec: Spec) -> None:
     if len(counts) != spec.depth:
         raise PlanError(f"counts must be one for each of {spec.depth} blocks, got {len(counts)}")
+    if not all(isinstance(count, int) for count in counts):
+        raise PlanError(f"counts must be whole numbers, got {list(counts)}")
     if any(b > a for a, b in zip((spec.tokens, *counts), counts, strict=False)):
         raise PlanError(
             f"kept counts must start at N = {spec.tokens} or less and not grow with depth, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,11 +23,11 @@ class _Dynamic(SlimCalls):
 
     def set_plan(self, plan: nn.Module) -> None:
         """Take a bound planner; its weights are part of this model from now on, as `plan`."""
-        self.plan = plan.to(self.cls_token.device)
+        self.plan = plan.to(self.cls_token.device).train(self.training)
 
     def _slim_tokens(self, images: Tensor) -> Alive:
         """Kept tokens after the final norm with their places."""
-        alive, _ = self._blocks(images)
+        alive = self._blocks(images)
         return alive._replace(x=self.norm(alive.x))
 
     def kept_sets(self, images: Tensor) -> list[Tensor]:
@@ -34,26 +35,35 @@ class _Dynamic(SlimCalls):
 
         Prefix tokens come first; N and more are package tokens, which stand nowhere.
         """
-        return self._blocks(images)[1]
+        kept: list[Tensor] = []
+        self._blocks(images, lambda alive: kept.append(alive.place))
+        return kept
 
-    def _blocks(self, images: Tensor) -> tuple[Alive, list[Tensor]]:
+    def trace(self, images: Tensor) -> tuple[Tensor, list[Alive]]:
+        """What training looks at: the logits, and the tokens that each block leaves, L of them."""
+        left: list[Alive] = []
+        alive = self._blocks(images, left.append)
+        return self.forward_head(self.norm(alive.x).transpose(0, 1)), left
+
+    def _blocks(self, images: Tensor, watch: Callable[[Alive], None] | None = None) -> Alive:
         x = embed(self, images).transpose(0, 1)  # [N, B, D]
         place = torch.arange(x.shape[0], device=x.device).expand(x.shape[1], -1)
-        alive, kept = Alive(x, place), []
+        alive = Alive(x, place)
         for layer, module in enumerate(self.blocks):
             if self.grad_checkpointing and self.training:
                 alive = checkpoint(self._layer, alive, layer, module, use_reentrant=False)
             else:
                 alive = self._layer(alive, layer, module)
-            kept.append(alive.place)
-        return alive, kept
+            if watch is not None:
+                watch(alive)
+        return alive
 
     def _layer(self, alive: Alive, layer: int, module: nn.Module) -> Alive:
         alive = self.plan.before(layer, alive)
         return dynamic_block(
             alive,
             parts(module),
-            self.plan.counts[layer],
+            self.plan.count(layer, alive.x.shape[0]),
             partial(self.plan.choose, layer),
             prefix=self.plan.prefix,
             head_tokens=self.plan.spec.head_tokens,

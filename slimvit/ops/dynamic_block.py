@@ -21,11 +21,14 @@ class Alive(NamedTuple):
             package tokens, which stand nowhere.
         size: how many tokens each stands for, float32 [B, m]; None where every one stands for
             itself alone. Keys carry log(size) as a bias, as if all of them were still there.
+        policy: in training, 0 for tokens that are pruned but still rows, else 1: float32 [B, m],
+            with a gradient; no query sees the pruned ones. None where all rows are alive.
     """
 
     x: Tensor
     place: Tensor
     size: Tensor | None = None
+    policy: Tensor | None = None
 
     @property
     def key_bias(self) -> Tensor | None:
@@ -183,6 +186,7 @@ def dynamic_block(
             take(alive.x, n),
             alive.place[:, :n],
             None if alive.size is None else alive.size[:, :n],
+            None if alive.policy is None else alive.policy[:, :n],
         )
         y_kept = take(y, n)
     else:
@@ -191,7 +195,7 @@ def dynamic_block(
         kept = absorb_tokens(alive, choice)
         y_kept = take(y, choice.index) if choice.into is None else block.norm1(kept.x)
     q = project_q(block, y_kept)
-    x = attend(kept.x, y_kept, block, q, view.keys, view.values, alive.key_bias)
+    x = attend(kept.x, y_kept, block, q, view.keys, view.values, alive.key_bias, alive.policy)
     return kept._replace(x=mlp_branch(x, block))
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimvit.ops.slim_attention import slim_attention
+from slimvit.ops.slim_attention import masked_attention, slim_attention
 
 
 class BlockParts(NamedTuple):
@@ -115,6 +115,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     key_bias: Tensor | None = None,
+    policy: Tensor | None = None,
 ) -> Tensor:
     """x' = x[keep] + ls1 · (Attn(q, k, v) Wo + bo).
 
@@ -126,12 +127,17 @@ def attend(
         k: keys, [B, H, m, d].
         v: values, [B, H, m, d].
         key_bias: added to the logits of each key, [m] or [B, m].
+        policy: in training, 0 for keys that no query may see, else 1: [B, m]; see
+            `masked_attention`.
 
     Returns:
         [n, B, D].
     """
     dropout = block.attn_drop if block.proj.training else 0.0
-    a = slim_attention(q, k, v, key_bias, dropout)
+    if policy is None:
+        a = slim_attention(q, k, v, key_bias, dropout)
+    else:
+        a = masked_attention(q, k, v, policy, key_bias, dropout)
     a = a.permute(2, 0, 1, 3).reshape(*x_kept.shape[:2], block.heads * block.head_dim)
     a = block.attn_norm(a)
     if block.gate is not None:

@@ -1,0 +1,92 @@
+"""SPViT's token selector: for each patch, how likely it is to be kept."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Selector(nn.Module):
+    """Logits (keep, prune) of each token, each head judging its own channels of it.
+
+        l_i^h = logsoftmax(MLP^h [local_i^h, mean over the tokens of global^h])
+        w_i = sigmoid(W2 GELU(W1 (mean of each head's channels of x_i)))
+        logits_i = Σ_h w_i^h l_i^h / Σ_h w_i^h
+
+    with local and global the halves of GELU(Linear(LN(x_i^h))). Each head has weights of its own.
+
+    Args:
+        width: D, a multiple of `heads`.
+        heads: H.
+        keep: share of the tokens that it starts by keeping, in (0, 1].
+
+    Source: SPViT (Kong et al., ECCV 2022), sections 3.2 and 3.3.
+    """
+
+    def __init__(self, width: int, heads: int, keep: float = 0.5) -> None:
+        super().__init__()
+        self.heads, c = heads, width // heads
+        self.norm_weight = nn.Parameter(torch.ones(heads, 1, c))
+        self.norm_bias = nn.Parameter(torch.zeros(heads, 1, c))
+        half, quarter = max(1, c // 2), max(1, c // 4)
+        self.embed = HeadLinear(heads, c, c)
+        self.judge1 = HeadLinear(heads, c, half)
+        self.judge2 = HeadLinear(heads, half, quarter)
+        self.judge3 = HeadLinear(heads, quarter, 2)
+        self.weigh1 = nn.Linear(heads, max(1, heads // 2))
+        self.weigh2 = nn.Linear(max(1, heads // 2), heads)
+        keep = min(keep, 0.99)
+        with torch.no_grad():
+            self.judge3.bias.copy_(torch.tensor([math.log(keep), math.log(1 - keep)]))
+
+    def forward(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
+        """Logits [B, p, 2] of tokens [p, B, D].
+
+        Args:
+            x: the tokens.
+            policy: 0 for those that are pruned already, else 1: [B, p]; None where none is.
+        """
+        p, batch, width = x.shape
+        # One product for each head: [H, B · p, c].
+        by_head = x.view(p, batch, self.heads, -1).permute(2, 1, 0, 3).flatten(1, 2)
+        y = F.layer_norm(by_head, by_head.shape[-1:], eps=1e-6)
+        y = F.gelu(self.embed(y * self.norm_weight + self.norm_bias))
+        y = y.view(self.heads, batch, p, -1)
+        local, shared = y.tensor_split(2, dim=-1)
+        if policy is None:
+            shared = shared.mean(2, keepdim=True)
+        else:
+            policy = policy.to(y.dtype)
+            total = policy.sum(1).clamp_min(1e-6)[:, None, None]
+            shared = (shared * policy[:, :, None]).sum(2, keepdim=True) / total
+        y = torch.cat([local, shared.expand(-1, -1, p, -1)], -1).flatten(1, 2)
+        y = self.judge3(F.gelu(self.judge2(F.gelu(self.judge1(y)))))
+        judged = F.log_softmax(y.float(), -1).view(self.heads, batch, p, 2)
+        means = by_head.mean(-1).view(self.heads, batch, p).permute(1, 2, 0)  # [B, p, H]
+        weight = self.weigh2(F.gelu(self.weigh1(means))).float().sigmoid().permute(2, 0, 1)
+        return ((weight / weight.sum(0)).unsqueeze(-1) * judged).sum(0)
+
+    @staticmethod
+    def macs(width: int, heads: int) -> int:
+        """Multiply–accumulates for one token."""
+        c = width // heads
+        half, quarter = max(1, c // 2), max(1, c // 4)
+        judging = heads * (c * c + c * half + half * quarter + quarter * 2)
+        return judging + 2 * heads * max(1, heads // 2)
+
+
+class HeadLinear(nn.Module):
+    """x_h W_h + b_h for each head h: [H, rows, in] to [H, rows, out]."""
+
+    def __init__(self, heads: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = inputs**-0.5
+        self.weight = nn.Parameter(torch.empty(heads, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(heads, 1, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[H, rows, out] of x [H, rows, in]."""
+        return torch.baddbmm(self.bias, x, self.weight)
