@@ -6,7 +6,6 @@ from slimvit.dynamic.file import load_plan
 from slimvit.dynamic.planner import Planner
 from slimvit.dynamic.schedule import Shape, counts_for_cut
 from slimvit.dynamic.spvit import SPViT
-from slimvit.dynamic.spvit import SPViT
 from slimvit.dynamic.static import Static
 from slimvit.ops import Alive, Choice, View
 
