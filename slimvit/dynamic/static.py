@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from slimvit.dynamic.planner import Planner
+from slimvit.errors import MasksError, PlanError
 from slimvit.masks import Masks
+from slimvit.models import Spec
 from slimvit.ops import Choice, View
 
 
@@ -16,12 +18,18 @@ class Static(Planner):
     """Keeps what the masks keep; `accelerate(model, masks)` does it without any gathering.
 
     Args:
-        masks: kept sets with semantics `drop`; or `keep`, the booleans [L, N] alone.
+        masks: kept sets with semantics `drop`.
+        shape: instead of masks, [L, N] of the booleans that a state dict will bring.
+
+    Raises:
+        PlanError: pruned tokens are something else than gone.
     """
 
     kind = "static"
 
     def __init__(self, masks: Masks | None = None, *, shape: tuple[int, int] | None = None) -> None:
+        if masks is not None and masks.semantics != "drop":
+            raise PlanError(f"masks must have semantics 'drop', got {masks.semantics!r}")
         keep = torch.ones(shape or (1, 1), dtype=torch.bool) if masks is None else masks.keep
         super().__init__(keep.sum(1).tolist())
         self.keep: Tensor
@@ -31,9 +39,24 @@ class Static(Planner):
         """The tokens of the masks."""
         return view.top(self.keep[layer][view.alive.place].float(), n)
 
-    def counts_for(self, spec: object) -> tuple[int, ...]:
-        """n_1 … n_L of the masks."""
-        return tuple(self.keep.sum(1).tolist())
+    def counts_for(self, spec: Spec) -> tuple[int, ...]:
+        """n_1 … n_L of the masks, which are checked against the model."""
+        if self.keep.shape != (spec.depth, spec.tokens):
+            raise PlanError(
+                f"keep must be [L, N] = [{spec.depth}, {spec.tokens}] booleans, "
+                f"got {list(self.keep.shape)}"
+            )
+        try:
+            masks = Masks(self.keep.cpu(), spec.prefix, spec.grid)
+        except MasksError as error:
+            raise PlanError(str(error)) from error
+        last = masks.keep[-1]
+        if last[spec.prefix :].any() and not last[: spec.prefix].all():
+            raise PlanError(
+                f"the last block must keep all {spec.prefix} prefix tokens or no patch, "
+                f"got prefix tokens {last[: spec.prefix].nonzero()[:, 0].tolist()}"
+            )
+        return masks.counts
 
     def settings(self) -> dict[str, Any]:
         """The shape of the booleans."""

@@ -23,7 +23,7 @@ class _Dynamic(SlimCalls):
 
     def set_plan(self, plan: nn.Module) -> None:
         """Take a bound planner; its weights are part of this model from now on, as `plan`."""
-        self.plan = plan.to(self.cls_token.device).train(self.training)
+        self.plan = plan.to(self.cls_token.device, self.cls_token.dtype).train(self.training)
 
     def _slim_tokens(self, images: Tensor) -> Alive:
         """Kept tokens after the final norm with their places."""
