@@ -143,6 +143,11 @@ class SPViT(Planner):
         """Blocks that a selector stands before."""
         return tuple(self._stage_at)
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of all patches that each selector leaves."""
+        return tuple(stage.patches / self._bound.patches for stage in self._stage_at.values())
+
     def count(self, layer: int, received: int) -> int:
         """All that block `layer` receives; the last block what the head reads."""
         return received if layer < self._bound.depth - 1 else self.counts[-1]

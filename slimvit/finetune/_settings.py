@@ -11,6 +11,11 @@ from slimvit.errors import UsageError
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}
 
+_NOT_NEGATIVE = (
+    "weight_decay", "warmup_epochs", "min_lr", "clip", "seed",
+    "keep_weight", "class_weight", "token_weight", "frozen_epochs", "backbone_rate",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -30,7 +35,13 @@ class Settings:
         clip: largest norm of the gradient; 0 for no clipping.
         amp: mixed precision: "auto", "bfloat16", "float16" or "none".
         ema_decay: average the weights with this decay and keep the average; None for no average.
-        seed: of shuffling, augmentation and drop path.
+        seed: of shuffling, augmentation, drop path and drawn decisions.
+        keep_weight: for plans with selectors, weight of the average kept shares' distance from
+            the plan's; with it the loss is SPViT's and `temperature` and `alpha` have no say.
+        class_weight: there, weight of the dense model's answers; labels have 1.
+        token_weight: there, weight of the dense model's tokens.
+        frozen_epochs: for plans that learn, epochs in which only the plan does.
+        backbone_rate: after them, learning rate of the model as a fraction of the plan's.
 
     Raises:
         UsageError: a number out of its range.
@@ -47,12 +58,17 @@ class Settings:
     amp: str = "auto"
     ema_decay: float | None = None
     seed: int = 0
+    keep_weight: float = 2.0
+    class_weight: float = 0.5
+    token_weight: float = 0.5
+    frozen_epochs: int = 5
+    backbone_rate: float = 0.01
 
     def __post_init__(self) -> None:
         self._check("epochs", self.epochs >= 0, ">= 0")
         self._check("lr", self.lr > 0, "> 0")
         self._check("temperature", self.temperature > 0, "> 0")
-        for name in ("weight_decay", "warmup_epochs", "min_lr", "clip", "seed"):
+        for name in _NOT_NEGATIVE:
             self._check(name, getattr(self, name) >= 0, ">= 0")
         self._check("alpha", 0 <= self.alpha <= 1, "in [0, 1]")
         self._check("amp", self.amp in ("auto", *AMP), f"auto or one of {', '.join(AMP)}")
@@ -62,6 +78,14 @@ class Settings:
         value = getattr(self, name)
         if not holds or (isinstance(value, float) and not math.isfinite(value)):
             raise UsageError(f"{name} must be {rule} and finite, got {value!r}")
+
+
+def spvit_settings(batch_size: int) -> dict[str, float]:
+    """SPViT's own settings where they differ: 30 epochs at 5e-4 for 512 images a batch.
+
+    Source: SPViT (Kong et al., ECCV 2022), section 4.1.
+    """
+    return {"epochs": 30, "lr": 5e-4 * batch_size / 512}
 
 
 def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:

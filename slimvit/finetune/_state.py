@@ -23,10 +23,26 @@ def resume_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.resume.safetensors")
 
 
+def plan_path(output: Path) -> Path:
+    """The file beside `output` that holds the dynamic plan which belongs to its weights."""
+    return output.with_name(f"{output.stem}.plan.safetensors")
+
+
 def save_weights(output: Path, model: nn.Module, info: dict[str, Any]) -> None:
-    """Write a state dict in timm's names, float32 or whatever the model has."""
+    """Write a state dict in timm's names, float32 or whatever the model has, and a plan beside it.
+
+    What is a dynamic plan's is in the plan's own file, `<stem>.plan.safetensors`.
+    """
+    plan = getattr(model, "plan", None)
+    if plan is not None:
+        plan.save(plan_path(output))
     metadata = {"format": "pt", "slimvit": json.dumps(info, default=str)}
-    atomic_write(output, to_bytes(_copy(model.state_dict()), metadata))
+    atomic_write(output, to_bytes(_copy(timm_weights(model)), metadata))
+
+
+def timm_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict in timm's names: all but what is a dynamic plan's."""
+    return {k: v for k, v in model.state_dict().items() if not k.startswith("plan.")}
 
 
 def save_resume(
@@ -79,11 +95,14 @@ def load_resume(
 
 
 def fingerprint(settings: dict[str, Any], slim: nn.Module, dense: nn.Module) -> str:
-    """A hash of the settings, the masks, and the weights that the run starts from."""
+    """A hash of the settings, the masks or the plan, and the weights that the run starts from."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     masks = getattr(slim, "masks", None)
     if masks is not None:
         digest.update(masks.keep.numpy().tobytes() + masks.semantics.encode())
+    plan = getattr(slim, "plan", None)
+    if plan is not None:
+        digest.update(json.dumps([plan.kind, plan.settings(), plan.counts]).encode())
     for value in [*slim.state_dict().values(), *dense.state_dict().values()]:
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

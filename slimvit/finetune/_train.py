@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from slimvit.errors import DataError, SlimvitError, UsageError
+from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
 from slimvit.evaluate import evaluate
-from slimvit.finetune._loss import distillation_loss, feature_loss
+from slimvit.finetune._objective import Objective
+from slimvit.finetune._optimizer import make_optimizer, make_schedule
 from slimvit.finetune._settings import Settings, choose_amp
 from slimvit.finetune._state import (
     fingerprint,
@@ -31,6 +30,7 @@ from slimvit.finetune._state import (
     save_resume,
     save_weights,
 )
+from slimvit.finetune._student import Student, plan_of
 from slimvit.models import spec
 
 Loader = Iterable[tuple[Tensor, Tensor]]
@@ -43,7 +43,8 @@ class Result:
     Attributes:
         model: the fine-tuned slim model in evaluation mode (the average where there is one).
         report: plain values: `epochs` (a list with loss, learning rate, seconds and, with
-            validation images, top1 and agreement), `seconds`, `amp`, `resumed`, `settings`.
+            validation images, top1 and agreement; where selectors learn, the share that each
+            kept), `seconds`, `amp`, `resumed`, `settings`, and `plan` where there is one.
     """
 
     model: nn.Module
@@ -65,7 +66,9 @@ def finetune(
 ) -> Result:
     """Fine-tune a slim model by distillation from the dense one, and labels where there are any.
 
-    Under torch.distributed every process trains on its own shard, with averaged gradients.
+    A dynamic plan stays as it is, but for one that learns: SPViT's selectors are trained with the
+    model by SPViT's losses, at first alone. Under torch.distributed every process trains on its
+    own shard, with averaged gradients.
 
     Args:
         slim: what `apply_masks` returns; trained in place.
@@ -74,7 +77,8 @@ def finetune(
             length, and its attribute `epoch` is set where it has one.
         val_loader: images to evaluate on before the first and after every epoch.
         output: safetensors file for the weights, in timm's names, written whole after each epoch;
-            `<stem>.resume.safetensors` beside it lets the same call go on after a kill.
+            `<stem>.resume.safetensors` beside it lets the same call go on after a kill, and
+            `<stem>.plan.safetensors` is the dynamic plan, if there is one, as it was trained.
         restart: start over even where such a file is.
         info: plain values about model and data: kept in the output, and part of what tells one
             run from another.
@@ -84,6 +88,7 @@ def finetune(
 
     Raises:
         UsageError: a setting out of range.
+        PlanError: the plan has no kind to be saved under, and `output` is given.
         SlimvitError: a loss or gradient that is not finite; the last epoch's files remain.
     """
     run = _Run(slim, dense, loader, Settings(**settings), output, info or {})
@@ -123,29 +128,40 @@ class _Run:
         self._build()
 
     def _build(self) -> None:
-        s = self.settings
-        self.optimizer = create_optimizer_v2(
-            self.slim, opt="adamw", lr=s.lr, weight_decay=s.weight_decay
-        )
-        self.schedule, _ = create_scheduler_v2(
-            self.optimizer,
-            sched="cosine",
-            num_epochs=max(s.epochs, 1),
-            warmup_epochs=min(s.warmup_epochs, s.epochs / 2),  # type: ignore[arg-type]
-            warmup_lr=s.lr * s.min_lr,
-            min_lr=s.lr * s.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps,
-        )
+        s, self.plan = self.settings, plan_of(self.slim)
+        self._learning = [p for p in self.slim.parameters() if p.requires_grad]
+        weights = [] if self.plan is None else list(self.plan.parameters())
+        self.learns = bool(weights) and self.plan.learns
+        if self.output is not None and self.plan is not None and not self.plan.kind:
+            raise PlanError(f"{type(self.plan).__name__} has no kind: it cannot be saved")
+        if self.plan is not None:
+            self.plan.requires_grad_(self.learns)
+        self.optimizer = make_optimizer(self.slim, self.learns, s)
+        self.schedule = make_schedule(self.optimizer, s, self.steps)
         half = self.amp is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.ema = None
         if s.ema_decay is not None:
             self.ema = ModelEmaV3(self.slim, decay=s.ema_decay, use_warmup=True)
-        self.model: nn.Module = self.slim
-        if self.world > 1:
+        self.objective = Objective(self.slim, self.dense, s)
+        self.backbone = [
+            p
+            for name, p in self.slim.named_parameters()
+            if p.requires_grad and not name.startswith("plan.")
+        ]
+        self._frozen: bool | None = None
+
+    def _freeze(self, frozen: bool) -> None:
+        """Let the model learn with its plan, or the plan alone."""
+        if frozen == self._frozen:
+            return
+        self._frozen = frozen
+        for parameter in self.backbone:
+            parameter.requires_grad_(not frozen)
+        self.model: nn.Module = Student(self.slim)
+        if self.world > 1:  # it asks once which parameters will have gradients
             devices = [self.device.index] if self.device.type == "cuda" else None
-            self.model = DistributedDataParallel(self.slim, device_ids=devices)
+            self.model = DistributedDataParallel(self.model, device_ids=devices)
 
     @property
     def best(self) -> nn.Module:
@@ -178,6 +194,7 @@ class _Run:
             raise
         finally:
             self.slim.eval()
+            self._thaw()
         self._finish()
         report = {
             "epochs": log,
@@ -186,10 +203,19 @@ class _Run:
             "resumed": resumed,
             "settings": asdict(self.settings),
         }
+        if self.plan is not None:
+            report["plan"] = {"kind": self.plan.kind, **self.plan.settings()}
+            report["kept"] = list(self.plan.counts)
         return Result(self.best.eval(), report)
+
+    def _thaw(self) -> None:
+        for parameter in self._learning:
+            parameter.requires_grad_(True)
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         start, total, count = time.perf_counter(), 0.0, 0.0
+        self._freeze(self.learns and epoch < self.settings.frozen_epochs)
+        self._shares: list[Tensor] = []
         random_seed(self.settings.seed + epoch * 1009, dist.get_rank() if self.world > 1 else 0)
         if hasattr(self.loader, "epoch"):
             self.loader.epoch = epoch
@@ -213,7 +239,11 @@ class _Run:
         total, count = self._sum(total, count)
         seconds = time.perf_counter() - start
         rate = self.optimizer.param_groups[0]["lr"]
-        return {"epoch": epoch + 1, "loss": total / max(count, 1), "lr": rate, "seconds": seconds}
+        entry = {"epoch": epoch + 1, "loss": total / max(count, 1), "lr": rate, "seconds": seconds}
+        if self._shares:
+            means = torch.stack(self._shares).mean(0).tolist()
+            entry["shares"] = [value / self.world for value in self._sum(*means)]
+        return entry
 
     def _step(self, images: Tensor, targets: Tensor, where: str) -> float:
         """One update; the loss of this process's batch."""
@@ -222,10 +252,11 @@ class _Run:
             weight, images, targets = 0.0, self._blank(), torch.full((1,), -1)
         images, targets = images.to(self.device), targets.to(self.device)
         with self._autocast():
-            with torch.no_grad():
-                teacher = self.dense(images)
+            answers = self.objective.teacher(images)
             student = self.model(images)
-        loss = weight * self._loss(student.float(), teacher.float(), targets)
+        loss = weight * self.objective(student, *answers, targets)
+        if student.shares is not None:
+            self._shares.append(student.shares.detach().mean(0))
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -243,14 +274,6 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.item()
-
-    def _loss(self, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-        if getattr(self.dense, "num_classes", 1) == 0:
-            return feature_loss(student, teacher)
-        s = self.settings
-        return distillation_loss(
-            student, teacher, targets, temperature=s.temperature, alpha=s.alpha
-        )
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.amp is None:
