@@ -10,7 +10,7 @@ from timm.models.vision_transformer import LayerScale
 from torch import nn
 
 from slimvit.backends import NAMES, why_not
-from slimvit.errors import MasksError, SlimvitError, UsageError
+from slimvit.errors import PlanError, SlimvitError, UsageError
 from slimvit.masks import SEMANTICS, Masks
 from slimvit.models import spec
 from slimvit.runtime import AcceleratedViT, accelerate, apply_masks
@@ -207,7 +207,7 @@ class TestModule:
         wanted = accelerate(model, masks)(images)
         for path in (tmp_path / "m.safetensors", str(tmp_path / "m.safetensors")):
             assert torch.equal(accelerate(model, path)(images), wanted)
-        with pytest.raises(MasksError, match="not found"):
+        with pytest.raises(PlanError, match="not found"):
             accelerate(model, tmp_path / "none.safetensors")
 
     def test_what_was_trained_can_be_accelerated(self):

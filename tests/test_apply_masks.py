@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from slimvit.errors import MasksError, SlimvitError, UnsupportedModelError
+from slimvit.errors import PlanError, SlimvitError, UnsupportedModelError
 from slimvit.masks import SEMANTICS, Masks
 from slimvit.models import spec
 from slimvit.runtime import apply_masks
@@ -191,7 +191,7 @@ class TestGivenModel:
             assert slim.masks.counts == masks.counts
 
     def test_missing_masks_file(self, tmp_path):
-        with pytest.raises(MasksError, match="not found"):
+        with pytest.raises(PlanError, match="not found"):
             apply_masks(build("deit"), tmp_path / "none.safetensors")
 
 

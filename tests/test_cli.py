@@ -242,7 +242,7 @@ def test_masks(call, room, tmp_path_factory):
             ("pruned", "prefix tokens must be kept: block 3 prunes token 0"),
             ("truncated", f"{elsewhere / 'truncated'} is not a readable safetensors file"),
             ("text", f"{elsewhere / 'text'} is not a readable safetensors file"),
-            ("absent", f"masks file not found: {elsewhere / 'absent'}"),
+            ("absent", f"file not found: {elsewhere / 'absent'}"),
         ):
             refused(call(command, masks=elsewhere / name), 1, word)
 

@@ -10,11 +10,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
+from torch import Tensor
 
 from slimvit.dynamic.planner import Planner
-from slimvit.errors import MasksError, PlanError
+from slimvit.errors import PlanError
 from slimvit.files import atomic_write
 from slimvit.masks import Masks
+from slimvit.masks._file import FORMAT as MASKS_FORMAT
 from slimvit.models import Spec
 
 FORMAT = "slimvit-plan"
@@ -47,51 +49,87 @@ def load_plan(path: str | os.PathLike[str]) -> Planner | Masks:
         MasksError: it is a masks file and wrong.
     """
     if not Path(path).is_file():
-        raise PlanError(f"plan file not found: {path}")
+        raise PlanError(f"masks or plan file not found: {path}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise PlanError(f"{path} is not a readable safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT:
-        try:
-            return Masks.load(path)
-        except MasksError as error:
-            raise MasksError(f"{path} is no plan file either: {error}") from error
+    found = metadata.get("format")
+    if found == MASKS_FORMAT:
+        return Masks.load(path)
+    if found != FORMAT:
+        raise PlanError(
+            f"{path} is neither a masks file nor a plan file: metadata 'format' must be "
+            f"{MASKS_FORMAT!r} or {FORMAT!r}, got {found!r}"
+        )
     if metadata.get("version") != str(VERSION):
         raise PlanError(
             f"{path} has plan format version {metadata.get('version')!r}, "
             f"this slimvit reads version {VERSION}"
         )
-    plan = _make(path, metadata)
     try:
-        plan.load_state_dict(tensors)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise PlanError(f"{path}: weights do not fit: {' '.join(lines[1:])}") from error
-    return plan.eval()
-
-
-def _make(path: str | os.PathLike[str], metadata: dict[str, str]) -> Planner:
-    kind = metadata.get("kind", "")
-    if kind not in Planner.kinds:
-        known = ", ".join(sorted(Planner.kinds))
-        raise PlanError(f"{path} has the planner {kind!r}, known are {known}")
-    try:
-        plan = Planner.kinds[kind](**json.loads(metadata["settings"]))
-        if "spec" in metadata:
-            plan.counts = tuple(json.loads(metadata["counts"]))
-            plan = plan.bind(_spec(json.loads(metadata["spec"])))
+        plan = _make(metadata)
+        _fill(plan, tensors)
+        if plan.spec is not None:
+            counts, plan = plan.counts, plan.bind(plan.spec)  # checks what the weights brought
+            if plan.counts != counts:
+                raise PlanError(f"it keeps {list(plan.counts)}, but names {list(counts)}")
     except KeyError as error:
         raise PlanError(f"{path} lacks the metadata {error}") from error
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
-    except (ValueError, TypeError) as error:
-        raise PlanError(f"{path} has unreadable metadata: {error}") from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        first = next(iter(str(error).splitlines()), repr(error))
+        raise PlanError(f"{path} has unreadable metadata: {first}") from error
+    return plan.eval()
+
+
+def _make(metadata: dict[str, str]) -> Planner:
+    """The planner without its weights."""
+    kind = metadata.get("kind", "")
+    if kind not in Planner.kinds:
+        known = ", ".join(sorted(Planner.kinds))
+        raise PlanError(f"the planner {kind!r} is unknown, known are {known}")
+    plan = Planner.kinds[kind](**json.loads(metadata["settings"]))
+    if "spec" in metadata:
+        plan.counts = tuple(json.loads(metadata["counts"]))
+        plan = plan.bind(_spec(json.loads(metadata["spec"])))
+        plan.counts = tuple(json.loads(metadata["counts"]))
     return plan
 
 
-def _spec(fields: dict[str, Any]) -> Spec:
-    pairs = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return Spec(**pairs)
+def _fill(plan: Planner, tensors: dict[str, Tensor]) -> None:
+    """Put the file's tensors into the planner."""
+    for name, own in plan.state_dict().items():
+        given = tensors.get(name)
+        if given is not None and given.is_floating_point() != own.is_floating_point():
+            raise PlanError(f"{name} must be {own.dtype}, got {given.dtype}")
+        if given is not None and not given.isfinite().all():
+            raise PlanError(f"{name} must be finite, got NaN or infinity")
+    try:
+        plan.load_state_dict(tensors)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise PlanError(f"weights do not fit: {' '.join(lines[1:])}") from error
+
+
+def _spec(values: Any) -> Spec:
+    if not isinstance(values, dict):
+        raise ValueError(f"spec must be an object, got {values!r}")
+    pairs = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    spec = Spec(**pairs)
+    for field in dataclasses.fields(Spec):
+        value = getattr(spec, field.name)
+        if not _fits(value, str(field.type)):
+            raise ValueError(f"spec's {field.name} must be {field.type}, got {value!r}")
+    return spec
+
+
+def _fits(value: object, kind: str) -> bool:
+    if kind.startswith("tuple"):
+        return isinstance(value, tuple) and len(value) == 2 and all(_fits(v, "int") for v in value)
+    if kind == "int":
+        return type(value) is int and value >= 0
+    return type(value).__name__ == kind
