@@ -16,6 +16,7 @@ from slimvit.masks import Masks
 from slimvit.ops import why_not_fused, why_not_packed
 from slimvit.runtime.accelerated import AcceleratedViT, dtype_name
 from slimvit.runtime.apply_masks import apply_masks
+from slimvit.runtime.blockwise import BlockwiseViT
 from slimvit.runtime.fused import FusedViT
 from slimvit.runtime.packed import PackedViT
 
@@ -92,7 +93,11 @@ def accelerate(
     if backend == "torch":
         fast = AcceleratedViT(slim.to(dtype), backend, shape)
     elif backend == "cpu":
-        fast = PackedViT(folded, parts, dtype, shape)
+        fast = (
+            PackedViT(folded, parts, dtype, shape)
+            if plan is None
+            else BlockwiseViT(slim, parts, dtype, shape)
+        )
     else:
         fast = FusedViT(folded, parts, dtype, backend, shape)
     fast.eval().requires_grad_(False)
@@ -103,6 +108,8 @@ def accelerate(
 
 def why_not_dynamic(plan: Planner, backend: str) -> str | None:
     """Why the kernels of a back end do not choose tokens as a plan does, or None if they do."""
+    if backend == "cpu" and not plan.chooses:
+        return None  # what acts between blocks alone needs no kernels of its own
     return f"{backend} has no kernels for the planner {plan.kind or type(plan).__name__} yet"
 
 
