@@ -122,7 +122,8 @@ def test_version(capsys):
         (["prun"], ["prun", "choose from"]),
         (["--frobnicate"], ["COMMAND"]),
         (["prune"], ["--model", "required"]),
-        (["validate", "--model", "x"], ["--masks", "--data-dir", "required"]),
+        (["validate", "--model", "x"], ["--data-dir", "required"]),
+        (["validate", "--model", "x", "--data-dir", "y"], ["--masks", "--absorb", "required"]),
         (["validate", "--mod", "x"], ["required"]),
     ],
 )
@@ -403,7 +404,7 @@ def test_nan_in_the_model(call, room, command, tmp_path_factory):
 def test_traceback_only_with_debug(call):
     assert "Traceback" not in call("validate", masks="absent")[2]
     code, _, stderr = call("validate", "--debug", masks="absent")
-    assert code == 1 and "Traceback" in stderr and "MasksError" in stderr
+    assert code == 1 and "Traceback" in stderr and "PlanError" in stderr
 
 
 def test_unexpected_errors_are_one_line(call, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from slimvit.cli._types import whole_number
+from slimvit.cli._types import number, whole_number
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -25,9 +25,27 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     )
 
 
+def add_kept_arguments(
+    parser: argparse.ArgumentParser, required: bool = True
+) -> argparse._MutuallyExclusiveGroup:
+    """Add --masks and --absorb, of which one is given; the group, for more of the kind."""
+    kept = parser.add_mutually_exclusive_group(required=required)
+    kept.add_argument(
+        "--masks", type=Path, metavar="FILE", help="masks file, or the file of a dynamic plan"
+    )
+    kept.add_argument(
+        "--absorb",
+        type=number(above=0, below=1),
+        metavar="CUT",
+        help="no file: patches chosen for each image without any training, the others absorbed, "
+        "CUT of the multiply-accumulates saved, such as 0.45",
+    )
+    return kept
+
+
 def add_masks_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --masks and --slim-checkpoint."""
-    parser.add_argument("--masks", type=Path, required=True, metavar="FILE", help="masks file")
+    """Add --masks, --absorb and --slim-checkpoint."""
+    add_kept_arguments(parser)
     parser.add_argument(
         "--slim-checkpoint",
         type=Path,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimvit.cli._arguments import (
     add_data_arguments,
+    add_kept_arguments,
     add_masks_arguments,
     add_model_arguments,
     add_run_arguments,
@@ -28,16 +29,20 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slimvit.data import Batches
+    from slimvit.dynamic import Planner
     from slimvit.masks import Masks
+    from slimvit.models import Spec
 
 __all__ = [
     "add_data_arguments",
+    "add_kept_arguments",
     "add_masks_arguments",
     "add_model_arguments",
     "add_run_arguments",
     "backends",
     "check_output",
     "device",
+    "fit_masks",
     "is_first",
     "kept_counts",
     "load_images",
@@ -45,7 +50,9 @@ __all__ = [
     "load_model",
     "load_slim_weights",
     "number",
+    "plan_kind",
     "processes",
+    "read_masks",
     "say",
     "table",
     "warn",
@@ -112,29 +119,57 @@ def load_model(
     return model.to(where)
 
 
-def load_masks(args: argparse.Namespace, model: nn.Module) -> Masks:
-    """The masks of --masks, checked against the model."""
+def load_masks(args: argparse.Namespace, model: nn.Module) -> Masks | Planner:
+    """What --masks or --absorb says: masks that fit the model, or a plan bound to it."""
+    from slimvit import models
+
+    return fit_masks(read_masks(args), models.spec(model))
+
+
+def read_masks(args: argparse.Namespace) -> Masks | Planner:
+    """What --masks or --absorb says, of whatever model."""
+    from slimvit.dynamic import Absorb, load_plan
+
+    return load_plan(args.masks) if args.masks is not None else Absorb(args.absorb)
+
+
+def fit_masks(kept: Masks | Planner, shape: Spec) -> Masks | Planner:
+    """Masks as they are, once checked against the model; a plan bound to it."""
     from slimvit import models
     from slimvit.masks import Masks
 
-    spec = models.spec(model)
-    masks = Masks.load(args.masks)
-    models.check_masks(masks, spec)
-    return masks
+    if not isinstance(kept, Masks):
+        return kept.bind(shape)
+    models.check_masks(kept, shape)
+    return kept
+
+
+def plan_kind(kept: Masks | Planner) -> str:
+    """How tokens are chosen: static, absorb, dps, spvit or a planner's own name."""
+    return getattr(kept, "kind", "static")
 
 
 def load_slim_weights(args: argparse.Namespace, dense: nn.Module) -> nn.Module:
     """The dense model with the weights of --slim-checkpoint; itself where there are none."""
     from slimvit import models
 
-    tuned = weights_beside(args.masks)
     if args.slim_checkpoint is None:
-        if tuned.exists():
-            warn(f"--slim-checkpoint is not given, but the search tuned weights: {tuned}")
+        for tuned in tuned_beside(args.masks):
+            warn(f"--slim-checkpoint is not given, but there are tuned weights: {tuned}")
         return dense
     slim = copy.deepcopy(dense)
     models.load_checkpoint(slim, args.slim_checkpoint)
     return slim
+
+
+def tuned_beside(masks: Path | None) -> list[Path]:
+    """Weights that a search with block fine-tuning, or `finetune` with a plan, put beside them."""
+    if masks is None:
+        return []
+    beside = [weights_beside(masks)]
+    if masks.name.endswith(".plan.safetensors"):
+        beside.append(masks.with_name(masks.name.replace(".plan.", ".")))
+    return [path for path in beside if path.exists()]
 
 
 def weights_beside(masks: Path) -> Path:

@@ -14,7 +14,7 @@ _FORMATS = {".onnx": "onnx", ".pt2": "pt2"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `slimvit export`."""
     common.add_model_arguments(parser)
-    parser.add_argument("--masks", type=Path, metavar="FILE", help="masks file; without it, dense")
+    common.add_kept_arguments(parser, required=False)
     parser.add_argument(
         "--format", choices=tuple(_FORMATS.values()), help="default: by the suffix of --output"
     )
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if kind == "pt2" and args.batch_size is not None:
         raise UsageError("--batch-size fixes the batch of ONNX files only, pt2 takes any batch")
     model = common.load_model(args, need_weights=True)
-    if args.masks is not None:
+    if args.masks is not None or args.absorb is not None:
         model = apply_masks(model, common.load_masks(args, model))
     if kind == "onnx":
         export_onnx(model, args.output, batch=args.batch_size or "dynamic", opset=args.opset)

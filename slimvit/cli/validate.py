@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         "cut": cut(shape, masks),
         "kept": list(masks.counts),
         "semantics": masks.semantics,
+        "plan": common.plan_kind(masks),
         "labelled": found.labelled,
         "skipped": len(images.dataset.skipped),
         "backend": slim.backend,
@@ -76,11 +77,12 @@ def describe(model: str, found: Evaluation, values: dict) -> str:
     agreement = f"cosine of the features {found.cosine:.4f}"
     if found.agreement is not None:
         agreement = f"same answer on {found.agreement:.1f} % of the images"
+    plan = "" if values["plan"] == "static" else f" by {values['plan']}"
     return "\n".join(
         [
             common.table(rows, (model, "dense", "slim")),
             "",
-            f"{found.images} images, {100 * values['cut']:.1f} % fewer MACs, {agreement}",
+            f"{found.images} images, {100 * values['cut']:.1f} % fewer MACs{plan}, {agreement}",
         ]
     )
 
