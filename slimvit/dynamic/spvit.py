@@ -104,9 +104,7 @@ class SPViT(Planner):
     def plan_stages(self, spec: Spec) -> list[Stage]:
         """The stages that prune anything of a model of this shape."""
         count = len(self.keep)
-        layers = self.stages or tuple(
-            round(spec.depth * (i + 1) / (count + 1)) for i in range(count)
-        )
+        layers = self.stages or tuple(spec.depth * (i + 1) // (count + 1) for i in range(count))
         if layers[-1] >= spec.depth - 1 or len(set(layers)) < count:
             raise PlanError(
                 f"stages must be different blocks from 0 to {spec.depth - 2} of the {spec.depth} "
@@ -157,33 +155,32 @@ class SPViT(Planner):
         stage = self._stage_at.get(layer)
         if stage is None:
             return alive
-        parts = _Parts(alive, self.prefix, stage.packages, self.tokens)
-        selector = self.selectors[str(layer)]
         if self.training:
-            return self._mask(selector, parts, stage)
-        logits = selector(parts.patches)
+            return self._mask(layer, alive, stage)
+        return self.prune(layer, alive, None if self.argmax else stage.patches)
+
+    def prune(self, layer: int, alive: Alive, patches: int | None) -> Alive:
+        """Let the selector before block `layer` choose among the alive patches.
+
+        Args:
+            layer: a block that a selector stands before.
+            alive: prefix, patches and the packages of earlier stages.
+            patches: how many to keep; None for as many as the selector favours, of one image.
+        """
+        parts = _Parts(alive, self.prefix, self._stage_at[layer].packages, self.tokens)
+        logits = self.selectors[str(layer)](parts.patches)
         score = logits[..., 0] - logits[..., 1]
-        index = top(score, self._patches_to_keep(score, stage), 0)
+        index = top(score, _favoured(score) if patches is None else patches, 0)
         kept = torch.zeros_like(score, dtype=torch.bool).scatter(1, index, True)
         weights = F.log_softmax(logits, -1)[..., 0].masked_fill(kept, -torch.inf).softmax(1)
         place = parts.place.gather(1, index)
         return parts.join(take(parts.patches, index), place, weights)
 
-    def _patches_to_keep(self, score: Tensor, stage: Stage) -> int:
-        if not self.argmax:
-            return stage.patches
-        if score.shape[0] != 1:
-            raise PlanError(
-                "spvit with argmax keeps another number of patches of each image: "
-                f"it takes one image a call, got {score.shape[0]}"
-            )
-        # One patch at least is kept and one pruned: the package is a mean over some.
-        return min(max(1, int((score > 0).sum())), score.shape[1] - 1)
-
-    def _mask(self, selector: Selector, parts: _Parts, stage: Stage) -> Alive:
+    def _mask(self, layer: int, alive: Alive, stage: Stage) -> Alive:
         """In training: every patch stays a row, but what is pruned is no key any more."""
+        parts = _Parts(alive, self.prefix, stage.packages, self.tokens)
         previous = parts.policy
-        logits = selector(parts.patches, previous)
+        logits = self.selectors[str(layer)](parts.patches, previous)
         decided = self.decide(logits, previous, stage) * previous
         pruned = previous - decided
         chance = F.log_softmax(logits, -1)[..., 0]
@@ -272,6 +269,16 @@ class _Parts:
             torch.cat([places[0], place, places[2], stands], 1),
             policy=policies,
         )
+
+
+def _favoured(score: Tensor) -> int:
+    if score.shape[0] != 1:
+        raise PlanError(
+            "spvit with argmax keeps another number of patches of each image: "
+            f"it takes one image a call, got {score.shape[0]}"
+        )
+    # One patch at least is kept and one pruned: the package is a mean over some.
+    return min(max(1, int((score > 0).sum())), score.shape[1] - 1)
 
 
 def _check(keep: tuple[float, ...], stages: tuple[int, ...] | None) -> None:

@@ -59,10 +59,13 @@ class _Dynamic(SlimCalls):
         return alive
 
     def _layer(self, alive: Alive, layer: int, module: nn.Module) -> Alive:
-        alive = self.plan.before(layer, alive)
+        return self.block(layer, self.plan.before(layer, alive), module)
+
+    def block(self, layer: int, alive: Alive, module: nn.Module | None = None) -> Alive:
+        """What block `layer`, counted from 0, makes of the tokens that it receives."""
         return dynamic_block(
             alive,
-            parts(module),
+            parts(self.blocks[layer] if module is None else module),
             self.plan.count(layer, alive.x.shape[0]),
             partial(self.plan.choose, layer),
             prefix=self.plan.prefix,

@@ -89,11 +89,12 @@ class BlockwiseViT(PackedViT):
         for layer in range(self._first):
             watch(alive._replace(place=place[:, : self.plan.counts[layer]]))
         for layer in range(self._first, self._depth):
-            alive = self._block(layer, self.plan.before(layer, alive))
+            alive = self.block(layer, self.plan.before(layer, alive))
             watch(alive)
         return alive
 
-    def _block(self, layer: int, alive: Alive) -> Alive:
+    def block(self, layer: int, alive: Alive) -> Alive:
+        """What block `layer`, counted from 0, makes of the tokens that it receives."""
         n = self.plan.count(layer, alive.x.shape[0])
         pack = self._buffers[f"block_{layer}"]
         x = torch.ops.slimvit.slim_block(alive.x, pack, n, None, alive.key_bias)
