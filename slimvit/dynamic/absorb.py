@@ -14,16 +14,19 @@ from slimvit.dynamic.schedule import check_cut, counts_for_cut
 from slimvit.models import Spec
 from slimvit.ops import Choice, View, complement, top
 
+_LEAST = 1e-20  # importance: an average needs a weight
+
 
 class Absorb(Planner):
-    """Each pruned token is averaged into the kept token with the nearest key.
+    """Each pruned token is averaged into the kept token most like it; nothing is trained.
 
-    Of each image the tokens are kept that the class token attends to and that no other stands for:
+    Of each image the tokens are kept that the class token reads and that no other stands for:
 
         importance_i = Σ_h A^h[class, i] · ‖V^h_i‖
-        score_i = size_i · importance_i · (1 − max cos(k_i, k_j)),  j more important than i
+        score_i = importance_i · (1 − max cos(y_i, y_j)),  j more important than i,  y = LN1(x)
 
-    with k the mean of the keys over the heads. `into` is the kept patch of the greatest cosine.
+    A pruned token goes into the kept patch of the greatest cosine, which becomes the average of
+    both, weighted by importance, of their average length; it counts for √cos of its size more.
 
     Args:
         cut: share of the dense model's multiply–accumulates to save, in (0, 1); or
@@ -44,14 +47,16 @@ class Absorb(Planner):
         """The n tokens of the highest scores; the others go into them."""
         prefix, m = view.prefix, view.alive.x.shape[0]
         importance = (view.class_attention() * view.values.float().norm(dim=-1)).sum(1)  # [B, m]
-        key = F.normalize(view.keys.float().mean(1), dim=-1)  # [B, m, d]
-        cosine = key @ key.transpose(1, 2)
-        cosine[:, :, :prefix] = -1.0  # nothing goes into a prefix token
-        score = view.size * importance * (1 - _nearest_above(cosine, importance))
+        y = F.normalize(view.y.transpose(0, 1).float(), dim=-1)  # [B, m, D]
+        cosine = y @ y.transpose(1, 2)
+        patch = torch.arange(m, device=y.device) >= prefix  # nothing goes into a prefix token
+        cosine = torch.where(patch, cosine, -1.0)
+        score = importance * (1 - _nearest_above(cosine, importance))
         index = top(score, n, prefix)
-        pruned = complement(index, m)
-        into = _rows(_rows(cosine, pruned).transpose(1, 2), index).argmax(1)
-        return Choice(index, into)
+        rows = _rows(cosine, complement(index, m)).transpose(1, 2)  # [B, m, m - n]
+        nearest = _rows(rows, index).max(1)
+        gain = view.size.gather(1, complement(index, m)) * nearest.values.clamp(min=0).sqrt()
+        return Choice(index, nearest.indices, importance.clamp(min=_LEAST), gain)
 
     def counts_for(self, spec: Spec) -> tuple[int, ...]:
         """The counts, or the schedule that saves `cut`."""
@@ -66,7 +71,7 @@ class Absorb(Planner):
     def macs(self, spec: Spec) -> int:
         """Class attention and cosines in every block that prunes."""
         return sum(
-            m * spec.heads * spec.head_dim * spec.head_tokens + m * m * spec.head_dim
+            m * spec.heads * spec.head_dim * spec.head_tokens + m * m * spec.width
             for m, n in zip(self.alive, self.counts)
             if spec.prefix < n < m
         )

@@ -43,10 +43,15 @@ class Choice(NamedTuple):
         index: their positions among the alive, ascending, [B, n], int64.
         into: for each pruned token, in ascending order, which of the n kept ones it is averaged
             into, [B, m - n], int64; None drops the pruned tokens.
+        weight: of each alive token in such an average, [B, m], positive; None for its size.
+        gain: what each pruned token adds to the size of the kept one, [B, m - n]; None for its
+            own size.
     """
 
     index: Tensor
     into: Tensor | None = None
+    weight: Tensor | None = None
+    gain: Tensor | None = None
 
 
 class View:
@@ -54,6 +59,7 @@ class View:
 
     Attributes:
         alive: the tokens that the block receives.
+        y: LN1 of them, [m, B, D].
         keys, values: of all of them, [B, H, m, d].
         prefix: prefix tokens among them, the first ones, which are always kept.
     """
@@ -63,7 +69,7 @@ class View:
     ) -> None:
         self.alive, self.prefix = alive, prefix
         self.keys, self.values = project_kv(block, y)
-        self._block, self._y, self._head_tokens = block, y, head_tokens
+        self.y, self._block, self._head_tokens = y, block, head_tokens
 
     @property
     def size(self) -> Tensor:
@@ -74,7 +80,7 @@ class View:
 
     def class_attention(self) -> Tensor:
         """Attention of the tokens that the head reads, averaged over them: float32 [B, H, m]."""
-        q = project_q(self._block, self._y[: self._head_tokens]).float()
+        q = project_q(self._block, self.y[: self._head_tokens]).float()
         logits = q @ self.keys.float().transpose(-2, -1) * q.shape[-1] ** -0.5
         if self.alive.size is not None:
             logits = logits + self.alive.size.log()[:, None, None, :]
@@ -82,7 +88,7 @@ class View:
 
     def attention(self) -> Tensor:
         """Attention of all alive tokens, [B, H, m, m]; costs as much as attention itself."""
-        return attention_probabilities(project_q(self._block, self._y), self.keys)
+        return attention_probabilities(project_q(self._block, self.y), self.keys)
 
     def top(self, scores: Tensor, n: int) -> Choice:
         """The prefix tokens and the highest scores [B, m]: n in all; among equals the earlier."""
@@ -121,29 +127,45 @@ def _ascending(mask: Tensor, n: int) -> Tensor:
 
 
 def absorb_tokens(alive: Alive, choice: Choice) -> Alive:
-    """The kept tokens, each averaged with the pruned ones that go into it, weighted by size.
+    """The kept tokens, each averaged with the pruned ones that go into it.
 
-        out_k = Σ size_i x_i / Σ size_i over i = k and the pruned i with into_i = k
+        mean_k = Σ w_i x_i / Σ w_i over i = k and the pruned i with into_i = k
+        out_k = mean_k · (Σ w_i ‖x_i‖ / Σ w_i) / ‖mean_k‖,  size_k += Σ gain_i
 
-    With `into` None the kept tokens as they are. No scatter: a small product, the same on every
-    device in every run.
+    An average of vectors is shorter than they are, and what a block adds to it would count for
+    too much: hence its length is made theirs. A token that nothing goes into stays as it is. No
+    scatter: a small product, the same on every device in every run.
     """
     x, place = take(alive.x, choice.index), alive.place.gather(1, choice.index)
     if choice.into is None:
         size = None if alive.size is None else alive.size.gather(1, choice.index)
         return Alive(x, place, size)
-    m, n = alive.x.shape[0], choice.index.shape[1]
-    all_sizes = alive.place.new_ones(alive.place.shape, dtype=torch.float32)
-    all_sizes = all_sizes if alive.size is None else alive.size
-    pruned = complement(choice.index, m)
-    size, theirs = all_sizes.gather(1, choice.index), all_sizes.gather(1, pruned)
-    belongs = choice.into.unsqueeze(1) == torch.arange(n, device=place.device)[:, None]
-    weights = belongs * theirs.unsqueeze(1)  # [B, n, m - n]
-    total = size + weights.sum(2)
     wide = torch.promote_types(x.dtype, torch.float32)
-    added = torch.einsum("bnp,pbd->nbd", weights.to(wide), take(alive.x, pruned).to(wide))
-    merged = (x.to(wide) * size.t().unsqueeze(-1) + added) / total.t().unsqueeze(-1)
-    return Alive(merged.to(x.dtype), place, total)
+    sizes = torch.ones_like(alive.place, dtype=torch.float32) if alive.size is None else alive.size
+    weight = (sizes if choice.weight is None else choice.weight).to(wide)
+    pruned = complement(choice.index, alive.x.shape[0])
+    kept = torch.arange(choice.index.shape[1], device=place.device)
+    belongs = choice.into.unsqueeze(1) == kept[:, None]  # [B, n, m - n]
+    gain = sizes.gather(1, pruned) if choice.gain is None else choice.gain
+    size = sizes.gather(1, choice.index) + (belongs * gain.unsqueeze(1)).sum(2)
+    own, theirs = weight.gather(1, choice.index), belongs * weight.gather(1, pruned).unsqueeze(1)
+    total = own + theirs.sum(2)  # [B, n]
+
+    def average(kept: Tensor, pruned: Tensor) -> Tensor:
+        added = torch.einsum("bnp,pbd->nbd", theirs, pruned)
+        return (kept * own.t().unsqueeze(-1) + added) / total.t().unsqueeze(-1)
+
+    gone = take(alive.x, pruned).to(wide)
+    mean = average(x.to(wide), gone)
+    length = average(_length(x.to(wide)), _length(gone))
+    mean = mean * (length / _length(mean).clamp(min=torch.finfo(wide).tiny))
+    merged = torch.where(belongs.any(2).t().unsqueeze(-1), mean.to(x.dtype), x)
+    return Alive(merged, place, size)
+
+
+def _length(x: Tensor) -> Tensor:
+    """Euclidean norms of the rows, [n, B, 1]."""
+    return x.norm(dim=-1, keepdim=True)
 
 
 def dynamic_block(
