@@ -11,6 +11,8 @@ if __name__ == "kernels":
         "Hugging Face's package of that name"
     )
 
+from .absorb_merge import absorb_merge, absorb_select
+from .absorb_scores import absorb_scores
 from .common import ACTIVATIONS, INTERPRETED, architecture, part_width
 from .configs import Config, family, lookup
 from .last_attention import MOST_CHANNELS, MOST_QUERIES, last_attention
@@ -20,6 +22,7 @@ from .scatter_tokens import scatter_tokens
 from .slim_attention import slim_attention
 from .slim_linear import slim_linear, slim_qkv
 from .slim_mlp import halves, slim_mlp
+from .top_tokens import top_tokens
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,6 +30,9 @@ __all__ = [
     "MOST_CHANNELS",
     "MOST_QUERIES",
     "Config",
+    "absorb_merge",
+    "absorb_scores",
+    "absorb_select",
     "architecture",
     "family",
     "halves",
@@ -40,4 +46,5 @@ __all__ = [
     "slim_linear",
     "slim_mlp",
     "slim_qkv",
+    "top_tokens",
 ]

@@ -43,7 +43,8 @@ SHAPES = {
 # nowhere: once is enough for each.
 DTYPES = {80: (torch.float16, torch.float32), 90: (torch.float16, torch.bfloat16)}
 MATRIX = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TYPES |= {torch.int64: "i64", torch.int32: "i32"}
 
 
 def main() -> None:
@@ -94,6 +95,8 @@ def record(arch: int, used: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 for batch in (1, 16, 256):
                     for m, n in lengths:
                         launch_block(dtype, batch, m, n, width, heads)
+                        if n < m:
+                            launch_choice(dtype, batch, m, n, width, heads)
                     launch_ends(dtype, batch, 197, 111, width, heads)
     finally:
         JITFunction.run, configs.find = original, original_find
@@ -113,6 +116,25 @@ def launch_block(dtype: torch.dtype, batch: int, m: int, n: int, width: int, hea
     kernels.slim_attention(q, kv, heads, extra=empty(torch.float32, 2 * width), extra_bias=1.0)
     up, down = matrix(dtype, 4 * width, width), matrix(dtype, width, 4 * width)
     second_half(a, x, narrow, up, down)
+
+
+def launch_choice(dtype: torch.dtype, batch: int, m: int, n: int, width: int, heads: int) -> None:
+    """What a block launches that chooses its tokens, and merges them, for each image."""
+    x = empty(dtype, batch, m, width)
+    stats = kernels.row_stats(x)
+    kv, norm = empty(dtype, batch, m, 2 * width), empty(torch.float32, width)
+    for tokens in (1, 2):
+        q = empty(dtype, batch, tokens, width)
+        size = empty(torch.float32, batch, m) if tokens == 1 else None
+        importance, score, cosine = kernels.absorb_scores(
+            x, stats, q, kv, heads, tokens, norm, norm, eps=1e-6, key_bias=size
+        )
+        index, into, gain = kernels.absorb_select(score, cosine, n, tokens, size=size)
+        kernels.absorb_merge(x, importance, index, into, gain)
+    kernels.top_tokens(score, n, 1)
+    channels = max(1, round(width / 64)) * 16
+    hidden = empty(dtype, batch, m, channels)
+    kernels.top_tokens(hidden, n, 1, weight=empty(torch.float32, channels))
 
 
 def second_half(a: Any, x: Any, proj: Any, up: Any, down: Any) -> None:

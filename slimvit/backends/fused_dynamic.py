@@ -1,0 +1,180 @@
+"""How a block that chooses its tokens for each image is put together from fused GPU kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimvit.backends.fused import second_half
+from slimvit.backends.fused_checks import (
+    BlockWeights,
+    check,
+    kernel_set,
+    nothing,
+    on_device,
+    precision_of,
+    require,
+)
+
+
+class PredictorWeights(NamedTuple):
+    """The tensors of a score predictor, its norm folded, in the order in which an op takes them.
+
+    Attributes:
+        down: [r, D], in the dtype that the block computes in; r a multiple of 16.
+        down_bias: [r], float32.
+        down_sums: sums of the rows of `down`, as rounded, float32.
+        score: [r], float32.
+    """
+
+    down: Tensor
+    down_bias: Tensor
+    down_sums: Tensor
+    score: Tensor
+
+
+def absorb_block(
+    x: Tensor,
+    stats: Tensor | None,
+    sizes: list[Tensor],
+    weights: list[Tensor],
+    norm: list[Tensor],
+    n: int,
+    heads: int,
+    prefix: int,
+    head_tokens: int,
+    activation: str,
+    eps: list[float],
+    tf32: bool = False,
+    backend: str = "triton",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A block that keeps n tokens of each image and averages the others into them.
+
+    Args:
+        x: alive tokens, [B, m, D], n < m.
+        stats: their statistics, or None to compute them.
+        sizes: how many tokens each stands for, [B, m], and the log of that; empty where each
+            stands for itself alone. Float32.
+        weights: the `BlockWeights`.
+        norm: weight and bias of the block's first norm, [D] each, float32.
+        n: tokens to keep, prefix < n.
+        heads: H.
+        prefix: leading tokens that are always kept and absorb nothing.
+        head_tokens: leading tokens whose attention counts.
+        activation: of the MLP.
+        eps: of the two norms.
+        tf32: whether float32 products may be in TF32.
+        backend: whose kernels.
+
+    Returns:
+        The kept rows after the block [B, n, D], their statistics, their sizes [B, n] and the log of
+        those, and which of the alive they are, [B, n], int64, ascending.
+    """
+    part = BlockWeights(*weights)
+    size, key_bias = sizes or (None, None)
+    check(backend, x, stats, part, n, None, key_bias)
+    (batch, m, width), inner = x.shape, part.proj.shape[1]
+    _check_choice(backend, n, m, prefix)
+    rule = f"size must be [B, m] = [{batch}, {m}], float32, contiguous"
+    for tensor in sizes:
+        fits = tensor.shape == (batch, m) and tensor.dtype == torch.float32
+        require(backend, fits and tensor.is_contiguous(), rule, tensor)
+    if not batch:
+        kept, none = nothing(x, n, width), x.new_empty(0, n, dtype=torch.float32)
+        return *kept, none, none.clone(), none.to(torch.int64)
+    x, kernels, precision = x.contiguous(), kernel_set(backend), precision_of(tf32)
+    with on_device(x):
+        stats = kernels.row_stats(x) if stats is None else stats
+        head_q, kv = kernels.slim_qkv(
+            *(x, stats, part.qkv, part.qkv_sums, part.qkv_bias, head_tokens, inner),
+            eps=eps[0],
+            precision=precision,
+        )
+        importance, score, cosine = kernels.absorb_scores(
+            *(x, stats, head_q, kv, heads, prefix, *norm),
+            eps=eps[0],
+            key_bias=key_bias,
+            precision=precision,
+        )
+        index, into, gain = kernels.absorb_select(score, cosine, n, prefix, size=size)
+        merged, merged_stats, new_size, new_bias = kernels.absorb_merge(
+            x, importance, index, into, gain
+        )
+        q, _ = kernels.slim_linear(
+            merged,
+            part.qkv[:inner],
+            part.qkv_bias[:inner],
+            stats=merged_stats,
+            row_sums=part.qkv_sums[:inner],
+            eps=eps[0],
+            precision=precision,
+        )
+        a = kernels.slim_attention(q, kv, heads, key_bias=key_bias, precision=precision)
+        shared = {"index": None, "precision": precision}
+        out, out_stats = second_half(kernels, a, merged, part, eps[1], activation, None, shared)
+    return out, out_stats, new_size, new_bias, index
+
+
+def predicted_tokens(
+    x: Tensor,
+    stats: Tensor | None,
+    weights: list[Tensor],
+    n: int,
+    prefix: int,
+    eps: float,
+    tf32: bool = False,
+    backend: str = "triton",
+) -> Tensor:
+    """The tokens of the highest predicted scores: score_i = w · GELU(W LN(x_i) + b).
+
+    Args:
+        x: alive tokens, [B, m, D].
+        stats: their statistics, or None to compute them.
+        weights: the `PredictorWeights`.
+        n: tokens to keep, prefix < n < m.
+        prefix: leading tokens that are always kept.
+        eps: of the norm.
+        tf32: whether float32 products may be in TF32.
+        backend: whose kernels.
+
+    Returns:
+        Positions among the alive, [B, n], int64, ascending; among equal scores the earlier.
+    """
+    part = PredictorWeights(*weights)
+    batch, m, width = x.shape
+    fits = x.dtype == part.down.dtype and x.device == part.down.device
+    rule = f"x must be [B, m, D] with D = {part.down.shape[1]}, in the predictor's dtype"
+    require(backend, fits and width == part.down.shape[1], rule, x)
+    _check_choice(backend, n, m, prefix)
+    if not batch:
+        return x.new_empty(0, n, dtype=torch.int64)
+    x, kernels = x.contiguous(), kernel_set(backend)
+    with on_device(x):
+        hidden, _ = kernels.slim_linear(
+            x,
+            part.down,
+            part.down_bias,
+            stats=kernels.row_stats(x) if stats is None else stats,
+            row_sums=part.down_sums,
+            eps=eps,
+            activation="gelu",
+            precision=precision_of(tf32),
+        )
+        return kernels.top_tokens(hidden, n, prefix, weight=part.score)
+
+
+def why_not(backend: str) -> str | None:
+    """Why a back end's kernels choose no tokens, or None if they do."""
+    missing = [
+        name
+        for name in ("absorb_scores", "absorb_select", "absorb_merge", "top_tokens")
+        if not hasattr(kernel_set(backend), name)
+    ]
+    return f"back end {backend} has no {', '.join(missing)}" if missing else None
+
+
+def _check_choice(backend: str, n: int, m: int, prefix: int) -> None:
+    rule = f"n must be more than the {prefix} prefix tokens and less than m = {m}"
+    require(backend, prefix < n < m, rule, n)
