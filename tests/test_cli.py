@@ -103,7 +103,7 @@ def test_help_does_not_import_torch():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name, capsys):
-    module = importlib.import_module(f"slimvit.cli.{name}")
+    module = importlib.import_module(f"slimvit.cli.{name.replace('-', '_')}")
     assert main([name, "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: slimvit {name}")

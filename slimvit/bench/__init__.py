@@ -7,6 +7,13 @@ No runtime is timed whose logits do not match the reference.
 """
 
 from slimvit.bench._keep import format_keep, parse_keep
+from slimvit.bench._latency import (
+    LatencyTable,
+    keep_for_latency,
+    latency_table,
+    measure_latency,
+    plan_for_latency,
+)
 from slimvit.bench._machine import commit, device_name
 from slimvit.bench._report import CSV_COLUMNS, Report, Row, append_csv, check_csv
 from slimvit.bench._run import bench
@@ -17,6 +24,7 @@ __all__ = [
     "CSV_COLUMNS",
     "RUNTIMES",
     "TOLERANCES",
+    "LatencyTable",
     "Report",
     "Row",
     "Runtime",
@@ -28,6 +36,10 @@ __all__ = [
     "commit",
     "device_name",
     "format_keep",
+    "keep_for_latency",
+    "latency_table",
+    "measure_latency",
     "openvino_core",
     "parse_keep",
+    "plan_for_latency",
 ]

@@ -22,6 +22,7 @@ COMMANDS = {
     "finetune": "fine-tune a pruned model by distillation from the dense one",
     "validate": "top-1, top-5 and agreement of the pruned model with the dense one",
     "bench": "time dense and pruned models side by side in one run",
+    "latency-table": "measure what blocks cost by the share of patches that they keep",
     "show": "draw the kept patches of a masks file, block by block",
     "export": "write a pruned model as ONNX or as a torch.export program",
     "doctor": "tell what works on this machine and why the rest does not",
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _top_parser().parse_args(arguments[:1])
         prog = f"slimvit {arguments[0]}"
-        module = importlib.import_module(f"slimvit.cli.{arguments[0]}")
+        module = importlib.import_module(f"slimvit.cli.{arguments[0].replace('-', '_')}")
         parser = _Parser(prog=prog, description=module.HELP, allow_abbrev=False)
         module.add_arguments(parser)
         if "--debug" not in parser._option_string_actions:
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _top_parser() -> argparse.ArgumentParser:
-    lines = [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
     parser = _Parser(
         prog="slimvit",
         usage="slimvit COMMAND …    (slimvit COMMAND --help tells more)",

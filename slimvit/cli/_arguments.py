@@ -43,9 +43,11 @@ def add_kept_arguments(
     return kept
 
 
-def add_masks_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --masks, --absorb and --slim-checkpoint."""
-    add_kept_arguments(parser)
+def add_masks_arguments(
+    parser: argparse.ArgumentParser,
+) -> argparse._MutuallyExclusiveGroup:
+    """Add --masks, --absorb and --slim-checkpoint; the group of the first two."""
+    kept = add_kept_arguments(parser)
     parser.add_argument(
         "--slim-checkpoint",
         type=Path,
@@ -53,6 +55,7 @@ def add_masks_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights of the pruned model, from finetune or from prune --epochs; the dense one "
         "keeps its own",
     )
+    return kept
 
 
 def add_data_arguments(

@@ -60,3 +60,27 @@ def kept_counts(text: str) -> list[int]:
         rule = "whole numbers n1,…,nL >= 1 that do not grow (111x7 for seven times 111)"
         raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
     return counts
+
+
+def ratios(text: str) -> list[float]:
+    """Shares such as 0.7,0.5: each in (0, 1]."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"must be shares in (0, 1], such as 0.7,0.5, got {text!r}")
+    return values
+
+
+def block_numbers(text: str) -> list[int]:
+    """Blocks counted from 0, such as 3,6,9."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1]
+    if min(values) < 0:
+        raise argparse.ArgumentTypeError(
+            f"must be blocks counted from 0, such as 3,6,9, got {text!r}"
+        )
+    return values

@@ -1,38 +1,44 @@
-"""slimvit finetune: distil the dense model into the pruned one."""
+"""slimvit finetune: distil the dense model into the pruned one; train SPViT's selectors."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimvit.cli import common
+from slimvit.cli import _spvit, common
 from slimvit.cli.common import number, whole_number
+from slimvit.dynamic import Planner, SPViT
 from slimvit.errors import UsageError
-from slimvit.finetune import Settings, finetune
+from slimvit.finetune import Settings, finetune, plan_path, spvit_settings, timm_weights
 from slimvit.macs import cut
 from slimvit.models import spec
 from slimvit.runtime import apply_masks
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from slimvit.data import Batches
     from slimvit.finetune import Result
+    from slimvit.masks import Masks
 
 HELP = "fine-tune a pruned model by distillation from the dense one"
+_BY_PLAN = ("epochs", "lr")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `slimvit finetune`."""
     common.add_model_arguments(parser)
-    common.add_masks_arguments(parser)
+    kept = common.add_masks_arguments(parser)
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
         metavar="FILE.safetensors",
         help="weights in timm's names, written after each epoch; a run that was stopped goes on "
-        "when called again",
+        "when called again; a dynamic plan goes beside them as FILE.plan.safetensors",
     )
     parser.add_argument("--restart", action="store_true", help="start over instead")
     common.add_data_arguments(parser)
@@ -42,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="slice of the sorted list of images to validate on after each epoch",
     )
     common.add_run_arguments(parser, precision="the same as --amp; float32 is --amp none")
+    _spvit.add_arguments(parser, kept)
     _add_settings(parser.add_argument_group("training"))
 
 
@@ -50,6 +57,9 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
 
     def add(name: str, kind: Any, text: str, metavar: str = "X") -> None:
         flag, default = "--" + name.replace("_", "-"), fields[name]
+        if name in _BY_PLAN:
+            usual = {"epochs": "30", "lr": "5e-4 for 512 images a batch"}[name]
+            text, default = f"{text} (default {default}; SPViT {usual})", None
         text += "" if default is None else f" (default {default})"
         group.add_argument(flag, type=kind, default=default, metavar=metavar, help=text)
 
@@ -61,6 +71,13 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
     add("temperature", number(above=0), "temperature of the distillation")
     add("alpha", number(least=0, most=1), "weight of the labels; the dense model has the rest")
     add("clip", number(least=0), "largest norm of the gradient, 0 for any")
+    add("keep_weight", number(least=0), "SPViT: weight of the kept shares")
+    add(
+        "class_weight", number(least=0), "SPViT: weight of the dense model's answers; labels have 1"
+    )
+    add("token_weight", number(least=0), "SPViT: weight of the dense model's tokens")
+    add("frozen_epochs", whole_number(0), "SPViT: epochs in which selectors learn alone", "N")
+    add("backbone_rate", number(least=0), "SPViT: the model's share of --lr after them")
     add("ema_decay", number(above=0, below=1), "average the weights with this decay")
     add("seed", whole_number(0), "seed of shuffling and augmentation", "N")
     group.add_argument(
@@ -80,8 +97,9 @@ def run(args: argparse.Namespace) -> int:
     if args.output.suffix != ".safetensors":
         raise UsageError(f"--output must end in .safetensors, got {args.output}")
     with common.processes(args) as (rank, world):
+        _spvit.check(args, world)
         dense = common.load_model(args, need_weights=True)
-        masks = common.load_masks(args, dense)
+        kept, latency = _kept(args, dense, world)
         images = common.load_images(args, dense, training=True, shard=(rank, world), seed=args.seed)
         checks = None
         if args.val_subset is not None:
@@ -89,8 +107,9 @@ def run(args: argparse.Namespace) -> int:
             _warn_of_overlap(images, checks)
         if args.alpha > 0 and not images.dataset.labelled:
             common.warn(f"--alpha has no effect, no labels: {images.dataset.why_unlabelled}")
+        settings = _settings(args, kept, world)
         result = finetune(
-            apply_masks(common.load_slim_weights(args, dense), masks),
+            apply_masks(common.load_slim_weights(args, dense), kept),
             dense,
             images,
             val_loader=checks,
@@ -101,16 +120,50 @@ def run(args: argparse.Namespace) -> int:
                 "data": images.dataset.fingerprint,
                 "batch_size": args.batch_size,
             },
-            on_epoch=lambda entry: common.say(_line(entry, args.epochs)),
-            **{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)},
+            on_epoch=lambda entry: common.say(_line(entry, settings["epochs"])),
+            **settings,
         )
         if common.is_first():
-            _report(args, result, images, cut(spec(dense), masks))
+            _report(args, result, images, cut(spec(dense), kept), _measure(latency, dense, result))
     return 0
 
 
-def _report(args: argparse.Namespace, result: Result, images: Batches, saved: float) -> None:
-    common.say(f"wrote {args.output}")
+def _kept(
+    args: argparse.Namespace, dense: nn.Module, world: int
+) -> tuple[Masks | Planner, _spvit.Latency | None]:
+    """What --masks, --absorb or --spvit says, for the model, and the target of the latter."""
+    if args.spvit is not None:
+        return _spvit.make_plan(args, dense, world)
+    return common.load_masks(args, dense), None
+
+
+def _settings(args: argparse.Namespace, kept: Masks | Planner, world: int) -> dict[str, Any]:
+    """The flags; where a plan has usual values of its own, these."""
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    usual = spvit_settings(args.batch_size * world) if isinstance(kept, SPViT) else {}
+    missing = [name for name in _BY_PLAN if given[name] is None]
+    return given | {name: usual.get(name, getattr(Settings(), name)) for name in missing}
+
+
+def _measure(
+    latency: _spvit.Latency | None, dense: nn.Module, result: Result
+) -> dict[str, Any] | None:
+    if latency is None:
+        return None
+    tuned = copy.deepcopy(dense)
+    tuned.load_state_dict(timm_weights(result.model))
+    return latency.measure(tuned, result.model.plan)
+
+
+def _report(
+    args: argparse.Namespace,
+    result: Result,
+    images: Batches,
+    saved: float,
+    latency: dict[str, Any] | None,
+) -> None:
+    plan = plan_path(args.output) if "plan" in result.report else None
+    common.say(f"wrote {args.output}" + (f" and {plan}" if plan else ""))
     if args.json is None:
         return
     values = {
@@ -121,6 +174,10 @@ def _report(args: argparse.Namespace, result: Result, images: Batches, saved: fl
         "cut": saved,
         "output": str(args.output),
     }
+    if plan is not None:
+        values["plan_output"] = str(plan)
+    if latency is not None:
+        values["latency"] = latency
     common.write_json(args.json, values | result.report)
 
 
@@ -128,6 +185,8 @@ def _line(entry: dict[str, Any], epochs: int) -> str:
     parts = [f"epoch {entry['epoch']}/{epochs}"]
     if "loss" in entry:
         parts += [f"loss {entry['loss']:.4f}", f"{entry['seconds']:.0f} s"]
+    if "shares" in entry:
+        parts.append("kept " + "/".join(f"{share:.2f}" for share in entry["shares"]))
     for key, name in (("agreement", "agreement"), ("top1", "top-1"), ("dense_top1", "dense top-1")):
         if entry.get(key) is not None:
             parts.append(f"{name} {entry[key]:.1f} %")

@@ -2,7 +2,7 @@
 
 from slimvit.finetune._loss import class_loss, distillation_loss, keep_loss, token_loss
 from slimvit.finetune._settings import Settings, choose_amp, spvit_settings
-from slimvit.finetune._state import plan_path, save_weights, timm_weights
+from slimvit.finetune._state import plan_path, resume_path, save_weights, timm_weights
 from slimvit.finetune._train import Result, finetune
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "finetune",
     "keep_loss",
     "plan_path",
+    "resume_path",
     "save_weights",
     "spvit_settings",
     "timm_weights",

@@ -1,0 +1,333 @@
+"""Block latency against the share of kept patches, measured; and the shares that meet a target."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimvit.bench import _machine
+from slimvit.bench._rounds import measure
+from slimvit.bench._run import _threads
+from slimvit.dynamic import Alive, SPViT
+from slimvit.errors import PlanError, UsageError
+from slimvit.export import sample_images
+from slimvit.models import Spec, spec
+from slimvit.runtime import AcceleratedViT, accelerate
+from slimvit.runtime.blockwise import BlockwiseViT
+
+FORMAT, VERSION = "slimvit-latency", 1
+RATIOS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+_LEAST, _MOST = 0.3, 0.999
+"""Bounds of what one stage keeps of what it receives."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds for a batch of which each image has so many tokens.
+
+    Attributes:
+        keep: share of the patches.
+        tokens: prefix tokens and those patches.
+        block_ms: a block that keeps them all, the mean over the model's blocks in turn.
+        last_ms: the last block, which keeps what the head reads.
+        selector_ms: a selector of these patches, removal and package included.
+    """
+
+    keep: float
+    tokens: int
+    block_ms: float
+    last_ms: float
+    selector_ms: float
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """What blocks cost on one device, through one back end; medians over alternating rounds.
+
+    Attributes:
+        model, image_size: what it was measured with.
+        device, device_name, threads: on what.
+        backend, precision, batch: how; latencies are of whole batches.
+        rounds: figures of which medians were taken.
+        rows: by falling share of patches.
+        rest_ms: what a whole model takes beside its blocks and selectors: embedding and head.
+        dense_ms: the whole model unpruned.
+        versions, commit: of the software.
+    """
+
+    model: str
+    image_size: tuple[int, int]
+    device: str
+    device_name: str
+    threads: int
+    backend: str
+    precision: str
+    batch: int
+    rounds: int
+    rows: tuple[Row, ...]
+    rest_ms: float
+    dense_ms: float
+    versions: dict[str, str]
+    commit: str
+
+    def predict(self, plan: SPViT) -> float:
+        """Milliseconds of a model with this bound plan: rest + Σ blocks + Σ selectors."""
+        received, stages = plan.alive, plan.plan_stages(plan.spec)
+        blocks = sum(self.at(tokens, "block_ms") for tokens in received[:-1])
+        selectors = sum(self.at(plan.prefix + s.before, "selector_ms") for s in stages)
+        return self.rest_ms + blocks + self.at(received[-1], "last_ms") + selectors
+
+    def at(self, tokens: int, column: str) -> float:
+        """A column between the measured numbers of tokens, linearly; at the ends extended."""
+        rows = self.rows[::-1]
+        i = bisect_left([row.tokens for row in rows], tokens)
+        a, b = rows[max(0, min(i - 1, len(rows) - 2)) :][:2]
+        slope = (getattr(b, column) - getattr(a, column)) / (b.tokens - a.tokens)
+        return getattr(a, column) + slope * (tokens - a.tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, which `from_json` reads."""
+        return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
+        """Read what `slimvit latency-table --json` wrote.
+
+        Raises:
+            UsageError: the file is missing or no such table.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+            if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
+                raise ValueError(f"it is not {FORMAT} version {VERSION}")
+            values["rows"] = tuple(Row(**row) for row in values["rows"])
+            table = cls(**{**values, "image_size": tuple(values["image_size"])})
+            steps = list(zip(table.rows, table.rows[1:]))
+            if not steps or any(b.tokens >= a.tokens for a, b in steps):
+                raise ValueError("rows must be two or more of falling tokens")
+            return table
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is not a readable latency table: {error}") from error
+
+    def check(self, shape: Spec) -> None:
+        """Refuse a table of another model or image size.
+
+        Raises:
+            UsageError: it is.
+        """
+        if (self.model, self.image_size) != (shape.name, shape.image_size):
+            raise UsageError(
+                f"the latency table is of {self.model} at {self.image_size}, "
+                f"the model is {shape.name} at {shape.image_size}"
+            )
+
+
+def latency_table(
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    precision: str = "float32",
+    batch: int = 1,
+    ratios: Sequence[float] = RATIOS,
+    threads: int | None = None,
+    rounds: int = 10,
+    seconds: float = 0.1,
+) -> LatencyTable:
+    """Measure blocks, selectors and the whole model through the back end that would run them.
+
+    Args:
+        model: dense timm model in eval mode, of three blocks or more; its device is measured.
+        backend: "cpu", "torch", or "auto" for the faster that works.
+        precision: "float32", "bfloat16" or "float16".
+        batch: images a call.
+        ratios: shares of the patches in (0, 1], two or more.
+        threads: CPU threads; None for torch's own number.
+        rounds: figures for each row, of which the median counts.
+        seconds: length of a row's turn in a round.
+
+    Raises:
+        UsageError: an argument out of range.
+        SlimvitError: the back end does not run such models here.
+    """
+    shape, threads = spec(model), threads or torch.get_num_threads()
+    ratios = sorted(set(ratios), reverse=True)
+    if len(ratios) < 2 or not all(0 < ratio <= 1 for ratio in ratios):
+        raise UsageError(f"ratios must be two or more in (0, 1], got {ratios}")
+    if batch < 1 or rounds < 1:
+        raise UsageError(f"batch and rounds must be at least 1, got {batch} and {rounds}")
+    if shape.depth < 3:
+        raise UsageError(f"the model must have three blocks or more, got {shape.depth}")
+    options = {"backend": backend, "precision": precision}
+    probe = accelerate(model, SPViT((0.5,), stages=(0,)), **options)
+    wholes = [SPViT((1.0,)), SPViT([0.7**i for i in _exponents(shape)])]
+    whole = [accelerate(model, plan, **options) for plan in wholes]
+    device = next(model.parameters()).device
+    images = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
+    tokens = list(dict.fromkeys(shape.prefix + max(2, round(r * shape.patches)) for r in ratios))
+    runs = [run for n in tokens for run in _pieces(probe, n, batch, shape)] + whole
+    with _threads(threads):
+        measured = measure(
+            [[run] for run in runs], images, rounds=rounds, seconds=seconds, threads=threads
+        )
+    times = [1000 * batch / statistics.median(rates) for (rates,) in measured.rates]
+    rows = []
+    for i, n in enumerate(tokens):
+        chain, last, selector = times[3 * i : 3 * i + 3]
+        keep = (n - shape.prefix) / shape.patches
+        rows.append(Row(keep, n, chain / (shape.depth - 2), last, selector))
+    table = LatencyTable(
+        model=shape.name,
+        image_size=shape.image_size,
+        device=str(device),
+        device_name=_machine.device_name(device),
+        threads=threads,
+        backend=probe.backend,
+        precision=precision,
+        batch=batch,
+        rounds=rounds,
+        rows=tuple(rows),
+        rest_ms=0.0,
+        dense_ms=times[-2],
+        versions=_machine.versions(),
+        commit=_machine.commit(),
+    )
+    rests = [t - table.predict(fast.plan) for t, fast in zip(times[-2:], whole)]
+    return dataclasses.replace(table, rest_ms=statistics.mean(rests))
+
+
+def _pieces(
+    probe: AcceleratedViT, tokens: int, batch: int, shape: Spec
+) -> list[Callable[[Tensor], object]]:
+    """Blocks in turn, the last block, and a selector, on that many tokens; images are ignored."""
+    block = probe.block if isinstance(probe, BlockwiseViT) else probe.network.block
+    parameter = next(probe.plan.parameters())
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, batch, shape.width, generator=generator).to(parameter)
+    alive = Alive(x, torch.arange(tokens, device=x.device).expand(batch, -1))
+
+    def chain(_: Tensor) -> None:
+        left = alive
+        # One block alone would find its weights in cache, as it does not in a model.
+        for layer in range(1, shape.depth - 1):
+            left = block(layer, left)
+
+    def selector(_: Tensor) -> Alive:
+        kept = max(1, min(round(0.7 * (tokens - shape.prefix)), tokens - shape.prefix - 1))
+        return probe.plan.prune(0, alive, kept)
+
+    return [chain, lambda _: block(shape.depth - 1, alive), selector]
+
+
+def keep_for_latency(
+    table: LatencyTable, shape: Spec, target_ms: float, stages: Sequence[int] | None = None
+) -> SPViT:
+    """The plan whose stages each keep the same share of what they receive and that takes so long.
+
+    Args:
+        table: measured with this model.
+        shape: the model's.
+        target_ms: wanted latency of a batch, in milliseconds.
+        stages: blocks that selectors stand before; None for SPViT's.
+
+    Returns:
+        The bound plan nearest to the target by the table.
+
+    Raises:
+        PlanError: the target is out of reach.
+    """
+    table.check(shape)
+    powers = _exponents(shape) if stages is None else range(1, len(stages) + 1)
+
+    def plan(share: float) -> SPViT:
+        return SPViT([share**power for power in powers], stages=stages).bind(shape)
+
+    fastest, slowest = table.predict(plan(_LEAST)), table.predict(plan(_MOST))
+    if not fastest <= target_ms <= slowest:
+        raise PlanError(
+            f"target latency must lie between {fastest:.3g} and {slowest:.3g} ms, within reach of "
+            f"{shape.name} by the table of {table.backend} ({table.precision}, batch "
+            f"{table.batch}, {table.threads} threads), got {target_ms:.3g} ms"
+        )
+    low, high = _LEAST, _MOST
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if table.predict(plan(middle)) > target_ms else (middle, high)
+    return min(plan(low), plan(high), key=lambda p: abs(table.predict(p) - target_ms))
+
+
+def plan_for_latency(
+    model: nn.Module,
+    table: LatencyTable,
+    target_ms: float,
+    *,
+    stages: Sequence[int] | None = None,
+    tries: int = 3,
+    within: float = 0.03,
+    seconds: float = 0.3,
+) -> tuple[SPViT, float]:
+    """The plan that meets a target as measured: by the table, then corrected by what it took.
+
+    Args:
+        model: the dense model.
+        table: measured with it.
+        target_ms: wanted latency of a batch, in milliseconds.
+        stages: blocks that selectors stand before; None for SPViT's.
+        tries: plans to measure at most.
+        within: relative distance from the target that ends the search.
+        seconds: length of a turn of timing.
+
+    Returns:
+        The plan, untrained, and what it took, in milliseconds: the nearest of those measured.
+
+    Raises:
+        PlanError: the target is out of reach.
+    """
+    shape, found, aim = spec(model), [], target_ms
+    plan = keep_for_latency(table, shape, target_ms, stages)
+    for _ in range(tries):
+        took = measure_latency(model, plan, table, seconds=seconds)
+        found.append((plan, took))
+        if abs(took / target_ms - 1) <= within:
+            break
+        aim += target_ms - took
+        try:
+            plan = keep_for_latency(table, shape, aim, stages)
+        except PlanError:  # of the corrected aim: the target itself was within reach
+            break
+    return min(found, key=lambda pair: abs(pair[1] - target_ms))
+
+
+def _exponents(shape: Spec) -> range:
+    return range(1, min(4, shape.depth - 1))
+
+
+def measure_latency(
+    model: nn.Module, plan: SPViT, table: LatencyTable, *, seconds: float = 0.3
+) -> float:
+    """Milliseconds of a batch through the accelerated model, as the table was measured.
+
+    Args:
+        model: the dense model; weights make no difference.
+        plan: what prunes it.
+        table: says how: device, back end, precision, batch, threads and rounds.
+        seconds: length of a turn.
+    """
+    fast = accelerate(model, plan, backend=table.backend, precision=table.precision)
+    shape = spec(model)
+    device = next(model.parameters()).device
+    images = sample_images((shape.in_chans, *shape.image_size), table.batch).to(device)
+    with _threads(table.threads):
+        measured = measure(
+            [[fast]], images, rounds=table.rounds, seconds=seconds, threads=table.threads
+        )
+    return 1000 * table.batch / statistics.median(measured.rates[0][0])
