@@ -123,11 +123,12 @@ def predicted_tokens(
     weights: list[Tensor],
     n: int,
     prefix: int,
+    activation: str,
     eps: float,
     tf32: bool = False,
     backend: str = "triton",
 ) -> Tensor:
-    """The tokens of the highest predicted scores: score_i = w · GELU(W LN(x_i) + b).
+    """The tokens of the highest predicted scores: score_i = w · act(W LN(x_i) + b).
 
     Args:
         x: alive tokens, [B, m, D].
@@ -135,6 +136,7 @@ def predicted_tokens(
         weights: the `PredictorWeights`.
         n: tokens to keep, prefix < n < m.
         prefix: leading tokens that are always kept.
+        activation: of the predictor.
         eps: of the norm.
         tf32: whether float32 products may be in TF32.
         backend: whose kernels.
@@ -159,7 +161,7 @@ def predicted_tokens(
             stats=kernels.row_stats(x) if stats is None else stats,
             row_sums=part.down_sums,
             eps=eps,
-            activation="gelu",
+            activation=activation,
             precision=precision_of(tf32),
         )
         return kernels.top_tokens(hidden, n, prefix, weight=part.score)

@@ -38,7 +38,7 @@ def _patch_embedding(
 ) -> tuple[Tensor, Tensor]:
     tokens, width = table.shape
     x = weight.new_empty(images.shape[0], tokens, width)
-    return x, _stats(x)
+    return x, row_statistics(x)
 
 
 @torch.library.register_fake("slimvit::fused_block", lib=_library)
@@ -58,7 +58,7 @@ def _fused_block(
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     out = x.new_empty(x.shape[0], x.shape[1] if idle else n, x.shape[2])
-    return out, _stats(out)
+    return out, row_statistics(out)
 
 
 @torch.library.register_fake("slimvit::scatter_tokens", lib=_library)
@@ -66,6 +66,7 @@ def _scatter_tokens(x: Tensor, index: Tensor, length: int, backend: str = "trito
     return x.new_empty(x.shape[0], length, x.shape[2])
 
 
-def _stats(x: Tensor) -> Tensor:
+def row_statistics(x: Tensor) -> Tensor:
+    """Room for the statistics of rows, [B, m, parts, 2]."""
     parts = x.shape[2] // fused.part_width(x.shape[2])
     return x.new_empty(*x.shape[:2], parts, 2, dtype=torch.float32)

@@ -127,14 +127,19 @@ class FusedNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Tokens after the final norm in lifetime order, [B, n_L, D] ([B, N, D] where idle)."""
-        x, stats = torch.ops.slimvit.patch_embedding(
-            images, self.patch_weight, self.table, self.order, self.prefix, self.tf32, self.backend
-        )
-        if not isinstance(self.norm_pre, nn.Identity):
-            x, stats = self.norm_pre(x), None
+        x, stats = self.embed(images)
         for block, n in zip(self.blocks, self.counts):
             x, stats = block(x, n, stats, idle=self.idle)
         return self.norm(x)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens ahead of the first block, [B, N, D], and their statistics where known."""
+        x, stats = torch.ops.slimvit.patch_embedding(
+            images, self.patch_weight, self.table, self.order, self.prefix, self.tf32, self.backend
+        )
+        if isinstance(self.norm_pre, nn.Identity):
+            return x, stats
+        return self.norm_pre(x), None
 
 
 def why_not_fused(parts: NetworkParts, backend: str = "triton") -> str | None:
@@ -151,8 +156,8 @@ def why_not_fused(parts: NetworkParts, backend: str = "triton") -> str | None:
 @torch.no_grad()
 def _fold(block: FoldedBlock, dtype: torch.dtype, last: bool) -> BlockWeights:
     inner, d = block.heads * block.head_dim, block.head_dim
-    qkv, qkv_bias = _fold_norm(block.norm1, block.qkv)
-    fc1, fc1_bias = _fold_norm(block.norm2, block.fc1)
+    qkv, qkv_bias = fold_norm(block.norm1, block.qkv)
+    fc1, fc1_bias = fold_norm(block.norm2, block.fc1)
     qkv, fc1 = qkv.to(dtype), fc1.to(dtype)
     keys = qkv[inner : 2 * inner].view(block.heads, d, -1).transpose(1, 2).flatten(0, 1)
     return BlockWeights(
@@ -170,7 +175,7 @@ def _fold(block: FoldedBlock, dtype: torch.dtype, last: bool) -> BlockWeights:
     )
 
 
-def _fold_norm(norm: nn.LayerNorm, linear: nn.Module) -> tuple[Tensor, Tensor]:
+def fold_norm(norm: nn.LayerNorm, linear: nn.Module) -> tuple[Tensor, Tensor]:
     """LN(x) Wᵀ + b = x̂ (W diag(γ))ᵀ + (b + W β): the weight and the bias of the right-hand side."""
     gamma, beta, _ = layer_norm_of(norm)
     weight = linear.weight.float()

@@ -45,11 +45,14 @@ class FusedViT(AcceleratedViT):
         )
 
     def _tokens(self, images: Tensor) -> Tensor:
+        return self.fused(self._checked(images))
+
+    def _checked(self, images: Tensor) -> Tensor:
         check_floating(images)
         if images.dim() != 4 or images.shape[1:] != self.image_shape:
             sides = ", ".join(map(str, self.image_shape))
             raise SlimvitError(f"images must be [B, {sides}], got {list(images.shape)}")
-        return self.fused(images)
+        return images
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedViT:
         probe = self.network.cls_token

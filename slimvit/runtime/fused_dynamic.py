@@ -1,0 +1,68 @@
+"""The model that chooses its tokens for each image, for GPUs: nothing waits for the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slimvit.dynamic import Planner
+from slimvit.ops import ChooserParts, FusedDynamicNetwork, NetworkParts, why_not_chosen
+from slimvit.runtime.accelerated import AcceleratedViT
+from slimvit.runtime.fused import FusedViT
+
+
+class FusedDynamicViT(FusedViT):
+    """A model with a dynamic plan whose weights are folded for fused kernels in one precision.
+
+    Args:
+        network: the dense network, folded; taken apart.
+        plan: the bound plan.
+        choosers: how each of its blocks chooses; see `fused_choosers`.
+        parts: the dense network.
+        dtype: what it computes in.
+        backend: whose kernels, "triton" or "cuda".
+        image_shape: channels, height and width of the images.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        plan: Planner,
+        choosers: list[ChooserParts | None],
+        parts: NetworkParts,
+        dtype: torch.dtype,
+        backend: str,
+        image_shape: tuple[int, int, int],
+    ) -> None:
+        AcceleratedViT.__init__(self, network, backend, image_shape)
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        self.masks = None
+        self.fused = FusedDynamicNetwork(parts, plan.counts, choosers, dtype, tf32, backend)
+        network.keep_head()
+        network.to(dtype)
+        network.plan = plan
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Kept tokens after the final norm in each image's own places, [B, N, D], else zero."""
+        tokens, places = self.fused.with_places(self._checked(images))
+        return torch.ops.slimvit.scatter_tokens(
+            tokens, places[-1], self.plan.tokens, self.backend
+        ).to(images.dtype)
+
+    def kept_sets(self, images: Tensor) -> list[Tensor]:
+        """Places of the tokens that each block keeps of images [B, C, H, W]: L of [B, n], int64."""
+        return self.fused.with_places(self._checked(images))[1]
+
+
+def fused_choosers(plan: Planner, backend: str) -> list[ChooserParts | None] | str:
+    """How each block of a plan chooses, None where it keeps the first; or why no kernel does."""
+    reason = f"{backend} has no kernels for the planner {plan.kind or type(plan).__name__} yet"
+    if plan.acts_before:
+        return reason
+    found: list[ChooserParts | None] = []
+    for layer, (m, n) in enumerate(zip(plan.alive, plan.counts, strict=True)):
+        chooses = plan.prefix < n < m
+        found.append(plan.parts(layer) if chooses else None)
+        if chooses and found[-1] is None:
+            return reason
+    return why_not_chosen(found, backend) or found
