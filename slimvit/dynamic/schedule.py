@@ -16,12 +16,12 @@ class Shape(NamedTuple):
     Attributes:
         whole: blocks at the start that keep every token: before them patches know too little.
         power: of the fall; 1 takes as many tokens in each block, more takes more of them later.
-        floor: share of the patches that all blocks but the last one keep.
+        steepest: share of its tokens that a block keeps at least.
     """
 
-    whole: int = 2
-    power: float = 1.0
-    floor: float = 1 / 8
+    whole: int = 1
+    power: float = 1.3
+    steepest: float = 0.77
 
 
 def check_cut(cut: float | None, counts: Sequence[int] | None) -> None:
@@ -38,9 +38,12 @@ def counts_for_cut(
     planner: Callable[[tuple[int, ...]], object],
     shape: Shape | None = None,
 ) -> tuple[int, ...]:
-    """Counts n_l = N − step · max(0, l − whole)^power, not below the floor, that save `cut`.
+    """Counts that save `cut`, falling as `shape` says, with the step that it takes.
 
-    The last block computes only what the head reads. What the planner itself computes counts too.
+        n_l = max(n_{l-1} − step · (k^power − (k-1)^power), steepest · n_{l-1})
+
+    k counts the blocks after the whole ones. The last block computes only what the head reads, and
+    what the planner itself computes counts too.
 
     Args:
         spec: the model's shape.
@@ -69,6 +72,11 @@ def counts_for_cut(
 
 
 def _falling(spec: Spec, step: float, shape: Shape) -> tuple[int, ...]:
-    floor = spec.prefix + max(1, round(shape.floor * spec.patches))
-    steps = (max(0, layer - shape.whole) ** shape.power for layer in range(1, spec.depth))
-    return (*(max(floor, round(spec.tokens - step * k)) for k in steps), spec.head_tokens)
+    n, counts = float(spec.tokens), []
+    for layer in range(1, spec.depth):
+        k = layer - shape.whole
+        if k > 0:
+            fall = step * (k**shape.power - (k - 1) ** shape.power)
+            n = max(n - fall, shape.steepest * n)
+        counts.append(max(spec.prefix + 1, round(n)))
+    return (*counts, spec.head_tokens)

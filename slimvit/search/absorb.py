@@ -19,8 +19,8 @@ from slimvit.search.budget import measure_speedup
 from slimvit.search.reduce import ExactMean, rank
 
 SHAPES = tuple(
-    Shape(whole, power, floor)
-    for whole, power, floor in itertools.product((1, 2, 3), (0.7, 1.0, 1.4), (1 / 8, 1 / 5))
+    Shape(whole, power, steepest)
+    for whole, power, steepest in itertools.product((1, 2), (1.0, 1.3, 1.6), (0.7, 0.77, 0.84))
 )
 _TRIALS = 6
 
