@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cpu/block_op.h"
 #include "cpu/slim_vit.h"
 
 #if defined(__aarch64__)
@@ -39,9 +40,11 @@ double peak(long rounds) {
 
 template <class S, typename T>
 constexpr Kernels make_kernels() {
-  return {&pack_block<S, T>,   &pack_embedding<S, T>, &pack_head<S, T>,
-          &block_memory<S, T>, &block<S, T>,          &network_memory<S, T>,
-          &network<S, T>,      &own_memory<S, T>,     &peak<S, T>};
+  return {&pack_block<S, T>,     &pack_embedding<S, T>,
+          &pack_head<S, T>,      &pack_chooser<S, T>,
+          &block_memory<S, T>,   &block<S, T>,
+          &network_memory<S, T>, &network<S, T>,
+          &own_memory<S, T>,     &peak<S, T>};
 }
 
 }  // namespace

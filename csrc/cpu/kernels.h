@@ -40,6 +40,13 @@ struct BlockCall {
   const float* key_bias;      // [m], or [B, m] where bias_image = m; or null
   long bias_image;
   long batch, m, n;
+  // Where each image's kept tokens are chosen; else all are null.
+  const ChooserPack* chooser;
+  long prefix;
+  const float* size;   // [B, m], or null: 1
+  std::int64_t* kept;  // [B, n], positions among the alive tokens
+  std::int64_t* into;  // [B, m - n], of a chooser that absorbs; or null
+  float* size_out;     // [B, n]
 };
 
 // Some images through the whole network.
@@ -56,6 +63,9 @@ struct NetworkCall {
   float* out;  // [B, classes], or [B, n_L, D] ([B, N, D] where idle)
   long batch;
   long chunk;  // images that a worker takes through the depth together, at most
+  // Where each image's kept tokens are chosen; else null.
+  const ChooserPack* const* choosers;  // of each block; null keeps the first n
+  std::int64_t* kept;                  // [B, Σ n]: places of the kept tokens, block after block
 };
 
 // Workers call with their share [first, first + count) and memory of their team and of their own.
@@ -63,12 +73,14 @@ struct Kernels {
   std::int64_t (*pack_block)(const BlockShape&, const BlockWeights&, void* out);
   std::int64_t (*pack_embedding)(const EmbeddingShape&, const EmbeddingWeights&, void* out);
   std::int64_t (*pack_head)(const HeadShape&, const HeadWeights&, void* out);
+  std::int64_t (*pack_chooser)(const ChooserShape&, const ChooserWeights&, void* out);
 
   std::int64_t (*block_memory)(const BlockCall&);
   void (*block)(const BlockCall&, long first, long count, const Team&, char* shared, char* own);
   std::int64_t (*network_memory)(const NetworkCall&);
   void (*network)(const NetworkCall&, long first, long count, const Team&, char* shared, char* own);
-  std::int64_t (*own_memory)(long tokens);
+  // `choosing`: the blocks, if they choose among the tokens, else null.
+  std::int64_t (*own_memory)(long tokens, const BlockShape* choosing);
 
   double (*peak)(long rounds);  // floating-point operations of a run of nothing but products
 };

@@ -150,5 +150,29 @@ std::int64_t pack_head(const HeadShape& shape, const HeadWeights& w, void* out) 
   return sections.used();
 }
 
+template <class S, typename T>
+std::int64_t pack_chooser(const ChooserShape& shape, const ChooserWeights& w, void* out) {
+  Sections sections(sizeof(ChooserPack));
+  ChooserPack pack{};
+  pack.shape = shape;
+  const long width = shape.width, hidden = shape.hidden;
+  if (shape.scores == Scores::predictor) {
+    pack.norm = take_norm<S>(sections, w.norm_weight, width, shape.eps);
+    pack.down = take_linear<S, T>(sections, hidden, width);
+    pack.out = sections.take<float>(Panels<S, T>::columns(hidden));
+  }
+  pack.head = pack_head_of<S, T>(PackHead::Kind::chooser, sections.used());
+  if (out == nullptr) return sections.used();
+
+  __builtin_memset(out, 0, sections.used());
+  __builtin_memcpy(out, &pack, sizeof(pack));
+  if (shape.scores == Scores::predictor) {
+    pack_norm(out, pack.norm, w.norm_weight, w.norm_bias, width);
+    pack_linear<S, T>(out, pack.down, w.down_weight, w.down_bias, hidden, width);
+    copy_floats(w.out_weight, hidden, section<float>(out, pack.out));
+  }
+  return sections.used();
+}
+
 }  // namespace
 }  // namespace slimvit

@@ -11,11 +11,12 @@ namespace slimvit {
 
 enum class Dtype : std::int32_t { float32, bfloat16 };
 enum class Activation : std::int32_t { gelu, gelu_tanh, quick_gelu };
+enum class Scores : std::int32_t { attention, predictor };
 
 inline constexpr std::int64_t kAlignment = 64;
 
 struct PackHead {
-  enum class Kind : std::int32_t { block = 1, embedding, head };
+  enum class Kind : std::int32_t { block = 1, embedding, head, chooser };
   static constexpr std::uint32_t kMagic = 0x54565353;
 
   std::uint32_t magic;
@@ -101,6 +102,32 @@ struct HeadPack {
   HeadShape shape;
   Norm norm;
   Linear linear[2];
+};
+
+// How a block chooses its tokens: by the attention of the tokens that the head reads, or by a small
+// module, score = out · act(down(LN(x))).
+struct ChooserShape {
+  Scores scores;
+  std::int32_t absorb;  // whether pruned tokens go into the kept ones
+  std::int32_t width;
+  std::int32_t head_tokens;  // of `attention`
+  std::int32_t hidden;       // of `predictor`
+  Activation activation;
+  float eps;
+};
+
+struct ChooserWeights {
+  const float *norm_weight, *norm_bias;  // [D], or null where there is no predictor
+  const float *down_weight, *down_bias;  // [hidden, D], [hidden] or null
+  const float* out_weight;               // [hidden]
+};
+
+struct ChooserPack {
+  PackHead head;
+  ChooserShape shape;
+  Norm norm;
+  Linear down;
+  std::int64_t out;  // float32 [hidden], padded
 };
 
 }  // namespace slimvit

@@ -131,7 +131,8 @@ void divide(const Call& call, int threads, std::int64_t own_bytes, std::int64_t 
 void run(const BlockCall& call, int threads) {
   const PackHead& head = call.pack->head;
   const Kernels& k = kernels(head.isa, head.dtype);
-  divide(call, threads, k.own_memory(call.m), k.block_memory(call),
+  const BlockShape* choosing = call.chooser == nullptr ? nullptr : &call.pack->shape;
+  divide(call, threads, k.own_memory(call.m, choosing), k.block_memory(call),
          [&](long first, long count, const Team& team, char* shared, char* own) {
            k.block(call, first, count, team, shared, own);
          });
@@ -141,7 +142,9 @@ void run(NetworkCall call, int threads) {
   call.chunk = std::clamp<long>(call.batch / threads, 1, kChunk);
   const PackHead& head = call.embedding->head;
   const Kernels& k = kernels(head.isa, head.dtype);
-  divide(call, threads, k.own_memory(call.embedding->shape.tokens), k.network_memory(call),
+  const BlockShape* choosing = call.choosers == nullptr ? nullptr : &call.blocks[0]->shape;
+  const std::int64_t own_bytes = k.own_memory(call.embedding->shape.tokens, choosing);
+  divide(call, threads, own_bytes, k.network_memory(call),
          [&](long first, long count, const Team& team, char* shared, char* own) {
            k.network(call, first, count, team, shared, own);
          });

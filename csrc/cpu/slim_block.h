@@ -1,38 +1,35 @@
 #pragma once
 
-#include "cpu/kernels.h"
+#include "cpu/dynamic_block.h"
 #include "cpu/layer_norm.h"
-#include "cpu/pack.h"
 #include "cpu/slim_attention.h"
 #include "cpu/stopwatch.h"
-#include "cpu/workspace.h"
 
 // One slimmed block: y = LN1(x); x' = x[kept] + Attn(y[kept], y); out = x' + MLP(LN2(x')).
 
 namespace slimvit {
 namespace {
 
-// Which of the `m` rows of `images` images a block keeps, and how their keys are biased.
-struct Kept {
-  long images, m, n;
-  const std::int64_t* index;  // [images, n], or null: the first n
-  const float* bias;          // [m], or [images, m] where bias_image = m; or null
-  long bias_image;
-
-  // Whether kept rows must be moved together first.
-  bool gathers() const { return index != nullptr || (images > 1 && n < m); }
-  long source(long row) const {
-    const long image = row / n, i = row % n;
-    return image * m + (index == nullptr ? i : index[row]);
-  }
-};
-
 template <class S, typename T>
-class Block {
+class Block : private Chooser<S, T> {
+  using Base = Chooser<S, T>;
+  using Base::advance;
+  using Base::ask;
+  using Base::bias_of;
+  using Base::columns_of;
+  using Base::inner;
+  using Base::kept_;
+  using Base::logit_bias;
+  using Base::own_;
+  using Base::pack_;
+  using Base::packed_size;
+  using Base::shape_;
+  using Base::shared_;
+  using Base::team_;
+  using Base::width;
+
  public:
-  Block(const BlockPack& pack, const Kept& kept, const Team& team, Shared<T>& shared,
-        Own<S, T>& own)
-      : pack_(pack), shape_(pack.shape), kept_(kept), team_(team), shared_(shared), own_(own) {}
+  using Base::Base;
 
   // shared.x [images · m, D] becomes [images · n, D]; where nothing is gathered, rows from n on
   // stay.
@@ -43,6 +40,7 @@ class Block {
     const long begin = share(rows_out, team_.rank, team_.size);
     const long end = share(rows_out, team_.rank + 1, team_.size);
     pack_heads();
+    if (kept_.choosing != nullptr) advance(begin, end);
     queries(begin, end);
     team_.sync();
     if (lone())
@@ -62,14 +60,6 @@ class Block {
   }
 
  private:
-  long width() const { return shape_.width; }
-  long inner() const { return shape_.inner(); }
-
-  Panels<S, T> columns_of(const Linear& linear, long n, long k) const {
-    return panels<S, T>(section<T>(pack_, linear.weight), n, k);
-  }
-  const float* bias_of(const Linear& linear) const { return section<float>(pack_, linear.bias); }
-
   void norm(const Norm& norm, const float* x, long rows, T* y) const {
     layer_norm<S>(x, width(), rows, width(), section<float>(pack_, norm.weight),
                   section<float>(pack_, norm.bias), norm.eps, y, width());
@@ -83,8 +73,6 @@ class Block {
     Store<S, T> store{{bias_of(pack_.kv)}, shared_.kv + begin * 2 * inner(), 2 * inner()};
     gemm(y, width(), end - begin, columns_of(pack_.kv, 2 * inner(), width()), store);
   }
-
-  long packed_size() const { return Panels<S, T>::columns(kept_.m + 1) * shape_.head_dim; }
 
   void pack_heads() {
     const Stopwatch stopwatch(Phase::packing);
@@ -105,9 +93,8 @@ class Block {
 
   void queries(long begin, long end) {
     const Stopwatch stopwatch(Phase::queries);
-    const T* y = shared_.y;
-    if (kept_.gathers()) {
-      y = shared_.y_kept;
+    const T* y = kept_.gathers() ? shared_.y_kept : shared_.y;
+    if (kept_.gathers() && !kept_.chooses()) {
       for (long row = begin; row < end; ++row) {
         const long from = kept_.source(row) * width();
         __builtin_memcpy(shared_.gathered + row * width(), shared_.x + from,
@@ -115,8 +102,7 @@ class Block {
         __builtin_memcpy(shared_.y_kept + row * width(), shared_.y + from, width() * sizeof(T));
       }
     }
-    Store<S, T> store{{bias_of(pack_.q)}, shared_.q + begin * inner(), inner()};
-    gemm(y + begin * width(), width(), end - begin, columns_of(pack_.q, inner(), width()), store);
+    ask(y + begin * width(), begin, end - begin);
     if (lone()) fold_queries(begin, end);
   }
 
@@ -142,7 +128,8 @@ class Block {
   //   b_v,
   // so that y itself serves every head as keys and as values.
   bool lone() const {
-    return pack_.lone_key != 0 && pack_.extra == 0 && kept_.n <= 2 && inner() >= width() &&
+    return pack_.lone_key != 0 && pack_.extra == 0 && !kept_.chooses() && kept_.n <= 2 &&
+           inner() >= width() &&
            kept_.n * width() <= kept_.m * shape_.head_dim;  // room in shared_.kv
   }
 
@@ -190,13 +177,6 @@ class Block {
     }
   }
 
-  void logit_bias(long image, long keys) {
-    const float* bias = kept_.bias == nullptr ? nullptr : kept_.bias + image * kept_.bias_image;
-    for (long i = 0; i < kept_.m; ++i) own_.bias[i] = bias == nullptr ? 0.0f : kLog2E * bias[i];
-    if (keys > kept_.m) own_.bias[kept_.m] = kLog2E * shape_.extra_bias;
-    for (long i = keys; i < Panels<S, T>::columns(keys); ++i) own_.bias[i] = kMinusInfinity;
-  }
-
   void project(const T* a, long rows, float* x) const {
     const Stopwatch stopwatch(Phase::projection);
     Accumulate<S> add{{bias_of(pack_.proj)}, x, width()};
@@ -230,59 +210,7 @@ class Block {
     const Panels<S, T> fc2 = columns_of(pack_.fc2, width(), shape_.hidden);
     gemm(own_.hidden, columns, rows, fc2, first, columns, add);
   }
-
-  const BlockPack& pack_;
-  const BlockShape& shape_;
-  const Kept kept_;
-  const Team team_;
-  Shared<T>& shared_;
-  Own<S, T>& own_;
 };
-
-// The op: images one after another, each with all workers of the team.
-template <class S, typename T>
-std::int64_t block_memory(const BlockCall& call) {
-  Parts parts(nullptr);
-  Shared<T>::make(parts, most(call.m, call.n), Panels<S, T>::columns(call.m + 1), call.pack->shape);
-  return parts.used();
-}
-
-template <class S, typename T>
-void block(const BlockCall& call, long first, long count, const Team& team, char* shared,
-           char* own) {
-  const long width = call.pack->shape.width;
-  Parts shared_parts(shared), own_parts(own);
-  const long rows = most(call.m, call.n);  // an index may name a row more than once
-  auto memory =
-      Shared<T>::make(shared_parts, rows, Panels<S, T>::columns(call.m + 1), call.pack->shape);
-  auto worker = Own<S, T>::make(own_parts, call.m);
-  for (long image = first; image < first + count; ++image) {
-    const long begin = share(call.m, team.rank, team.size);
-    const long end = share(call.m, team.rank + 1, team.size);
-    for (long t = begin; t < end; ++t)
-      copy_floats(call.x + image * call.x_image + t * call.x_token, width, memory.x + t * width);
-    team.sync();
-    const Kept kept{1,
-                    call.m,
-                    call.n,
-                    call.index == nullptr ? nullptr : call.index + image * call.n,
-                    call.key_bias == nullptr ? nullptr : call.key_bias + image * call.bias_image,
-                    0};
-    Block<S, T>(*call.pack, kept, team, memory, worker).run();
-    for (long t = share(call.n, team.rank, team.size); t < share(call.n, team.rank + 1, team.size);
-         ++t)
-      copy_floats(memory.x + t * width, width,
-                  call.out + image * call.out_image + t * call.out_token);
-    team.sync();
-  }
-}
-
-template <class S, typename T>
-std::int64_t own_memory(long tokens) {
-  Parts parts(nullptr);
-  Own<S, T>::make(parts, tokens);
-  return parts.used();
-}
 
 }  // namespace
 }  // namespace slimvit

@@ -15,7 +15,7 @@ class Network {
   Network(const NetworkCall& call, const Team& team, char* shared, char* own)
       : call_(call), team_(team), shape_(call.blocks[0]->shape), in_(call.embedding->shape) {
     Parts own_parts(own);
-    own_ = Own<S, T>::make(own_parts, in_.tokens);
+    own_ = Own<S, T>::make(own_parts, in_.tokens, chooses() ? &shape_ : nullptr);
     lay_out(shared);
   }
 
@@ -32,6 +32,7 @@ class Network {
 
  private:
   long width() const { return shape_.width; }
+  bool chooses() const { return call_.choosers != nullptr; }
   long alive(long layer) const {
     return layer == 0 || call_.idle ? in_.tokens : call_.counts[layer - 1];
   }
@@ -57,7 +58,12 @@ class Network {
       rows = most(rows, images * m);
       keys = most(keys, images * Panels<S, T>::columns(m + 1));
     }
-    shared_ = Shared<T>::make(parts, rows, keys, shape_);
+    shared_ = Shared<T>::make(parts, rows, keys, chooses() ? in_.tokens : 0, shape_);
+    for (Alive& alive : alive_)
+      if (chooses())
+        alive = {parts.take<std::int32_t>(count * in_.tokens),
+                 parts.take<float>(count * in_.tokens), parts.take<float>(count * in_.tokens),
+                 in_.tokens};
     used_ = parts.used();
   }
 
@@ -70,19 +76,51 @@ class Network {
       const long m = alive(layer), n = call_.idle ? in_.tokens : call_.counts[end - 1];
       for (long image = 0; image < count; image += g) {
         const long images = least(g, count - image);
+        if (layer == 0 && chooses() && team_.rank == 0) enter(image, images);
         if (layer == 0)
           embed(first + image, images);
         else
           move(chunk_ + image * m * width(), shared_.x, images * m);
-        for (long l = layer; l < end; ++l) {
-          const Kept kept{images, alive(l), call_.counts[l], nullptr, nullptr, 0};
-          Block<S, T>(*call_.blocks[l], kept, team_, shared_, own_).run();
-        }
+        for (long l = layer; l < end; ++l) block(l, first, image, images);
         move(shared_.x, chunk_ + image * n * width(), images * n);
       }
       layer = end;
     }
     answer(first, count);
+  }
+
+  // Images of the chunk through a block; those of the call start at `first`.
+  void block(long layer, long first, long image, long images) {
+    Kept kept{images, alive(layer), call_.counts[layer], nullptr, nullptr, 0, nullptr};
+    Choosing choosing{};
+    if (chooses()) {
+      long total = 0, before = 0;
+      for (long l = 0; l < call_.depth; ++l) {
+        if (l < layer) before += call_.counts[l];
+        total += call_.counts[l];
+      }
+      // Every block reads one set and writes the other.
+      choosing = {call_.choosers[layer],
+                  in_.prefix,
+                  alive_[layer % 2].of(image),
+                  alive_[1 - layer % 2].of(image),
+                  call_.kept + (first + image) * total + before,
+                  total,
+                  nullptr};
+      kept.bias = choosing.before.bias;
+      kept.bias_image = choosing.before.ld;
+      kept.choosing = &choosing;
+    }
+    Block<S, T>(*call_.blocks[layer], kept, team_, shared_, own_).run();
+  }
+
+  // Before the first block every token stands for itself, in its own place.
+  void enter(long image, long images) const {
+    for (long i = image * in_.tokens; i < (image + images) * in_.tokens; ++i) {
+      alive_[0].place[i] = static_cast<std::int32_t>(i % in_.tokens);
+      alive_[0].size[i] = 1.0f;
+      alive_[0].bias[i] = 0.0f;
+    }
   }
 
   // The workers' shares of some rows; all are done when it returns.
@@ -202,6 +240,7 @@ class Network {
   const EmbeddingShape& in_;
   float *chunk_, *result_;
   T* patches_;
+  Alive alive_[2] = {};  // of the images of a chunk
   Shared<T> shared_;
   Own<S, T> own_;
   std::int64_t used_ = 0;

@@ -13,9 +13,9 @@ std::atomic<std::int64_t> times[static_cast<int>(Phase::count)];
 bool profiling = false;
 
 const char* name(Phase phase) {
-  constexpr const char* kNames[] = {"embedding", "keys_values", "packing",    "queries", "logits",
-                                    "softmax",   "values",      "projection", "norm2",   "fc1",
-                                    "fc2",       "waiting",     "head"};
+  constexpr const char* kNames[] = {"embedding", "keys_values", "packing", "choosing", "gathering",
+                                    "queries",   "logits",      "softmax", "values",   "projection",
+                                    "norm2",     "fc1",         "fc2",     "waiting",  "head"};
   static_assert(sizeof(kNames) / sizeof(*kNames) == static_cast<int>(Phase::count));
   return kNames[static_cast<int>(phase)];
 }

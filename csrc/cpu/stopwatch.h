@@ -9,6 +9,8 @@ enum class Phase {
   embedding,
   keys_values,
   packing,
+  choosing,
+  gathering,
   queries,
   logits,
   softmax,

@@ -17,6 +17,7 @@ struct Avx2 {
   static constexpr int rows(int vecs) { return vecs == 1 ? 8 : 6; }
 
   using F = __m256;
+  typedef std::int32_t I __attribute__((vector_size(32)));
 
   static SLIMVIT_INLINE F zero() { return _mm256_setzero_ps(); }
   static SLIMVIT_INLINE F set(float x) { return _mm256_set1_ps(x); }
@@ -27,6 +28,7 @@ struct Avx2 {
   static SLIMVIT_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static SLIMVIT_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
   static SLIMVIT_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static SLIMVIT_INLINE F sqrt(F x) { return _mm256_sqrt_ps(x); }
   static SLIMVIT_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
   static SLIMVIT_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
   static SLIMVIT_INLINE F round(F x) {

@@ -18,6 +18,7 @@ struct Avx512 {
   static constexpr int rows(int vecs) { return vecs == 4 ? 6 : 8; }
 
   using F = __m512;
+  typedef std::int32_t I __attribute__((vector_size(64)));
 
   static SLIMVIT_INLINE F zero() { return _mm512_setzero_ps(); }
   static SLIMVIT_INLINE F set(float x) { return _mm512_set1_ps(x); }
@@ -28,6 +29,7 @@ struct Avx512 {
   static SLIMVIT_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static SLIMVIT_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
   static SLIMVIT_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static SLIMVIT_INLINE F sqrt(F x) { return _mm512_sqrt_ps(x); }
   // Where `b` is NaN so is the result.
   static SLIMVIT_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
   static SLIMVIT_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }

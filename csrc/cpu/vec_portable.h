@@ -28,6 +28,10 @@ struct Portable {
   static SLIMVIT_INLINE F mul(F a, F b) { return a * b; }
   static SLIMVIT_INLINE F div(F a, F b) { return a / b; }
   static SLIMVIT_INLINE F fma(F a, F b, F c) { return a * b + c; }
+  static SLIMVIT_INLINE F sqrt(F x) {
+    for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+  }
   static SLIMVIT_INLINE F min(F a, F b) { return a < b ? a : b; }
   static SLIMVIT_INLINE F max(F a, F b) { return a > b ? a : b; }
   static SLIMVIT_INLINE F round(F x) {  // |x| < 2^22; NaN stays

@@ -11,6 +11,36 @@ namespace {
 // Rows whose hidden layer is held at a time, and columns of it: whole panels everywhere.
 constexpr long kMlpRows = 256;
 constexpr long kMlpColumns = 768;
+constexpr long kChoiceRows = 8;  // tokens that are compared with others at a time
+constexpr long kMaxLanes = 16;   // of any instruction set
+
+// At most as many numbers as tokens are compared by.
+constexpr long compared(const BlockShape& shape) { return most(shape.width, shape.head_dim); }
+
+// What a team needs to choose among the m tokens of an image. Columns are padded to whole vectors.
+template <typename T>
+struct SharedChoice {
+  T* key;               // [m, d], sums over the heads
+  T* packed;            // what patches are compared by, as columns of a product
+  float* square;        // [m], squares of the norms of that
+  float* value_square;  // [H, columns], ‖value‖²
+  float* score;         // [m]
+  std::int32_t* into;   // [m], for pruned token after pruned token
+  float* gain;          // [m], what each adds to the size of that one
+
+  static SharedChoice make(Parts& parts, long m, const BlockShape& shape) {
+    const long columns = round_up(m, kMaxLanes);
+    SharedChoice shared;
+    shared.key = parts.take<T>(m * shape.head_dim);
+    shared.packed = parts.take<T>(columns * compared(shape));
+    shared.square = parts.take<float>(m);
+    shared.value_square = parts.take<float>(shape.heads * columns);
+    shared.score = parts.take<float>(m);
+    shared.into = parts.take<std::int32_t>(m);
+    shared.gain = parts.take<float>(m);
+    return shared;
+  }
+};
 
 // What one group of images needs, shared by the workers of its team.
 template <typename T>
@@ -20,9 +50,11 @@ struct Shared {
   T *q, *a;             // [rows, H · d]
   T* kv;                // [rows, 2 · H · d]
   T *keys, *values;     // packed, by image and head
+  SharedChoice<T> choice;
 
-  // `keys`: all images' keys, the extra ones too, each image's padded to whole vectors.
-  static Shared make(Parts& parts, long rows, long keys, const BlockShape& shape) {
+  // `keys`: all images' keys, the extra ones too, each image's padded to whole vectors; `choice`:
+  // an image's tokens where blocks choose among them, else 0.
+  static Shared make(Parts& parts, long rows, long keys, long choice, const BlockShape& shape) {
     const long inner = shape.inner(), packed = keys * inner;
     Shared shared;
     shared.x = parts.take<float>(rows * shape.width);
@@ -34,7 +66,46 @@ struct Shared {
     shared.kv = parts.take<T>(rows * 2 * inner);
     shared.keys = parts.take<T>(packed);
     shared.values = parts.take<T>(packed);
+    shared.choice = {};
+    if (choice > 0) shared.choice = SharedChoice<T>::make(parts, choice, shape);
     return shared;
+  }
+};
+
+// What a worker needs for itself to choose: the same in all workers of a team, who all work it out
+// rather than wait for one of them.
+template <class S, typename T>
+struct OwnChoice {
+  float* importance;             // [columns]
+  float* weight;                 // [m], of a token in an average
+  std::int32_t* key;             // [columns]: see `ordered`
+  std::int32_t* order;           // [columns]: which patch is which column of the products
+  float* inverse;                // [columns], 1 / norm of what they are compared by
+  float* open;                   // [columns]: 0 where a token may go into the patch, else -∞
+  T* taken;                      // rows of one product
+  float* rows;                   // [kChoiceRows, columns], of its result
+  std::int32_t *index, *pruned;  // [m]: the kept tokens, and the others
+  float *total, *size, *length;  // [m], of the kept after the others went into them
+  std::int32_t* grows;           // [m], whether any did
+
+  static OwnChoice make(Parts& parts, long m, const BlockShape& shape) {
+    const long columns = round_up(m, kMaxLanes);
+    OwnChoice own;
+    own.importance = parts.take<float>(columns);
+    own.weight = parts.take<float>(m);
+    own.key = parts.take<std::int32_t>(columns);
+    own.order = parts.take<std::int32_t>(columns);
+    own.inverse = parts.take<float>(columns);
+    own.open = parts.take<float>(columns);
+    own.taken = parts.take<T>(most(kChoiceRows, S::kVecs * S::kLanes) * compared(shape));
+    own.rows = parts.take<float>(kChoiceRows * columns);
+    own.index = parts.take<std::int32_t>(m);
+    own.pruned = parts.take<std::int32_t>(m);
+    own.total = parts.take<float>(m);
+    own.size = parts.take<float>(m);
+    own.length = parts.take<float>(m);
+    own.grows = parts.take<std::int32_t>(m);
+    return own;
   }
 };
 
@@ -44,8 +115,10 @@ struct Own {
   AttentionMemory<S, T> attention;
   float* bias;  // [columns]
   T* hidden;    // [kMlpRows, kMlpColumns]
+  OwnChoice<S, T> choice;
 
-  static Own make(Parts& parts, long tokens) {
+  // `choosing`: the blocks, if they choose among the tokens, else null.
+  static Own make(Parts& parts, long tokens, const BlockShape* choosing) {
     const long columns = Panels<S, T>::columns(tokens + 1);
     Own own;
     own.attention.logits = parts.take<float>(kQueryRows * columns);
@@ -54,6 +127,8 @@ struct Own {
     own.attention.p = parts.take<T>(kQueryRows * columns);
     own.bias = parts.take<float>(columns);
     own.hidden = parts.take<T>(kMlpRows * kMlpColumns);
+    own.choice = {};
+    if (choosing != nullptr) own.choice = OwnChoice<S, T>::make(parts, tokens, *choosing);
     return own;
   }
 };

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from slimvit import _extensions
-from slimvit.errors import SlimvitError
+from slimvit.backends.cpu_module import (
+    DTYPES,
+    address,
+    call,
+    dtype_name,
+    make_pack,
+    module,
+    on_cpu,
+    pack_bytes,
+    require,
+)
 
 _HUGE_PAGE = 2 << 20
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
@@ -26,7 +33,7 @@ def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return not_on_cpus(dtype)
     try:
-        _module().chosen()
+        module().chosen()
     except ValueError as error:  # SLIMVIT_ISA
         return str(error)
     return None
@@ -34,7 +41,7 @@ def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
 
 def not_on_cpus(dtype: torch.dtype) -> str:
     """The reason why a model does not run in `dtype` on a CPU."""
-    return f"{_name(dtype)} is not computed on CPUs: use float32 or bfloat16"
+    return f"{dtype_name(dtype)} is not computed on CPUs: use float32 or bfloat16"
 
 
 def pack_block(
@@ -81,7 +88,7 @@ def pack_block(
         "extra_bias": extra_bias,
         "lone": lone,
     }
-    return _pack(_module().pack_block, options, weights, dtype)
+    return make_pack(module().pack_block, options, weights, dtype)
 
 
 def pack_embedding(
@@ -125,7 +132,7 @@ def pack_embedding(
         "eps": eps,
     }
     arrays = (weight, table, order.to(torch.int32), norm_weight, norm_bias)
-    return _pack(_module().pack_embedding, options, arrays, dtype)
+    return make_pack(module().pack_embedding, options, arrays, dtype)
 
 
 def pack_head(
@@ -151,7 +158,7 @@ def pack_head(
     heads = [*linears, (None, None), (None, None)][:2]
     arrays = (norm_weight, norm_bias, *heads[0], *heads[1])
     options = {"width": width, "classes": classes, "heads": len(linears), "eps": eps}
-    return _pack(_module().pack_head, options, arrays, dtype)
+    return make_pack(module().pack_head, options, arrays, dtype)
 
 
 def join(packs: Sequence[Tensor]) -> list[Tensor]:
@@ -161,7 +168,7 @@ def join(packs: Sequence[Tensor]) -> list[Tensor]:
     """
     whole = torch.empty(sum(pack.numel() for pack in packs) + _HUGE_PAGE, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE_PAGE
-    _module().prefer_huge_pages(_address(whole), whole.numel())
+    module().prefer_huge_pages(address(whole), whole.numel())
     sizes = [pack.numel() for pack in packs]
     parts = list(whole[start : start + sum(sizes)].split(sizes))
     for part, pack in zip(parts, packs):
@@ -176,30 +183,30 @@ def slim_block(
 
     `index` [B, n], int64, names the kept rows, None the first n; `key_bias` is [m] or [B, m].
     """
-    _require(
-        x.dim() == 3 and x.dtype == torch.float32 and _on_cpu(x), "x must be [m, B, D], float32", x
+    require(
+        x.dim() == 3 and x.dtype == torch.float32 and on_cpu(x), "x must be [m, B, D], float32", x
     )
     m, batch, width = x.shape
     if index is not None:
         rule = f"index must be [B, n] = [{batch}, {n}], int64"
         fits = index.shape == (batch, n) and index.dtype == torch.int64
-        _require(fits and _on_cpu(index), rule, index)
+        require(fits and on_cpu(index), rule, index)
         index = index.contiguous()
     if key_bias is not None:
         rule = f"key_bias must be [m] = [{m}] or [B, m] = [{batch}, {m}], floating point"
         fits = key_bias.shape in ((m,), (batch, m)) and key_bias.is_floating_point()
-        _require(fits and _on_cpu(key_bias), rule, key_bias)
+        require(fits and on_cpu(key_bias), rule, key_bias)
         key_bias = key_bias.float().contiguous()
     x = x if x.stride(2) == 1 else x.contiguous()
     bias_image = m if key_bias is not None and key_bias.dim() == 2 else 0
-    _require(n >= 1 and (n <= m or index is not None), f"n must be in [1, m] = [1, {m}]", n)
+    require(n >= 1 and (n <= m or index is not None), f"n must be in [1, m] = [1, {m}]", n)
     out = x.new_empty(n, batch, width)
-    _call(
-        _module().slim_block,
-        *_bytes("pack", pack),
-        *(_address(x), x.stride(1), x.stride(0)),
-        *(_address(out), out.stride(1), out.stride(0)),
-        *(_address(index), _address(key_bias), bias_image),
+    call(
+        module().slim_block,
+        *pack_bytes("pack", pack),
+        *(address(x), x.stride(1), x.stride(0)),
+        *(address(out), out.stride(1), out.stride(0)),
+        *(address(index), address(key_bias), bias_image),
         *(width, batch, m, n, torch.get_num_threads()),
     )
     return out
@@ -219,89 +226,45 @@ def slim_vit(
 
     Logits [B, columns] where `rows` is 0, else tokens after the final norm, [B, rows, columns].
     """
-    fits = images.dim() == 4 and images.dtype in DTYPES and _on_cpu(images)
-    _require(fits, "images must be [B, C, H, W], float32 or bfloat16", images)
+    return run_network(images, embedding, blocks, head, (counts, idle, rows, columns))
+
+
+def run_network(
+    images: Tensor,
+    embedding: Tensor,
+    blocks: Sequence[Tensor],
+    head: Tensor,
+    shape: tuple[Sequence[int], bool, int, int],
+    choosers: Sequence[Tensor] = (),
+    kept: Tensor | None = None,
+) -> Tensor:
+    """`slim_vit`, and with `choosers` and room for what they keep `cpu_dynamic.dynamic_vit`."""
+    fits = images.dim() == 4 and images.dtype in DTYPES and on_cpu(images)
+    require(fits, "images must be [B, C, H, W], float32 or bfloat16", images)
     images = images.contiguous()
-    packs = [_bytes("blocks", block) for block in blocks]
-    shape = (images.shape[0], rows, columns) if rows else (images.shape[0], columns)
-    out = torch.empty(shape, dtype=torch.float32)
-    _call(
-        _module().slim_vit,
-        *_bytes("embedding", embedding),
-        [address for address, _ in packs],
-        [size for _, size in packs],
-        *_bytes("head", head),
-        *(counts, idle, rows, columns),
-        *(_address(images), DTYPES[images.dtype], images.shape[1:]),
-        *(_address(out), images.shape[0], torch.get_num_threads()),
+    packs = [pack_bytes("blocks", block) for block in blocks]
+    chooser_packs = [pack_bytes("choosers", chooser) for chooser in choosers]
+    _, _, rows, columns = shape
+    sides = (images.shape[0], rows, columns) if rows else (images.shape[0], columns)
+    out = torch.empty(sides, dtype=torch.float32)
+    call(
+        module().slim_vit,
+        *pack_bytes("embedding", embedding),
+        *_columns(packs),
+        *pack_bytes("head", head),
+        *shape,
+        *(address(images), DTYPES[images.dtype], images.shape[1:]),
+        *(address(out), images.shape[0], torch.get_num_threads()),
+        *_columns(chooser_packs),
+        address(kept),
     )
     return out
 
 
 def peak(dtype: torch.dtype) -> float:
     """Measured peak of one thread at products in `dtype`, floating-point operations per second."""
-    return _call(_module().peak, DTYPES[dtype])
+    return call(module().peak, DTYPES[dtype])
 
 
-def _module() -> ModuleType:
-    module = _extensions.load("_cpu")
-    if module is None:
-        raise SlimvitError(f"back end cpu: {_extensions.why_not('_cpu')}")
-    return module
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return function(*arguments)
-    except ValueError as error:
-        raise SlimvitError(f"back end cpu: {error}") from error
-
-
-def _pack(
-    function: Callable[..., int],
-    options: dict[str, Any],
-    arrays: Sequence[Tensor | None],
-    dtype: torch.dtype,
-) -> Tensor:
-    plain = [None if array is None else _plain(array) for array in arrays]
-
-    def call(out: int) -> int:
-        weights = [_address(array) for array in plain]
-        return function(**options, weights=weights, dtype=DTYPES[dtype], out=out)
-
-    pack = torch.empty(_call(call, 0), dtype=torch.uint8)
-    _call(call, _address(pack))
-    return pack
-
-
-def _plain(array: Tensor) -> Tensor:
-    array = array.detach()
-    return (array.float() if array.is_floating_point() else array).contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _bytes(name: str, pack: Tensor) -> tuple[int, int]:
-    """Where a pack starts and how long it is: C++ reads it without knowing any more of it."""
-    fits = pack.dtype == torch.uint8 and pack.dim() == 1 and pack.is_contiguous() and _on_cpu(pack)
-    _require(fits, f"{name} must be one-dimensional, uint8, contiguous", pack)
-    return pack.data_ptr(), pack.numel()
-
-
-def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
-
-
-def _require(holds: bool, rule: str, got: Tensor | int) -> None:
-    if holds:
-        return
-    if isinstance(got, Tensor):
-        rule = f"{rule}, on the CPU"
-        got = f"{list(got.shape)}, {_name(got.dtype)}, on {got.device}"
-    raise SlimvitError(f"back end cpu: {rule}, got {got}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _columns(packs: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    return [start for start, _ in packs], [size for _, size in packs]

@@ -12,7 +12,7 @@ from torch import Tensor
 from slimvit.dynamic.planner import Planner
 from slimvit.dynamic.schedule import check_cut, counts_for_cut
 from slimvit.models import Spec
-from slimvit.ops import Choice, View, complement, top
+from slimvit.ops import AbsorbParts, Choice, View, complement, top
 
 _LEAST = 1e-20  # importance: an average needs a weight
 
@@ -57,6 +57,12 @@ class Absorb(Planner):
         nearest = _rows(rows, index).max(1)
         gain = view.size.gather(1, complement(index, m)) * nearest.values.clamp(min=0).sqrt()
         return Choice(index, nearest.indices, importance.clamp(min=_LEAST), gain)
+
+    def parts(self, layer: int) -> AbsorbParts | None:
+        """What kernels need; None for a subclass that chooses in another way."""
+        if type(self).choose is not Absorb.choose:
+            return None
+        return AbsorbParts(self._bound.head_tokens)
 
     def counts_for(self, spec: Spec) -> tuple[int, ...]:
         """The counts, or the schedule that saves `cut`."""

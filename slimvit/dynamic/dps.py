@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimvit.dynamic.planner import Planner
 from slimvit.errors import PlanError
 from slimvit.models import Spec
-from slimvit.ops import Choice, View, complement
+from slimvit.ops import Choice, PredictorParts, View, complement
 
 
 class Predictor(nn.Module):
@@ -71,6 +71,17 @@ class DPS(Planner):
         """The n tokens of the highest scores."""
         choice = view.top(self.predictors[str(layer)](view.alive.x), n)
         return Choice(choice.index, nearest(view, choice.index)) if self.absorb else choice
+
+    def parts(self, layer: int) -> PredictorParts | None:
+        """What kernels need; None for a subclass that chooses in another way."""
+        if type(self).choose is not DPS.choose:
+            return None
+        predictor = self.predictors[str(layer)]
+        if type(predictor) is not Predictor:
+            return None
+        return PredictorParts(
+            predictor.norm, predictor.down, predictor.act, predictor.score, self.absorb
+        )
 
     def bind(self, spec: Spec) -> DPS:
         """A copy for a model of this shape, with a predictor in each block that prunes."""

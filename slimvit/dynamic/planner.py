@@ -11,7 +11,7 @@ from torch import nn
 
 from slimvit.errors import PlanError
 from slimvit.models import Spec
-from slimvit.ops import Alive, Choice, View
+from slimvit.ops import Alive, Choice, ChooserParts, View
 
 
 class Planner(nn.Module):
@@ -65,6 +65,13 @@ class Planner(nn.Module):
             n: how many to keep, prefix tokens included.
         """
         raise NotImplementedError
+
+    def parts(self, layer: int) -> ChooserParts | None:
+        """How block `layer`, counted from 0, chooses, as compiled kernels read it.
+
+        None where `choose` is all there is; back ends with kernels then leave the model to torch.
+        """
+        return None
 
     def before(self, layer: int, alive: Alive) -> Alive:
         """What block `layer`, counted from 0, receives: to remove tokens ahead of its keys."""

@@ -1,5 +1,6 @@
 """The operations of a slimmed transformer, each defined by its reference in plain PyTorch."""
 
+from slimvit.ops.choosers import AbsorbParts, ChooserParts, PredictorParts, why_not_compiled
 from slimvit.ops.dynamic_block import (
     Alive,
     Choice,
@@ -9,7 +10,9 @@ from slimvit.ops.dynamic_block import (
     dynamic_block,
     top,
 )
+from slimvit.ops.dynamic_vit import DynamicNetwork, pack_chooser
 from slimvit.ops.folded_block import FoldedBlock
+from slimvit.ops.fused_dynamic import FusedDynamicNetwork, why_not_chosen
 from slimvit.ops.fused_vit import FusedBlock, FusedNetwork, why_not_fused
 from slimvit.ops.network import NetworkParts
 from slimvit.ops.scatter_tokens import scatter_tokens
@@ -25,7 +28,13 @@ from slimvit.ops.slim_block import (
 from slimvit.ops.slim_vit import PackedNetwork, pack_block, why_not_packed
 
 __all__ = [
+    "AbsorbParts",
     "Alive",
+    "ChooserParts",
+    "DynamicNetwork",
+    "PredictorParts",
+    "pack_chooser",
+    "why_not_compiled",
     "Choice",
     "View",
     "absorb_tokens",
@@ -36,6 +45,7 @@ __all__ = [
     "ExtraKey",
     "FoldedBlock",
     "FusedBlock",
+    "FusedDynamicNetwork",
     "FusedNetwork",
     "NetworkParts",
     "PackedNetwork",
@@ -46,6 +56,7 @@ __all__ = [
     "slim_attention",
     "slim_block",
     "take",
+    "why_not_chosen",
     "why_not_fused",
     "why_not_packed",
     "zero_key",

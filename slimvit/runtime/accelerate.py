@@ -13,12 +13,14 @@ from slimvit.backends import choose
 from slimvit.dynamic import Planner
 from slimvit.errors import UsageError
 from slimvit.masks import Masks
-from slimvit.ops import why_not_fused, why_not_packed
+from slimvit.ops import NetworkParts, why_not_fused, why_not_packed
 from slimvit.runtime.accelerated import AcceleratedViT, dtype_name
 from slimvit.runtime.apply_masks import apply_masks
 from slimvit.runtime.blockwise import BlockwiseViT
 from slimvit.runtime.fused import FusedViT
+from slimvit.runtime.fused_dynamic import FusedDynamicViT, fused_choosers
 from slimvit.runtime.packed import PackedViT
+from slimvit.runtime.packed_dynamic import PackedDynamicViT, choosers_of
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -93,13 +95,12 @@ def accelerate(
     if backend == "torch":
         fast = AcceleratedViT(slim.to(dtype), backend, shape)
     elif backend == "cpu":
-        fast = (
-            PackedViT(folded, parts, dtype, shape)
-            if plan is None
-            else BlockwiseViT(slim, parts, dtype, shape)
-        )
-    else:
+        fast = _packed(slim, folded, parts, dtype, shape)
+    elif plan is None:
         fast = FusedViT(folded, parts, dtype, backend, shape)
+    else:
+        choosers = fused_choosers(plan, backend)
+        fast = FusedDynamicViT(folded, plan, choosers, parts, dtype, backend, shape)
     fast.eval().requires_grad_(False)
     for size in batch_sizes or ([1] if backend == "triton" and token.is_cuda else []):
         fast.warm_up(size, cuda_graph=cuda_graphs)
@@ -108,9 +109,28 @@ def accelerate(
 
 def why_not_dynamic(plan: Planner, backend: str) -> str | None:
     """Why the kernels of a back end do not choose tokens as a plan does, or None if they do."""
-    if backend == "cpu" and not plan.chooses:
-        return None  # what acts between blocks alone needs no kernels of its own
-    return f"{backend} has no kernels for the planner {plan.kind or type(plan).__name__} yet"
+    if backend == "cpu":
+        if not plan.chooses:
+            return None  # what acts between blocks alone needs no kernels of its own
+        choosers = choosers_of(plan)
+    else:
+        choosers = fused_choosers(plan, backend)
+    return choosers if isinstance(choosers, str) else None
+
+
+def _packed(
+    slim: nn.Module,
+    folded: nn.Module,
+    parts: NetworkParts,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+) -> AcceleratedViT:
+    plan = getattr(slim, "plan", None)
+    if plan is None:
+        return PackedViT(folded, parts, dtype, shape)
+    if not plan.chooses:
+        return BlockwiseViT(slim, parts, dtype, shape)
+    return PackedDynamicViT(folded, plan, choosers_of(plan), parts, dtype, shape)
 
 
 def _dense(spec: models.Spec) -> Masks:

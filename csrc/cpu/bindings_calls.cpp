@@ -1,0 +1,190 @@
+#include "cpu/bindings.h"
+#include "cpu/run.h"
+
+namespace py = pybind11;
+
+namespace slimvit {
+namespace {
+
+void require_positive_threads(int threads) {
+  require(threads > 0, "threads must be positive, got " + std::to_string(threads));
+}
+
+void slim_block(Address pack_address, std::int64_t pack_bytes, Address x, long x_image,
+                long x_token, Address out, long out_image, long out_token, Address index,
+                Address key_bias, long bias_image, long width, long batch, long m, long n,
+                int threads) {
+  const auto* pack = pack_at<BlockPack>(pack_address, pack_bytes, PackHead::Kind::block);
+  require_positive_threads(threads);
+  require(width == pack->shape.width, "x must be [m, B, " + std::to_string(pack->shape.width) +
+                                          "], got [" + join({m, batch, width}) + "]");
+  require(batch >= 0 && n >= 1 && (index != 0 || n <= m),
+          "n must be in [1, m] = [1, " + std::to_string(m) + "], got " + std::to_string(n));
+  const auto* positions = at<const std::int64_t>(index);
+  for (long i = 0; positions != nullptr && i < batch * n; ++i)
+    require(positions[i] >= 0 && positions[i] < m, "index must be in [0, m) = [0, " +
+                                                       std::to_string(m) + "), got " +
+                                                       std::to_string(positions[i]));
+  BlockCall call{};
+  call.pack = pack;
+  call.x = at<const float>(x);
+  call.x_image = x_image;
+  call.x_token = x_token;
+  call.out = at<float>(out);
+  call.out_image = out_image;
+  call.out_token = out_token;
+  call.index = positions;
+  call.key_bias = at<const float>(key_bias);
+  call.bias_image = bias_image;
+  call.batch = batch;
+  call.m = m;
+  call.n = n;
+  const py::gil_scoped_release release;
+  run(call, threads);
+}
+
+const ChooserPack* chooser_at(Address address, std::int64_t bytes, const BlockPack& block,
+                              long prefix) {
+  const auto* chooser = pack_at<ChooserPack>(address, bytes, PackHead::Kind::chooser);
+  require(chooser->head.isa == block.head.isa && chooser->head.dtype == block.head.dtype &&
+              chooser->shape.width == block.shape.width,
+          "all packs must be of one model, instruction set and dtype");
+  require(chooser->shape.head_tokens <= prefix,
+          "the " + std::to_string(chooser->shape.head_tokens) +
+              " tokens that the head reads must be among the prefix, got prefix " +
+              std::to_string(prefix));
+  require(block.extra == 0, "a block that chooses its tokens has no extra key");
+  return chooser;
+}
+
+void dynamic_block(Address pack_address, std::int64_t pack_bytes, Address chooser_address,
+                   std::int64_t chooser_bytes, Address x, long x_image, long x_token, Address out,
+                   long out_image, long out_token, Address size, Address kept, Address into,
+                   Address size_out, long width, long batch, long m, long n, long prefix,
+                   int threads) {
+  const auto* pack = pack_at<BlockPack>(pack_address, pack_bytes, PackHead::Kind::block);
+  require_positive_threads(threads);
+  require(width == pack->shape.width, "x must be [m, B, " + std::to_string(pack->shape.width) +
+                                          "], got [" + join({m, batch, width}) + "]");
+  require(batch >= 0 && prefix >= 0 && prefix < n && n < m, "n must be in [prefix + 1, m - 1] = [" +
+                                                                join({prefix + 1, m - 1}) +
+                                                                "], got " + std::to_string(n));
+  BlockCall call{};
+  call.pack = pack;
+  call.chooser = chooser_at(chooser_address, chooser_bytes, *pack, prefix);
+  call.x = at<const float>(x);
+  call.x_image = x_image;
+  call.x_token = x_token;
+  call.out = at<float>(out);
+  call.out_image = out_image;
+  call.out_token = out_token;
+  call.batch = batch;
+  call.m = m;
+  call.n = n;
+  call.prefix = prefix;
+  call.size = at<const float>(size);
+  call.kept = at<std::int64_t>(kept);
+  call.into = call.chooser->shape.absorb != 0 ? at<std::int64_t>(into) : nullptr;
+  call.size_out = at<float>(size_out);
+  const py::gil_scoped_release release;
+  run(call, threads);
+}
+
+void slim_vit(Address embedding_address, std::int64_t embedding_bytes,
+              const std::vector<Address>& block_addresses,
+              const std::vector<std::int64_t>& block_bytes, Address head_address,
+              std::int64_t head_bytes, const std::vector<std::int32_t>& counts, bool idle,
+              long rows, long columns, Address images, const std::string& images_dtype,
+              const std::vector<long>& image_shape, Address out, long batch, int threads,
+              const std::vector<Address>& chooser_addresses,
+              const std::vector<std::int64_t>& chooser_bytes, Address kept) {
+  const auto* embedding =
+      pack_at<EmbeddingPack>(embedding_address, embedding_bytes, PackHead::Kind::embedding);
+  const auto* head = pack_at<HeadPack>(head_address, head_bytes, PackHead::Kind::head);
+  const std::size_t depth = block_addresses.size();
+  require(depth > 0 && block_bytes.size() == depth && counts.size() == depth,
+          "every block must have a pack and a count");
+  require_positive_threads(threads);
+  const EmbeddingShape& in = embedding->shape;
+  const std::vector<long> wanted{in.channels, in.image_height, in.image_width};
+  require(image_shape == wanted, "images must be [B, " + join(wanted) + "], got [" +
+                                     std::to_string(batch) + ", " + join(image_shape) + "]");
+  const auto alike = [&](const PackHead& other, int width) {
+    require(other.isa == embedding->head.isa && other.dtype == embedding->head.dtype &&
+                width == embedding->shape.width,
+            "all packs must be of one model, instruction set and dtype");
+  };
+  alike(head->head, head->shape.width);
+  std::vector<const BlockPack*> blocks(depth);
+  std::int32_t alive = embedding->shape.tokens;
+  for (std::size_t i = 0; i < depth; ++i) {
+    blocks[i] = pack_at<BlockPack>(block_addresses[i], block_bytes[i], PackHead::Kind::block);
+    const BlockShape& shape = blocks[i]->shape;
+    alike(blocks[i]->head, shape.width);
+    require(shape.heads == blocks[0]->shape.heads && shape.head_dim == blocks[0]->shape.head_dim,
+            "all blocks must have the same heads");
+    require(counts[i] >= 1 && counts[i] <= alive, "kept sets must be nested");
+    alive = counts[i];
+  }
+  require(alive >= head->shape.heads, "the last block must keep a token for every head");
+  const long rows_out = idle ? in.tokens : alive;
+  if (rows == 0)
+    require(head->shape.heads > 0 && columns == head->shape.classes,
+            "logits must be " + std::to_string(head->shape.classes) + " columns");
+  else
+    require(rows == rows_out && columns == in.width,
+            "tokens must be [" + std::to_string(rows_out) + ", " + std::to_string(in.width) + "]");
+  std::vector<const ChooserPack*> choosers(chooser_addresses.size());
+  require(choosers.empty() || (choosers.size() == depth && chooser_bytes.size() == depth && !idle),
+          "every block must have a chooser, or an empty one");
+  alive = in.tokens;
+  for (std::size_t i = 0; i < choosers.size(); ++i) {
+    if (chooser_bytes[i] != 0)
+      choosers[i] = chooser_at(chooser_addresses[i], chooser_bytes[i], *blocks[i], in.prefix);
+    require(choosers[i] != nullptr || counts[i] == alive || counts[i] <= in.prefix,
+            "block " + std::to_string(i + 1) + " keeps " + std::to_string(counts[i]) + " of " +
+                std::to_string(alive) + " tokens, it needs a chooser");
+    alive = counts[i];
+  }
+  NetworkCall call{};
+  call.choosers = choosers.empty() ? nullptr : choosers.data();
+  call.kept = at<std::int64_t>(kept);
+  call.embedding = embedding;
+  call.blocks = blocks.data();
+  call.head = head;
+  call.counts = counts.data();
+  call.depth = static_cast<long>(depth);
+  call.idle = idle;
+  call.tokens = rows > 0;
+  call.images = at<const void>(images);
+  call.images_dtype = dtype_of(images_dtype);
+  call.out = at<float>(out);
+  call.batch = batch;
+  const py::gil_scoped_release release;
+  run(call, threads);
+}
+
+}  // namespace
+
+void bind_calls(py::module_& m) {
+  m.def("slim_block", &slim_block, py::arg("pack"), py::arg("pack_bytes"), py::arg("x"),
+        py::arg("x_image"), py::arg("x_token"), py::arg("out"), py::arg("out_image"),
+        py::arg("out_token"), py::arg("index"), py::arg("key_bias"), py::arg("bias_image"),
+        py::arg("width"), py::arg("batch"), py::arg("m"), py::arg("n"), py::arg("threads"),
+        "Images through one block: float32 tokens, strides counted in floats.");
+  m.def("slim_vit", &slim_vit, py::arg("embedding"), py::arg("embedding_bytes"), py::arg("blocks"),
+        py::arg("block_bytes"), py::arg("head"), py::arg("head_bytes"), py::arg("counts"),
+        py::arg("idle"), py::arg("rows"), py::arg("columns"), py::arg("images"),
+        py::arg("images_dtype"), py::arg("image_shape"), py::arg("out"), py::arg("batch"),
+        py::arg("threads"), py::arg("choosers"), py::arg("chooser_bytes"), py::arg("kept"),
+        "Images [B, C, H, W] through a whole network, to float32 logits or tokens. Where there are "
+        "choosers, each image's kept tokens are its own.");
+  m.def("dynamic_block", &dynamic_block, py::arg("pack"), py::arg("pack_bytes"), py::arg("chooser"),
+        py::arg("chooser_bytes"), py::arg("x"), py::arg("x_image"), py::arg("x_token"),
+        py::arg("out"), py::arg("out_image"), py::arg("out_token"), py::arg("size"),
+        py::arg("kept"), py::arg("into"), py::arg("size_out"), py::arg("width"), py::arg("batch"),
+        py::arg("m"), py::arg("n"), py::arg("prefix"), py::arg("threads"),
+        "Images through one block that chooses n of its m tokens for each of them.");
+}
+
+}  // namespace slimvit

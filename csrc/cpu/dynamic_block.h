@@ -1,0 +1,140 @@
+#pragma once
+
+#include "cpu/absorb.h"
+#include "cpu/block_parts.h"
+#include "cpu/gather.h"
+#include "cpu/predictor.h"
+#include "cpu/stopwatch.h"
+
+// How a block chooses between its keys and its queries, each image for itself.
+
+namespace slimvit {
+namespace {
+
+template <class S, typename T>
+class Chooser : protected BlockParts<S, T> {
+ protected:
+  using Base = BlockParts<S, T>;
+  using Base::ask;
+  using Base::Base;
+  using Base::inner;
+  using Base::kept_;
+  using Base::logit_bias;
+  using Base::own_;
+  using Base::pack_;
+  using Base::packed_size;
+  using Base::shape_;
+  using Base::shared_;
+  using Base::team_;
+  using Base::width;
+
+  // The worker's rows [begin, end) of the kept tokens, chosen where there is a choice.
+  void advance(long begin, long end) {
+    const Choosing& choosing = *kept_.choosing;
+    for (long image = 0; image < kept_.images; ++image) {
+      const Alive before = choosing.before.of(image), after = choosing.after.of(image);
+      const long base = image * kept_.n;
+      const long first = least(most(begin - base, 0), kept_.n);
+      const long last = least(most(end - base, 0), kept_.n);
+      if (kept_.chooses())
+        choose(image, before, after, first, last);
+      else
+        keep_first(before, after, first, last);
+      for (long k = first; choosing.kept != nullptr && k < last; ++k)
+        choosing.kept[image * choosing.kept_image + k] = after.place[k];
+    }
+  }
+
+ private:
+  void choose(long image, const Alive& before, const Alive& after, long first, long last) {
+    const Choosing& choosing = *kept_.choosing;
+    const ChooserShape& how = choosing.pack->shape;
+    const long m = kept_.m, n = kept_.n, rank = team_.rank, size = team_.size;
+    const long row = image * m, to = image * n;
+    const bool by_keys = how.scores == Scores::predictor;
+    const Tokens<T> tokens{m,
+                           choosing.prefix,
+                           shared_.kv + row * 2 * inner(),
+                           shared_.keys + image * shape_.heads * packed_size(),
+                           packed_size(),
+                           shared_.q + to * inner(),
+                           how.head_tokens,
+                           before.size,
+                           by_keys ? shared_.choice.key : shared_.y + row * width(),
+                           by_keys ? shape_.head_dim : width()};
+    const Absorb<S, T> absorb(tokens, shape_, shared_.choice, own_.choice);
+    {
+      const Stopwatch stopwatch(Phase::choosing);
+      if (by_keys)
+        predict_scores(image, absorb);
+      else
+        attend_scores(image, absorb);
+      team_.sync();
+      select();
+      if (how.absorb != 0) {
+        absorb.find_nearest(n, share(m - n, rank, size), share(m - n, rank + 1, size), !by_keys);
+        team_.sync();
+      }
+      if (choosing.into != nullptr && rank == 0)
+        for (long i = 0; i < m - n; ++i) choosing.into[i] = shared_.choice.into[i];
+    }
+    const Stopwatch stopwatch(Phase::gathering);
+    const Gathering<T> of{width(),
+                          m,
+                          n,
+                          shared_.x + row * width(),
+                          shared_.y + row * width(),
+                          shared_.gathered + to * width(),
+                          shared_.y_kept + to * width(),
+                          before,
+                          after};
+    const std::int32_t* into = how.absorb != 0 ? shared_.choice.into : nullptr;
+    Gather<S, T, BlockPack>(of, pack_, own_.choice, into, shared_.choice.gain).run(first, last);
+  }
+
+  // shared_.choice.score, and what tokens are compared by, once all workers are done.
+  void attend_scores(long image, const Absorb<S, T>& absorb) {
+    const long m = kept_.m, row = image * m, head_tokens = kept_.choosing->pack->shape.head_tokens;
+    const long begin = share(m, team_.rank, team_.size), end = share(m, team_.rank + 1, team_.size);
+    absorb.measure(begin, end);
+    absorb.measure_values(begin, end);
+    if (team_.rank ==
+        0)  // again with all the others' later: the head's tokens are kept as they are
+      ask(shared_.y + row * width(), image * kept_.n, head_tokens);
+    team_.sync();
+    logit_bias(image, m);
+    absorb.weigh(own_.bias, own_.attention);
+    absorb.order_by_importance();
+    absorb.pack(team_.rank, team_.size);
+    team_.sync();
+    absorb.score(team_.rank, team_.size);
+  }
+
+  void predict_scores(long image, const Absorb<S, T>& absorb) {
+    const long m = kept_.m, row = image * m * width();
+    const long begin = share(m, team_.rank, team_.size), end = share(m, team_.rank + 1, team_.size);
+    const ChooserPack& pack = *kept_.choosing->pack;
+    predict<S, T>(pack, shared_.x + row, begin, end, shared_.y_kept + row, own_.attention.largest,
+                  shared_.choice.score);
+    if (pack.shape.absorb == 0) return;
+    absorb.add_keys(shared_.choice.key, begin, end);
+    absorb.measure(begin, end);
+    team_.sync();
+    absorb.order_by_place();
+    absorb.pack(team_.rank, team_.size);
+  }
+
+  // The prefix tokens and the highest scores.
+  void select() {
+    const long prefix = kept_.choosing->prefix, patches = kept_.m - prefix;
+    const OwnChoice<S, T>& own = own_.choice;
+    const float* score = shared_.choice.score + prefix;
+    for (long i = 0; i < patches; ++i) own.key[i] = ordered(score[i]);
+    for (long k = 0; k < prefix; ++k) own.index[k] = static_cast<std::int32_t>(k);
+    part_highest(own.key, patches, kept_.n - prefix, static_cast<std::int32_t>(prefix),
+                 own.index + prefix, own.pruned);
+  }
+};
+
+}  // namespace
+}  // namespace slimvit

@@ -1,0 +1,149 @@
+"""The C++ kernels that choose tokens for each image: how they choose, packed, and their calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slimvit.backends.cpu import run_network
+from slimvit.backends.cpu_module import (
+    address,
+    call,
+    make_pack,
+    module,
+    on_cpu,
+    pack_bytes,
+    require,
+)
+
+
+def pack_attention(width: int, head_tokens: int, dtype: torch.dtype) -> Tensor:
+    """Scores by attention and redundancy, and absorption, as the kernels read it.
+
+    Args:
+        width: D.
+        head_tokens: leading tokens that the head reads.
+        dtype: what the block computes in, float32 or bfloat16.
+
+    Returns:
+        uint8, one-dimensional.
+    """
+    return _pack("attention", (None,) * 5, width, dtype, absorb=True, head_tokens=head_tokens)
+
+
+def pack_predictor(
+    weights: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    *,
+    activation: str,
+    eps: float,
+    absorb: bool,
+) -> Tensor:
+    """Scores by a small module, as the kernels read it.
+
+    Args:
+        weights: weight and bias [D] of the norm, weight [r, D] and bias [r] (or None) of the layer
+            down, weight [1, r] of the layer to one score.
+        dtype: what it computes in, float32 or bfloat16.
+        activation: "gelu", "gelu_tanh" or "quick_gelu".
+        eps: of the norm.
+        absorb: whether pruned tokens go into kept ones.
+
+    Returns:
+        uint8, one-dimensional.
+
+    Raises:
+        SlimvitError: r is no multiple of 16.
+    """
+    hidden, width = weights[2].shape
+    options = {"hidden": hidden, "activation": activation, "eps": eps, "absorb": absorb}
+    return _pack("predictor", weights, width, dtype, **options)
+
+
+def _pack(
+    scores: str,
+    weights: Sequence[Tensor | None],
+    width: int,
+    dtype: torch.dtype,
+    *,
+    absorb: bool,
+    head_tokens: int = 0,
+    hidden: int = 0,
+    activation: str = "gelu",
+    eps: float = 0.0,
+) -> Tensor:
+    options = {
+        "scores": scores,
+        "absorb": absorb,
+        "width": width,
+        "head_tokens": head_tokens,
+        "hidden": hidden,
+        "activation": activation,
+        "eps": eps,
+    }
+    return make_pack(module().pack_chooser, options, weights, dtype)
+
+
+def dynamic_block(
+    x: Tensor, pack: Tensor, chooser: Tensor, n: int, prefix: int, size: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A packed block that keeps n of the alive tokens x [m, B, D] of each image; float32.
+
+    `size` [B, m] tells how many tokens each stands for, None that each stands for itself.
+
+    Returns:
+        The kept tokens [n, B, D]; their positions [B, n], ascending; for each pruned token which
+        of the n it went into, [B, m - n], -1 where it was dropped; the sizes [B, n].
+    """
+    rule = "x must be [m, B, D], float32"
+    require(x.dim() == 3 and x.dtype == torch.float32 and on_cpu(x), rule, x)
+    m, batch, width = x.shape
+    if size is not None:
+        fits = size.shape == (batch, m) and size.is_floating_point() and on_cpu(size)
+        require(fits, f"size must be [B, m] = [{batch}, {m}], floating point", size)
+        size = size.float().contiguous()
+    rule = f"n must be in [prefix + 1, m - 1] = [{prefix + 1}, {m - 1}]"
+    require(prefix >= 0 and prefix < n < m, rule, n)
+    x = x if x.stride(2) == 1 else x.contiguous()
+    out = x.new_empty(n, batch, width)
+    kept = torch.empty(batch, n, dtype=torch.int64)
+    into = torch.full((batch, m - n), -1, dtype=torch.int64)
+    sizes = x.new_empty(batch, n)
+    call(
+        module().dynamic_block,
+        *pack_bytes("pack", pack),
+        *pack_bytes("chooser", chooser),
+        *(address(x), x.stride(1), x.stride(0)),
+        *(address(out), out.stride(1), out.stride(0)),
+        *(address(size), address(kept), address(into), address(sizes)),
+        *(width, batch, m, n, prefix, torch.get_num_threads()),
+    )
+    return out, kept, into, sizes
+
+
+def dynamic_vit(
+    images: Tensor,
+    embedding: Tensor,
+    blocks: Sequence[Tensor],
+    choosers: Sequence[Tensor],
+    head: Tensor,
+    counts: Sequence[int],
+    rows: int,
+    columns: int,
+) -> tuple[Tensor, Tensor]:
+    """Images [B, C, H, W], float32 or bfloat16, through a packed network that chooses for each.
+
+    `choosers` tell how each block chooses, empty where it keeps the first n of `counts`. Returns
+    logits [B, columns] where `rows` is 0, else tokens after the final norm, [B, rows, columns],
+    float32, and the places of the tokens that each block kept, block after block, [B, Σ n], int64.
+    """
+    kept = torch.empty(images.shape[0], sum(counts), dtype=torch.int64)
+    require(
+        len(choosers) == len(blocks),
+        f"choosers must be {len(blocks)}, one for each block",
+        len(choosers),
+    )
+    shape = (counts, False, rows, columns)
+    return run_network(images, embedding, blocks, head, shape, choosers, kept), kept

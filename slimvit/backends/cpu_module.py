@@ -1,0 +1,86 @@
+"""The compiled module for CPUs: how its functions are called, and how tensors are handed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimvit import _extensions
+from slimvit.errors import SlimvitError
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def module() -> ModuleType:
+    """slimvit._cpu; raises SlimvitError, with the reason, where it cannot be imported."""
+    loaded = _extensions.load("_cpu")
+    if loaded is None:
+        raise SlimvitError(f"back end cpu: {_extensions.why_not('_cpu')}")
+    return loaded
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of the module returns; raises SlimvitError for what it refuses."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise SlimvitError(f"back end cpu: {error}") from error
+
+
+def make_pack(
+    function: Callable[..., int],
+    options: dict[str, Any],
+    arrays: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The bytes, uint8, that a packing function of the module makes of weights for `dtype`."""
+    plain = [None if array is None else _plain(array) for array in arrays]
+
+    def fill(out: int) -> int:
+        weights = [address(array) for array in plain]
+        return function(**options, weights=weights, dtype=DTYPES[dtype], out=out)
+
+    pack = torch.empty(call(fill, 0), dtype=torch.uint8)
+    call(fill, address(pack))
+    return pack
+
+
+def _plain(array: Tensor) -> Tensor:
+    array = array.detach()
+    return (array.float() if array.is_floating_point() else array).contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's numbers start; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def pack_bytes(name: str, pack: Tensor) -> tuple[int, int]:
+    """Where a pack starts and how long it is: C++ reads it without knowing any more of it."""
+    fits = pack.dtype == torch.uint8 and pack.dim() == 1 and pack.is_contiguous() and on_cpu(pack)
+    require(fits, f"{name} must be one-dimensional, uint8, contiguous", pack)
+    return pack.data_ptr(), pack.numel()
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether C++ can read it."""
+    return tensor.device.type == "cpu"
+
+
+def require(holds: bool, rule: str, got: Tensor | int) -> None:
+    """Refuse what breaks a rule."""
+    if holds:
+        return
+    if isinstance(got, Tensor):
+        rule = f"{rule}, on the CPU"
+        got = f"{list(got.shape)}, {dtype_name(got.dtype)}, on {got.device}"
+    raise SlimvitError(f"back end cpu: {rule}, got {got}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as users name it."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,57 @@
+"""How a block chooses its tokens, as compiled kernels read it, whatever planner it comes from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from slimvit.ops.network import activation_name, layer_norm_of
+
+
+class AbsorbParts(NamedTuple):
+    """Tokens that are attended to and that no other stands for are kept, the others go into them.
+
+        importance_i = Σ_h A^h[head tokens, i] · ‖V^h_i‖
+        score_i = size_i · importance_i · (1 − max cos(k_i, k_j)),  j more important than i
+
+    Attributes:
+        head_tokens: leading tokens that the head reads.
+    """
+
+    head_tokens: int
+
+
+class PredictorParts(NamedTuple):
+    """The tokens of the highest predicted scores are kept: score = out(act(down(norm(x)))).
+
+    Attributes:
+        norm: of D channels.
+        down: D to r channels.
+        act: the activation.
+        out: r channels to one score, of which only the order counts.
+        absorb: whether each pruned token goes into the kept patch with the nearest key; else it
+            is dropped.
+    """
+
+    norm: nn.LayerNorm
+    down: nn.Linear
+    act: nn.Module
+    out: nn.Linear
+    absorb: bool = False
+
+
+ChooserParts = AbsorbParts | PredictorParts
+
+
+def why_not_compiled(parts: ChooserParts) -> str | None:
+    """Why no compiled kernel chooses as a planner does in a block, or None if they do."""
+    if isinstance(parts, AbsorbParts):
+        return None
+    if layer_norm_of(parts.norm) is None:
+        return f"its predictor's norm is {type(parts.norm).__name__}, not LayerNorm with weights"
+    if activation_name(parts.act) is None:
+        return f"its predictor's activation is {type(parts.act).__name__}, not GELU or QuickGELU"
+    if parts.down.out_features % 16:
+        return f"its predictor's channels must be a multiple of 16, got {parts.down.out_features}"
+    return None

@@ -1,0 +1,118 @@
+"""Blocks and networks that choose tokens for each image: the ops of the C++ kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slimvit.backends import cpu_dynamic
+from slimvit.ops.choosers import AbsorbParts, ChooserParts
+from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of
+from slimvit.ops.slim_vit import PackedNetwork
+
+_library = torch.library.Library("slimvit", "FRAGMENT")
+_library.define(
+    "dynamic_block(Tensor x, Tensor pack, Tensor chooser, SymInt n, int prefix,"
+    " Tensor? size=None) -> (Tensor out, Tensor index, Tensor into, Tensor size_out)"
+)
+_library.define(
+    "dynamic_vit(Tensor images, Tensor embedding, Tensor[] blocks, Tensor[] choosers, Tensor head,"
+    " int[] counts, int rows, int columns) -> (Tensor out, Tensor kept)"
+)
+for _name in ("dynamic_block", "dynamic_vit"):
+    _library.impl(_name, getattr(cpu_dynamic, _name), "CPU")
+    # For inference: answers need no gradient.
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+@torch.library.register_fake("slimvit::dynamic_block", lib=_library)
+def _dynamic_block(
+    x: Tensor, pack: Tensor, chooser: Tensor, n: int, prefix: int, size: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    m, batch, width = x.shape
+    positions = x.new_empty(batch, m, dtype=torch.int64)
+    return (
+        x.new_empty(n, batch, width),
+        positions.new_empty(batch, n),
+        positions.new_empty(batch, m - n),
+        x.new_empty(batch, n),
+    )
+
+
+@torch.library.register_fake("slimvit::dynamic_vit", lib=_library)
+def _dynamic_vit(
+    images: Tensor,
+    embedding: Tensor,
+    blocks: list[Tensor],
+    choosers: list[Tensor],
+    head: Tensor,
+    counts: list[int],
+    rows: int,
+    columns: int,
+) -> tuple[Tensor, Tensor]:
+    batch = images.shape[0]
+    shape = (batch, rows, columns) if rows else (batch, columns)
+    out = images.new_empty(shape, dtype=torch.float32)
+    return out, images.new_empty(batch, sum(counts), dtype=torch.int64)
+
+
+def pack_chooser(parts: ChooserParts, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the ops take for how a block chooses.
+
+    Args:
+        parts: how.
+        width: D.
+        dtype: what the block computes in: float32, or bfloat16 accumulated in float32.
+
+    Returns:
+        uint8, one-dimensional; for the instruction set that `slimvit doctor` names.
+    """
+    if isinstance(parts, AbsorbParts):
+        return cpu_dynamic.pack_attention(width, parts.head_tokens, dtype)
+    weight, bias, eps = layer_norm_of(parts.norm)
+    return cpu_dynamic.pack_predictor(
+        (weight, bias, parts.down.weight, parts.down.bias, parts.out.weight),
+        dtype,
+        activation=activation_name(parts.act),
+        eps=eps,
+        absorb=parts.absorb,
+    )
+
+
+class DynamicNetwork(PackedNetwork):
+    """A network packed for the C++ kernels that chooses, for each image, what each block keeps.
+
+    Args:
+        parts: the network, its tokens in the model's own order; `counts` are those of the plan.
+        choosers: how each block chooses; None where the first tokens are kept.
+        dtype: what it computes in: float32, or bfloat16 accumulated in float32.
+    """
+
+    def __init__(
+        self, parts: NetworkParts, choosers: Sequence[ChooserParts | None], dtype: torch.dtype
+    ) -> None:
+        super().__init__(parts, dtype)
+        empty = torch.empty(0, dtype=torch.uint8)
+        for i, chooser in enumerate(choosers):
+            pack = empty if chooser is None else pack_chooser(chooser, self.width, dtype)
+            self.register_buffer(f"chooser_{i}", pack, persistent=False)
+
+    def kept(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Tokens after the final norm, [B, n_L, D], and the places that each block kept, [B, n].
+
+        Both in the order of the tokens; places count from 0 in the order of the embedding.
+        """
+        out, places = self._run(images, self.counts[-1], self.width)
+        return out, list(places.split(self.counts, dim=1))
+
+    def _call(self, images: Tensor, rows: int, columns: int) -> Tensor:
+        return self._run(images, rows, columns)[0]
+
+    def _run(self, images: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        blocks = [self._buffers[f"block_{i}"] for i in range(len(self.counts))]
+        choosers = [self._buffers[f"chooser_{i}"] for i in range(len(self.counts))]
+        return torch.ops.slimvit.dynamic_vit(
+            images, self.embedding, blocks, choosers, self.head, self.counts, rows, columns
+        )

@@ -1,0 +1,73 @@
+"""A model with a plan for CPUs: all of it in one call of the C++ kernels, choosing included."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slimvit.dynamic import Planner
+from slimvit.ops import (
+    ChooserParts,
+    DynamicNetwork,
+    NetworkParts,
+    scatter_tokens,
+    why_not_compiled,
+)
+from slimvit.runtime.accelerated import AcceleratedViT
+from slimvit.runtime.packed import PackedViT
+
+
+class PackedDynamicViT(PackedViT):
+    """A slimmed model whose plan chooses tokens for each image, packed for one processor.
+
+    Args:
+        network: the dense model, folded; taken apart.
+        plan: the bound plan.
+        choosers: how each of its blocks chooses, see `choosers_of`.
+        parts: the network.
+        dtype: what it computes in: float32, or bfloat16 accumulated in float32.
+        image_shape: channels, height and width of the images.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        plan: Planner,
+        choosers: list[ChooserParts | None],
+        parts: NetworkParts,
+        dtype: torch.dtype,
+        image_shape: tuple[int, int, int],
+    ) -> None:
+        AcceleratedViT.__init__(self, network, "cpu", image_shape)
+        self.masks = None
+        parts = parts._replace(counts=plan.counts)
+        self.packed = DynamicNetwork(parts, choosers, dtype)
+        network.keep_head()
+        network.to(dtype)
+        network.plan = plan
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Kept tokens after the final norm, each image in its own places: [B, N, D], else zero."""
+        tokens, kept = self.packed.kept(self._cast_images(images))
+        return scatter_tokens(tokens, kept[-1], self.packed.tokens).to(images.dtype)
+
+    def kept_sets(self, images: Tensor) -> list[Tensor]:
+        """Places of the tokens that each block keeps of images [B, C, H, W]: L of [B, n], int64."""
+        return self.packed.kept(self._cast_images(images))[1]
+
+
+def choosers_of(plan: Planner) -> list[ChooserParts | None] | str:
+    """How each block of a bound plan chooses, None where it keeps the first; or why not in C++."""
+    reason = f"cpu has no kernels for the planner {plan.kind or type(plan).__name__} yet"
+    if plan.acts_before:
+        return reason
+    choosers: list[ChooserParts | None] = []
+    for layer, (m, n) in enumerate(zip(plan.alive, plan.counts, strict=True)):
+        chooses = plan.prefix < n < m
+        parts = plan.parts(layer) if chooses else None
+        if chooses and parts is None:
+            return reason
+        if parts is not None and (why := why_not_compiled(parts)) is not None:
+            return f"block {layer + 1}: {why}"
+        choosers.append(parts)
+    return choosers
