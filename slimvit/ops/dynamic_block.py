@@ -105,11 +105,11 @@ def top(scores: Tensor, n: int, prefix: int) -> Tensor:
     scores = scores.detach().float()
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     scores = torch.where(position < prefix, torch.inf, scores)
-    # ONNX has no stable sort: all above the n-th score, then the first of its equals.
-    least = scores.topk(n, dim=1).values[:, n - 1 :]  # [B, 1]
-    above, equal = scores > least, scores == least
-    room = n - above.sum(1, keepdim=True)
-    return _ascending(above | (equal & (equal.cumsum(1) <= room)), n)
+    # Ranks are counted, since ONNX has no stable sort, and no value is compared with a copy of it
+    # that a runtime may have rounded to bfloat16 on another way.
+    mine, theirs = scores.unsqueeze(2), scores.unsqueeze(1)  # [B, m, 1], [B, 1, m]
+    ahead = (theirs > mine) | ((theirs == mine) & (position < position.unsqueeze(1)))
+    return _ascending(ahead.sum(2) < n, n)
 
 
 def complement(index: Tensor, m: int) -> Tensor:
