@@ -29,6 +29,7 @@ TOLERANCE = 1e-4
 OPSET = 18
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; one ONNX file cannot hold more
 _CHECKED_BATCHES = (1, 3)
+_CHECKED_SEEDS = 3
 
 
 def export_onnx(
@@ -42,7 +43,7 @@ def export_onnx(
     """Write `images` [batch, C, H, W] -> `logits` [batch, classes], float32, as one ONNX file.
 
     Args:
-        model: a model with its masks applied, or a dense one; it is not changed.
+        model: a model with its masks or plan applied, or a dense one; it is not changed.
         path: the file; it holds the weights too.
         batch: "dynamic", or the one batch size that the file will take.
         opset: version of ONNX's operator set, at least 18.
@@ -88,7 +89,7 @@ def export_program(model: nn.Module, path: str | os.PathLike[str], *, check: boo
     """Write a `torch.export` program with a dynamic batch, for `torch.export.load(path).module()`.
 
     Args:
-        model: a model with its masks applied, or a dense one; it is not changed.
+        model: a model with its masks or plan applied, or a dense one; it is not changed.
         path: the file, usually `*.pt2`.
         check: compare the file's logits, read back, with the model's before it is put in place.
 
@@ -115,11 +116,17 @@ def export_program(model: nn.Module, path: str | os.PathLike[str], *, check: boo
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     """The worst image's ‖got − wanted‖ / ‖wanted‖ of logits [B, classes]; inf if not finite."""
-    if got.shape != wanted.shape or not bool(got.isfinite().all()):
-        return float("inf")
+    return image_errors(got, wanted).max().item()
+
+
+def image_errors(got: Tensor, wanted: Tensor) -> Tensor:
+    """‖got − wanted‖ / ‖wanted‖ of each image's logits [B, classes]: [B]; inf if not finite."""
+    if got.shape != wanted.shape:
+        return torch.full(wanted.shape[:1], torch.inf, dtype=torch.float64)
     wanted = wanted.double().flatten(1)
     off = (got.to(wanted) - wanted.view(got.shape)).flatten(1)
-    return (off.norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-30)).max().item()
+    errors = off.norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-30)
+    return torch.where(errors.isfinite(), errors, torch.inf)
 
 
 def sample_images(shape: tuple[int, int, int], batch: int, seed: int = 0) -> Tensor:
@@ -148,14 +155,14 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _images(model: nn.Module, batch: int) -> Tensor:
+def _images(model: nn.Module, batch: int, seed: int = 0) -> Tensor:
     embedding: Any = getattr(model, "patch_embed", None)
     if getattr(embedding, "img_size", None) is None or not hasattr(embedding, "proj"):
         raise ExportError(
             f"{type(model).__name__} cannot be exported: give a timm model "
             "or what apply_masks makes of it"
         )
-    return sample_images((embedding.proj.in_channels, *embedding.img_size), batch)
+    return sample_images((embedding.proj.in_channels, *embedding.img_size), batch, seed)
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -166,10 +173,20 @@ def _plain(model: nn.Module) -> nn.Module:
 def _compare(
     what: str, model: nn.Module, run: Callable[[Tensor], Tensor], batches: tuple[int, ...]
 ) -> None:
+    """Every image within TOLERANCE; where each image has tokens of its own, most of them.
+
+    Two scores that are equal but for the last bit may be ranked otherwise elsewhere, and an image
+    of other tokens has other logits: so a median over some images counts, for each batch size.
+    """
+    chooses = getattr(model, "plan", None) is not None
     for batch in batches:
-        images = _images(model, batch)
-        with torch.no_grad():
-            error = relative_error(run(images), model(images))
+        errors = []
+        for seed in range(_CHECKED_SEEDS if chooses else 1):
+            images = _images(model, batch, seed)
+            with torch.no_grad():
+                errors.append(image_errors(run(images), model(images)))
+        found = torch.cat(errors)
+        error = (found.median() if chooses else found.max()).item()
         if not error <= TOLERANCE:
             raise MismatchError(
                 f"the exported model in {what} is {error:.1e} off at batch {batch}, "

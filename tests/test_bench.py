@@ -383,7 +383,7 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([], "one of the arguments --masks --keep is required"),
+        ([], "one of the arguments --masks --absorb --keep is required"),
         (["--keep", "12,9,oops"], "kept counts look like"),
         (["--keep", "9,12,5,5,5,1"], "must not grow with depth"),
         (["--keep", "12,9,5"], "keep must be"),

@@ -1,49 +1,15 @@
-"""Results of a run: figures, ratios, JSON and CSV."""
+"""Results of a run: figures, ratios, JSON and CSV records."""
 
 from __future__ import annotations
 
-import csv
-import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from slimvit.bench._keep import format_keep
-from slimvit.errors import UsageError
-from slimvit.files import atomic_write
 
-CSV_COLUMNS = (
-    "date",
-    "model",
-    "device",
-    "threads",
-    "batch",
-    "precision",
-    "kept",
-    "cut",
-    "runtime",
-    "row_precision",
-    "pruned",
-    "median",
-    "min",
-    "max",
-    "speedup",
-    "gflops",
-    "of_peak",
-    "error",
-    "rounds",
-    "seconds",
-    "rejected",
-    "slimvit",
-    "torch",
-    "timm",
-    "onnxruntime",
-    "openvino",
-    "commit",
-)
+STATIC = " static"  # at the end of the runtime of a plan's static twin
 
 
 @dataclass
@@ -51,11 +17,16 @@ class Row:
     """One runtime with one model: images per second, one figure a round.
 
     Attributes:
-        runtime: `slimvit:<back end>`, torch, torch.compile, onnxruntime or openvino.
+        runtime: `slimvit:<back end>`, torch, torch.compile, onnxruntime or openvino; with
+            ` static` at the end for static masks of the same counts as a plan's.
         pruned: whether it ran the slimmed model.
         precision: what it computed in.
         error: relative error of its logits to the float32 reference.
         rates: images per second of each round.
+        plan: how it chose tokens: "static", "absorb", …; "" for a dense model.
+        cut: fraction of the MACs that it saved; None for the report's.
+        agreement: share of kept places in which it agrees with the float32 reference; None for
+            what tells no places.
     """
 
     runtime: str
@@ -63,6 +34,14 @@ class Row:
     precision: str
     error: float
     rates: list[float] = field(default_factory=list)
+    plan: str = ""
+    cut: float | None = None
+    agreement: float | None = None
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether each image had tokens of its own."""
+        return self.plan not in ("", "static")
 
     @property
     def ours(self) -> bool:
@@ -142,13 +121,18 @@ class Report:
 
     def speedup(self, row: Row) -> float | None:
         """A pruned row over the same runtime's dense row: the median of the rounds' ratios."""
-        dense = self.find(row.runtime, pruned=False)
+        dense = self.find(row.runtime.removesuffix(STATIC), pruned=False)
         return paired_ratio(row.rates, dense.rates) if row.pruned and dense else None
 
     def gflops(self, row: Row) -> float:
         """Floating-point operations of the products that a row executes, in 10⁹ a second."""
-        gmacs = self.dense_gmacs * (1 - self.cut if row.pruned else 1)
-        return 2 * gmacs * median(row.rates)
+        return 2 * self.dense_gmacs * (1 - self.cut_of(row)) * median(row.rates)
+
+    def cut_of(self, row: Row) -> float:
+        """Fraction of the MACs that a row saves."""
+        if not row.pruned:
+            return 0.0
+        return self.cut if row.cut is None else row.cut
 
     def share_of_peak(self, row: Row) -> float | None:
         """How much of the processor's measured peak that is; None where the peak is not known."""
@@ -161,7 +145,8 @@ class Report:
 
         `slim_over_strongest_dense` and `slim_over_strongest_slim` compare with the other runtimes,
         `slim_over_own_dense` with the same back end; `…_over_ideal` divides by `ideal`;
-        `dense_over_strongest_dense` compares without any pruning.
+        `dense_over_strongest_dense` compares without any pruning; `plan_over_static` compares a
+        dynamic plan with static masks of the same counts: what choosing costs.
         """
         slim = self.find("slimvit", pruned=True)
         against = {
@@ -179,7 +164,16 @@ class Report:
         dense, strongest = against["slim_over_own_dense"], against["slim_over_strongest_dense"]
         if dense is not None and strongest is not None:
             found["dense_over_strongest_dense"] = paired_ratio(dense.rates, strongest.rates)
+        twin = next((row for row in self.rows if row.runtime.endswith(STATIC)), None)
+        if slim is not None and slim.dynamic and twin is not None:
+            found["plan_over_static"] = paired_ratio(slim.rates, twin.rates)
         return found
+
+    @property
+    def plan(self) -> str:
+        """How the slim model chooses tokens: "static", "absorb", …"""
+        slim = self.find("slimvit", pruned=True)
+        return slim.plan if slim is not None and slim.plan else "static"
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` writes."""
@@ -194,6 +188,10 @@ class Report:
             share = self.share_of_peak(row)
             if share is not None:
                 entry["share_of_peak"] = share
+            if row.plan:
+                entry["plan"] = row.plan
+            if row.agreement is not None:
+                entry["kept_agreement"] = row.agreement
             if self.batch == 1:
                 entry["latency_ms"] = 1000 / median(row.rates)
             rows.append(entry)
@@ -230,6 +228,8 @@ class Report:
                 "runtime": row.runtime,
                 "row_precision": row.precision,
                 "pruned": str(row.pruned).lower(),
+                "plan": row.plan,
+                "cut": f"{self.cut if row.cut is None else row.cut:.4f}",
                 "speedup": "" if speedup is None else f"{speedup:.4f}",
                 "gflops": f"{self.gflops(row):.1f}",
                 "of_peak": "" if share is None else f"{share:.4f}",
@@ -243,33 +243,3 @@ class Report:
 def paired_ratio(fast: Sequence[float], slow: Sequence[float]) -> float:
     """Median over rounds r of fast[r] / slow[r]: drift from round to round cancels out."""
     return median(f / s for f, s in zip(fast, slow, strict=True))
-
-
-def check_csv(path: str | os.PathLike[str]) -> None:
-    """Refuse, before anything is measured, a file that records cannot be added to.
-
-    Raises:
-        UsageError: its folder is missing, or it has other columns.
-    """
-    path = Path(path)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError(f"cannot write {path}: it is a folder or in none that exists")
-    if path.exists():
-        with path.open(newline="") as file:
-            header = next(csv.reader(file), [])
-        if header and tuple(header) != CSV_COLUMNS:
-            raise UsageError(f"{path} has other columns than `slimvit bench` writes")
-
-
-def append_csv(path: str | os.PathLike[str], report: Report) -> None:
-    """Add the report's rows to a CSV file, whole or not at all; a new file gets a header."""
-    check_csv(path)
-    old = Path(path).read_bytes() if Path(path).exists() else b""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
-    if not old:
-        writer.writeheader()
-    writer.writerows(report.to_csv())
-    if old and not old.endswith(b"\n"):
-        old += b"\n"
-    atomic_write(path, old + text.getvalue().encode())

@@ -15,10 +15,18 @@ import torch
 from torch import nn
 
 from slimvit.bench import _machine
+from slimvit.bench._referee import Referee
 from slimvit.bench._report import Report, Row
 from slimvit.bench._rounds import measure
-from slimvit.bench._runtimes import RUNTIMES, Runtime, Setting, Slimvit, Workload
-from slimvit.bench._verify import verify
+from slimvit.bench._runtimes import (
+    RUNTIMES,
+    Runtime,
+    Setting,
+    Slimvit,
+    SlimvitStatic,
+    Workload,
+)
+from slimvit.dynamic import Planner
 from slimvit.errors import MismatchError, SlimvitError, UsageError
 from slimvit.export import sample_images
 from slimvit.macs import cut, gmacs
@@ -26,14 +34,13 @@ from slimvit.masks import Masks
 from slimvit.models import spec
 from slimvit.runtime import PRECISIONS
 
-_VERIFIED_IMAGES = 8
 _log = logging.getLogger("slimvit")
 _Group = list[tuple[Runtime, Row]]
 
 
 def bench(
     model: nn.Module,
-    masks: Masks,
+    masks: Masks | Planner,
     *,
     batch: int = 8,
     precision: str = "float32",
@@ -46,13 +53,14 @@ def bench(
 ) -> Report:
     """Images per second of the dense and the slimmed model in every runtime, in alternating rounds.
 
-    Rows: slimvit dense (masks that keep everything) and slim; dense models in torch and
-    torch.compile; dense and exported slim models in ONNX Runtime and OpenVINO. Each takes float32
-    images and gives float32 logits, one batch at a time, with the same number of threads.
+    Rows: slimvit dense (masks that keep everything) and slim; with a dynamic plan also static masks
+    of the same counts; dense models in torch and torch.compile; dense and exported slim models in
+    ONNX Runtime and OpenVINO. Each takes float32 images and gives float32 logits, one batch at a
+    time, with the same number of threads.
 
     Args:
         model: dense timm model in eval mode; its device is where everything runs. Not changed.
-        masks: kept sets.
+        masks: kept sets, or a dynamic plan.
         batch: images a call.
         precision: "float32", "bfloat16" or "float16". ONNX Runtime computes in float32 always.
         backend: slimvit's back end, or "auto".
@@ -68,7 +76,8 @@ def bench(
     Raises:
         UsageError: an argument is out of range, a runtime unknown.
         SlimvitError: a runtime that was asked for does not work here.
-        MismatchError: a runtime's logits do not match the float32 reference.
+        MismatchError: a runtime's logits or kept tokens do not match the float32 reference.
+        PlanError: the plan does not fit the model.
     """
     _check(batch, precision, rounds, seconds, threads, against)
     device = next(model.parameters()).device
@@ -76,6 +85,7 @@ def bench(
     setting = Setting(device, batch, precision, threads, backend)
     shape = spec(model)
     model = copy.deepcopy(model).float().eval()
+    masks = masks if isinstance(masks, Masks) else masks.bind(shape)
     images = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
     with _threads(threads), tempfile.TemporaryDirectory(prefix="slimvit-bench-") as folder:
         work = Workload(model, masks, images, Path(folder))
@@ -136,13 +146,24 @@ def _prepare(
     tell: Callable[[str], object],
 ) -> tuple[list[_Group], dict[str, str]]:
     """Every row that works here, ready and verified, by runtime; and why the others do not."""
-    references = _references(work)
+    referee = Referee(work)
+
+    def row(kind: type[Runtime], pruned: bool) -> tuple[Runtime, Row]:
+        start = time.perf_counter()
+        runtime = kind(setting)
+        runtime.prepare(work, pruned)
+        found = referee.row(runtime, pruned)
+        name = "dense" if not pruned else "slim" if found.plan == "static" else found.plan
+        seconds = time.perf_counter() - start
+        tell(f"{runtime.label} {name}: ready in {seconds:.1f} s, error {found.error:.1e}")
+        return runtime, found
 
     def ready(kind: type[Runtime]) -> _Group:
-        forms = (False, True) if kind.prunes else (False,)
-        return [_row(kind(setting), pruned, work, references[pruned], tell) for pruned in forms]
+        return [row(kind, pruned) for pruned in ((False, True) if kind.prunes else (False,))]
 
     groups = [ready(Slimvit)]
+    if work.plan is not None:
+        groups[0].append(row(SlimvitStatic, True))
     left_out: dict[str, str] = {}
     for name in RUNTIMES if against is None else dict.fromkeys(against):
         reason = RUNTIMES[name].why_not(setting)
@@ -159,31 +180,6 @@ def _prepare(
             raise SlimvitError(f"runtime {name}: {reason}")
         left_out[name] = reason
     return groups, left_out
-
-
-def _references(work: Workload) -> dict[bool, torch.Tensor]:
-    """Float32 logits of the first images: dense from timm, pruned from `apply_masks`."""
-    images = work.images[:_VERIFIED_IMAGES]
-    networks = {pruned: work.network(pruned) for pruned in (False, True)}
-    with torch.inference_mode():
-        return {pruned: network(images).cpu() for pruned, network in networks.items()}
-
-
-def _row(
-    runtime: Runtime,
-    pruned: bool,
-    work: Workload,
-    reference: torch.Tensor,
-    tell: Callable[[str], object],
-) -> tuple[Runtime, Row]:
-    start = time.perf_counter()
-    runtime.prepare(work, pruned)
-    with torch.inference_mode():
-        logits = runtime(work.images)[:_VERIFIED_IMAGES]
-    error = verify(runtime.label, pruned, runtime.precision, logits, reference)
-    what = f"{runtime.label} {'slim' if pruned else 'dense'}"
-    tell(f"{what}: ready in {time.perf_counter() - start:.1f} s, error {error:.1e}")
-    return runtime, Row(runtime.label, pruned, runtime.precision, error)
 
 
 @contextlib.contextmanager

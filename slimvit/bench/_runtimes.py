@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from slimvit.bench._report import STATIC
+from slimvit.dynamic import Planner
 from slimvit.export import export_onnx, quiet
 from slimvit.masks import Masks
 from slimvit.runtime import PRECISIONS, accelerate, apply_masks
@@ -36,20 +38,37 @@ class Setting:
 
 
 class Workload:
-    """The model and its masks in the forms that runtimes take; each form is made once.
+    """The model and what it keeps in the forms that runtimes take; each form is made once.
 
     Args:
         model: dense model on the device.
-        masks: kept sets.
+        masks: kept sets, or a dynamic plan bound to the model.
         images: float32 [B, C, H, W] on the device: what is timed.
         folder: where exported files may lie.
     """
 
-    def __init__(self, model: nn.Module, masks: Masks, images: Tensor, folder: Path) -> None:
+    def __init__(
+        self, model: nn.Module, masks: Masks | Planner, images: Tensor, folder: Path
+    ) -> None:
         self.model = model
         self.masks = masks
         self.images = images
         self._folder = folder
+
+    @property
+    def plan(self) -> Planner | None:
+        """The dynamic plan, or None where masks are the same for all images."""
+        return None if isinstance(self.masks, Masks) else self.masks
+
+    @property
+    def dense(self) -> Masks:
+        """Masks that keep everything."""
+        return Masks.dense(len(self.masks.counts), self.masks.grid, self.masks.prefix)
+
+    @property
+    def static(self) -> Masks:
+        """Static masks of the same counts as the plan's."""
+        return Masks.from_counts(self.masks.counts, self.masks.grid, self.masks.prefix)
 
     @functools.cached_property
     def slim(self) -> nn.Module:
@@ -61,10 +80,14 @@ class Workload:
         return self.slim if pruned else self.model
 
     def onnx(self, pruned: bool) -> Path:
-        """The ONNX file of `network(pruned)`; whoever runs it is verified, so the file is not."""
+        """The ONNX file of `network(pruned)`; whoever runs it is verified, so the file is not.
+
+        But for a plan's: which tokens it keeps cannot be seen from outside, so that the file is
+        compared in float32, where the bound is tight.
+        """
         path = self._folder / ("slim.onnx" if pruned else "dense.onnx")
         if not path.exists():
-            export_onnx(self.network(pruned), path, check=False)
+            export_onnx(self.network(pruned), path, check=pruned and self.plan is not None)
         return path
 
 
@@ -102,9 +125,13 @@ class Runtime(ABC):
     def __call__(self, images: Tensor) -> Tensor:
         """Logits, float32 [B, classes], of float32 images [B, C, H, W]."""
 
+    def kept_sets(self, images: Tensor) -> list[Tensor] | None:
+        """Places that each block keeps, L of [B, n]; None for what does not tell."""
+        return None
+
 
 class Slimvit(Runtime):
-    """`accelerate` with the masks, or with masks that keep everything."""
+    """`accelerate` with the masks or the plan, or with masks that keep everything."""
 
     name = "slimvit"
     prunes = True
@@ -114,14 +141,28 @@ class Slimvit(Runtime):
         return f"slimvit:{self._fast.backend}"
 
     def prepare(self, work: Workload, pruned: bool) -> None:
-        masks = work.masks
-        if not pruned:
-            masks = Masks.dense(masks.depth, masks.grid, masks.prefix)
+        self._accelerate(work, work.masks if pruned else work.dense)
+
+    def _accelerate(self, work: Workload, masks: Masks | Planner) -> None:
         backend, precision = self.setting.backend, self.setting.precision
         self._fast = accelerate(work.model, masks, backend=backend, precision=precision)
 
     def __call__(self, images: Tensor) -> Tensor:
         return self._fast(images)
+
+    def kept_sets(self, images: Tensor) -> list[Tensor]:
+        return self._fast.kept_sets(images)
+
+
+class SlimvitStatic(Slimvit):
+    """`accelerate` with static masks of the same counts as the plan's: what choosing costs."""
+
+    @property
+    def label(self) -> str:
+        return super().label + STATIC
+
+    def prepare(self, work: Workload, pruned: bool) -> None:
+        self._accelerate(work, work.static)
 
 
 class Torch(Runtime):

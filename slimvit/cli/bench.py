@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slimvit.bench import Report
+    from slimvit.dynamic import Planner
     from slimvit.masks import Masks
 
 HELP = "time dense and pruned models side by side in one run"
@@ -23,8 +24,7 @@ _DISTURBED_SHARE = 0.75
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `slimvit bench`."""
     common.add_model_arguments(parser)
-    kept = parser.add_mutually_exclusive_group(required=True)
-    kept.add_argument("--masks", type=Path, metavar="FILE", help="masks file")
+    kept = common.add_kept_arguments(parser)
     kept.add_argument(
         "--keep",
         metavar="n1,…,nL",
@@ -101,18 +101,20 @@ def describe(report: Report) -> str:
     for row in report.rows:
         speed = row.images_per_second()
         speedup = report.speedup(row)
-        cells = [row.runtime, "slim" if row.pruned else "dense", row.precision]
+        model = row.plan if row.dynamic else "slim" if row.pruned else "dense"
+        cells = [row.runtime, model, row.precision]
         cells += [f"{speed[name]:.1f}" for name in ("median", "min", "max")]
         if report.batch == 1:
             cells.insert(4, f"{1000 / speed['median']:.2f}")
         share = report.share_of_peak(row)
         cells.append("" if speedup is None else f"{speedup:.2f}")
         rows.append([*cells, "" if share is None else f"{100 * share:.0f} %"])
+    by = "" if report.plan == "static" else f" by {report.plan}"
     return "\n".join(
         [
             f"{report.model}, batch {report.batch}, {report.precision}, {report.device_name}, "
             f"{report.threads} thread{'s' * (report.threads > 1)}, "
-            f"{100 * report.cut:.1f} % fewer MACs",
+            f"{100 * report.cut:.1f} % fewer MACs" + by,
             "",
             common.table(rows, header),
             "",
@@ -131,6 +133,7 @@ def _ratio_lines(report: Report) -> list[str]:
         ("slim_over_own_dense", "slim / own dense"),
         ("slim_over_strongest_slim", f"slim / strongest slim ({slim})"),
         ("dense_over_strongest_dense", f"dense / strongest dense ({dense})"),
+        ("plan_over_static", f"{report.plan} / static masks of the same counts"),
     ):
         if name not in ratios:
             continue
@@ -142,6 +145,12 @@ def _ratio_lines(report: Report) -> list[str]:
 
 def _notes(report: Report) -> list[str]:
     notes = [f"without {name}: {reason}" for name, reason in report.left_out.items()]
+    for row in report.rows:
+        if row.agreement is not None:
+            notes.append(
+                f"{row.runtime}: {row.plan} keeps what float32 keeps in "
+                f"{100 * row.agreement:.1f} % of the places"
+            )
     if report.rejected:
         rest = f", {report.disturbed} more count all the same" if report.disturbed else ""
         notes.append(
@@ -155,8 +164,8 @@ def _notes(report: Report) -> list[str]:
     return ["", *notes] if notes else []
 
 
-def _masks(args: argparse.Namespace, model: nn.Module) -> Masks:
-    if args.masks is not None:
+def _masks(args: argparse.Namespace, model: nn.Module) -> Masks | Planner:
+    if args.keep is None:
         return common.load_masks(args, model)
     from slimvit.bench import parse_keep
     from slimvit.masks import Masks

@@ -1,0 +1,92 @@
+"""The CSV file that runs are added to."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimvit.errors import UsageError
+from slimvit.files import atomic_write
+
+if TYPE_CHECKING:
+    from slimvit.bench._report import Report
+
+CSV_COLUMNS = (
+    "date",
+    "model",
+    "device",
+    "threads",
+    "batch",
+    "precision",
+    "kept",
+    "cut",
+    "runtime",
+    "row_precision",
+    "pruned",
+    "median",
+    "min",
+    "max",
+    "speedup",
+    "gflops",
+    "of_peak",
+    "error",
+    "rounds",
+    "seconds",
+    "rejected",
+    "slimvit",
+    "torch",
+    "timm",
+    "onnxruntime",
+    "openvino",
+    "commit",
+    "plan",
+)
+_OLDER = CSV_COLUMNS[:-1]  # of files from before there were plans
+
+
+def check_csv(path: str | os.PathLike[str]) -> None:
+    """Refuse, before anything is measured, a file that records cannot be added to.
+
+    Raises:
+        UsageError: its folder is missing, or it has other columns.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder or in none that exists")
+    header = _header(path.read_text(encoding="utf-8")) if path.exists() else ()
+    if header and header not in (CSV_COLUMNS, _OLDER):
+        raise UsageError(f"{path} has other columns than `slimvit bench` writes")
+
+
+def append_csv(path: str | os.PathLike[str], report: Report) -> None:
+    """Add the report's rows to a CSV file, whole or not at all; a new file gets a header.
+
+    A file from before there were plans gets their column, with `static` where it was pruned.
+    """
+    check_csv(path)
+    old = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
+    if _header(old) == _OLDER:
+        records = csv.DictReader(io.StringIO(old, newline=""))
+        old = _text(
+            [{**row, "plan": "static" if row["pruned"] == "true" else ""} for row in records],
+            header=True,
+        )
+    if old and not old.endswith("\n"):
+        old += "\n"
+    atomic_write(path, (old + _text(report.to_csv(), header=not old)).encode())
+
+
+def _header(text: str) -> tuple[str, ...]:
+    return tuple(next(csv.reader(io.StringIO(text, newline="")), ()))
+
+
+def _text(records: list[dict[str, Any]], header: bool) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
