@@ -84,7 +84,7 @@ def emulated_cuda(emulation, monkeypatch) -> ModuleType:
 
     from slimvit import _extensions
 
-    for name in ("kernel_checks", "fused_blocks", "test_fused_block_ops"):
+    for name in ("kernel_checks", "fused_blocks", "test_fused_block_ops", "test_kernels_absorb"):
         if name in sys.modules:
             monkeypatch.setattr(sys.modules[name], "DEVICE", torch.device("cpu"))
     # By the same monkeypatch as the tests', so that all is undone in its order.

@@ -104,4 +104,61 @@ struct Scatter {
 };
 void scatter_tokens(const Scatter& p, void* stream);
 
+// What absorb chooses by; see absorb_scores.cu.
+struct AbsorbScores {
+  const void* x;             // [batch, m, width]
+  const float* stats;        // [batch, m, x_parts, 2]
+  const void* q;             // [batch, tokens, heads * d]
+  const void* kv;            // [batch, m, 2, heads * d]
+  const float* norm_weight;  // [width]
+  const float* norm_bias;    // [width]
+  const float* key_bias;     // [batch, m] or null
+  void* normed;              // scratch: LN(x), [batch, m, width]
+  float* shrink;             // scratch: one by the norms of those rows, [batch, m]
+  float* of_heads;           // scratch: importances in each head, [batch, heads, m]
+  float* importance;         // [batch, m]
+  float* score;              // [batch, m]
+  float* cosine;             // [batch, m, m]
+  int batch, m, width, x_parts, tokens, heads, d, prefix;
+  float scale, eps;
+};
+void absorb_importance(const AbsorbScores& p, Type type, void* stream);  // the scratch alone
+void absorb_scores(const AbsorbScores& p, Type type, void* stream);
+
+// The kept tokens, and which of those each token goes into.
+struct AbsorbSelect {
+  const float* score;   // [batch, m]
+  const float* cosine;  // [batch, m, m]
+  const float* size;    // [batch, m] or null: 1
+  std::int64_t* index;  // [batch, n]
+  int* into;            // [batch, m]
+  float* gain;          // to the size of that one, [batch, m]
+  int batch, m, n, prefix;
+};
+void absorb_select(const AbsorbSelect& p, void* stream);
+
+// The kept tokens with what goes into them.
+struct AbsorbMerge {
+  const void* x;              // [batch, m, width]
+  const float* importance;    // [batch, m]
+  const std::int64_t* index;  // [batch, n]
+  const int* into;            // [batch, m]
+  const float* gain;          // [batch, m]
+  void* out;                  // [batch, n, width]
+  float* out_stats;           // [batch, n, width / part, 2]
+  float* out_size;            // [batch, n]
+  float* out_bias;            // the log of that
+  int batch, m, n, width, part;
+};
+void absorb_merge(const AbsorbMerge& p, Type type, void* stream);
+
+// The first `prefix` tokens and the highest scores of the others, n in all.
+struct TopTokens {
+  const void* scores;   // [batch, m], float32; with a weight [batch, m, channels]
+  const float* weight;  // [channels] or null
+  std::int64_t* index;  // [batch, n]
+  int batch, m, n, prefix, channels;
+};
+void top_tokens(const TopTokens& p, Type type, void* stream);
+
 }  // namespace slimvit

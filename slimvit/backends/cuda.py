@@ -83,6 +83,12 @@ def eights(**sizes: int) -> None:
             raise SlimvitError(f"back end cuda: {name} must be a multiple of 8, got {size}")
 
 
+def at_most(name: str, size: int, most: int) -> None:
+    """Refuse a size that is more than a kernel has room for."""
+    if size > most:
+        raise SlimvitError(f"back end cuda: {name} must be at most {most}, got {size}")
+
+
 def part_width(width: int) -> int:
     """How many of a row's columns have statistics of their own."""
     return min(64, width & -width)
@@ -94,15 +100,20 @@ def per_image(tensor: Tensor | None) -> int:
 
 
 def call(function: object, like: Tensor, **arguments: object) -> None:
-    """Call a kernel with tensors as addresses, on the current stream of their device."""
+    """`run` a kernel of matrices in the dtype of `like`."""
     if like.dtype not in DTYPES:
         raise SlimvitError(f"back end cuda: {wrong(like.dtype)}")
+    run(function, like, dtype=DTYPES[like.dtype], **arguments)
+
+
+def run(function: object, like: Tensor, **arguments: object) -> None:
+    """Call a kernel with tensors as addresses, on the current stream of the device of `like`."""
     plain = {
         name: value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value
         for name, value in arguments.items()
     }
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     try:
-        function(**plain, stream=stream, dtype=DTYPES[like.dtype])
+        function(**plain, stream=stream)
     except (RuntimeError, ValueError) as error:
         raise SlimvitError(f"back end cuda: {error}") from error

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from slimvit.backends import cuda
 from slimvit.backends.cuda_block import fused_block, whole_block
-from slimvit.errors import SlimvitError
+from slimvit.backends.cuda_choosing import absorb_merge, absorb_scores, absorb_select, top_tokens
 
 __all__ = [
     "ACTIVATIONS",
+    "absorb_merge",
+    "absorb_scores",
+    "absorb_select",
     "fused_block",
     "halves",
     "last_attention",
@@ -25,6 +28,7 @@ __all__ = [
     "slim_attention",
     "slim_linear",
     "slim_qkv",
+    "top_tokens",
     "whole_block",
 ]
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
@@ -183,7 +187,7 @@ def slim_attention(
     """softmax(q kᵀ / sqrt(d) + bias) v for every head."""
     batch, n, inner = q.shape
     cuda.eights(head_dim=inner // heads)
-    _at_most("head_dim", inner // heads, WIDEST_HEAD)
+    cuda.at_most("head_dim", inner // heads, WIDEST_HEAD)
     out = torch.empty_like(q)
     cuda.call(
         cuda.module().slim_attention,
@@ -218,7 +222,7 @@ def last_attention(
     """For each query, the average of the normalised rows under its softmax."""
     batch, m, width = x.shape
     cuda.eights(width=width)
-    _at_most("width", width, WIDEST_LAST)
+    cuda.at_most("width", width, WIDEST_LAST)
     out = x.new_empty(batch, u.shape[1], width)
     cuda.call(
         cuda.module().last_attention,
@@ -288,8 +292,3 @@ def scatter_tokens(x: Tensor, index: Tensor, length: int) -> Tensor:
         index_image=cuda.per_image(index),
     )
     return out
-
-
-def _at_most(name: str, size: int, most: int) -> None:
-    if size > most:
-        raise SlimvitError(f"back end cuda: {name} must be at most {most}, got {size}")

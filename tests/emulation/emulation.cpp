@@ -30,6 +30,7 @@ struct Fiber {
   int number;
   bool done = false;
   bool waits_for_block = false, waits_for_warp = false, waits_for_lanes = false;
+  std::size_t counts = 0;  // that it took part in
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
 };
@@ -59,6 +60,7 @@ struct Block {
   std::vector<unsigned char> bytes;
   std::vector<Cell> cells;
   int waiting = 0, live = 0, epoch = 0;
+  std::vector<int> counted;  // each time that threads were
   std::string error;
 };
 
@@ -143,6 +145,14 @@ void barrier() {
   fiber->waits_for_block = true;
   ++block->waiting;
   yield();
+}
+
+int count(bool holds) {
+  const std::size_t which = fiber->counts++;
+  if (block->counted.size() <= which) block->counted.resize(which + 1);
+  block->counted[which] += holds;
+  barrier();
+  return block->counted[which];
 }
 
 void warp_barrier() {

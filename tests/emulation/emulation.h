@@ -38,6 +38,8 @@ const dim3& block_size();
 
 unsigned char* memory();
 void barrier();
+// A barrier of the block, and for how many of its threads something holds.
+int count(bool holds);
 void warp_barrier();
 // Runs `all` once the 32 lanes of the warp have come here, with what each brought.
 void together(const char* name, void* mine, const std::function<void(void* const*)>& all);
@@ -70,6 +72,7 @@ float accumulate(float c, const float* a, const float* b, int stride_a, int stri
 #define blockDim (::slimvit::emulation::block_size())
 
 inline void __syncthreads() { emulation::barrier(); }
+inline int __syncthreads_count(bool holds) { return emulation::count(holds); }
 inline void __syncwarp() { emulation::warp_barrier(); }
 inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
@@ -78,6 +81,8 @@ inline float __int_as_float(int bits) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+inline int __popc(unsigned word) { return __builtin_popcount(word); }
+inline int __ffs(unsigned word) { return __builtin_ffs(int(word)); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline float fmaxf(float a, float b) { return std::fmax(a, b); }
@@ -181,17 +186,31 @@ void wait_copies() {
   emulation::finish_groups(n);
 }
 
-inline float __shfl_xor_sync(unsigned, float value, int far) {
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int far) {
   struct Lane {
-    float value;
+    T value;
     int far;
-    float answer;
+    T answer;
   } mine{value, far, 0};
   emulation::together("shuffle", &mine, [](void* const* lanes) {
     for (int l = 0; l < 32; ++l) {
       Lane& lane = *static_cast<Lane*>(lanes[l]);
       lane.answer = static_cast<Lane*>(lanes[l ^ lane.far])->value;
     }
+  });
+  return mine.answer;
+}
+
+inline unsigned __ballot_sync(unsigned, bool flag) {
+  struct Lane {
+    bool flag;
+    unsigned answer;
+  } mine{flag, 0};
+  emulation::together("ballot", &mine, [](void* const* lanes) {
+    unsigned word = 0;
+    for (int l = 0; l < 32; ++l) word |= unsigned(static_cast<Lane*>(lanes[l])->flag) << l;
+    for (int l = 0; l < 32; ++l) static_cast<Lane*>(lanes[l])->answer = word;
   });
   return mine.answer;
 }

@@ -1,0 +1,27 @@
+// What absorb weighs tokens by: the rule's formulas, which the kernels of absorb_*.cu share.
+#pragma once
+
+#include "cuda/device.h"
+
+namespace slimvit {
+
+// What a token is kept for. `nearest` is its greatest cosine to a more important patch.
+__device__ inline float score_of(float importance, float nearest) {
+  return importance * (1.0f - nearest);
+}
+
+// Where no patch is more important.
+constexpr float kFarthest = -1.0f;
+
+// How much a token counts in the mean that it goes into: a mean needs a weight.
+__device__ inline float weight_of(float importance) { return fmaxf(importance, 1e-20f); }
+
+// What a token of that size adds to the size of the one that it goes into.
+__device__ inline float gain_of(float size, float cosine) {
+  return size * sqrtf(fmaxf(cosine, 0.0f));
+}
+
+// The least norm, as of torch's normalize.
+constexpr float kLeastNorm = 1e-12f;
+
+}  // namespace slimvit

@@ -1,0 +1,258 @@
+"""The CUDA kernels that choose tokens, emulated; cases and references are those of Triton's."""
+
+import math
+
+import pytest
+import torch
+from cuda_checks import all_devices, devices, kernels, use
+from emulated import A100, T4
+from kernel_checks import EPS, FLOOR, Random, check_stats, distance
+from test_kernels_absorb import (
+    CHOICES,
+    MERGED,
+    SCORED,
+    Case,
+    chosen,
+    hard_scores,
+    inputs,
+    merged,
+    merging,
+    received,
+    scores,
+)
+from torch import Tensor
+
+from slimvit.backends.cuda_choosing import MOST_TOKENS
+from slimvit.errors import SlimvitError
+
+pytestmark = pytest.mark.usefixtures("emulated_cuda", "poison_empty")
+HALF = A100._replace(dtype=torch.float16)
+
+
+def scored(case: Case, x, q, kv, weight, bias, size) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.absorb_scores(
+        *(x, kernels.row_stats(x), q, kv, case.heads, case.prefix, weight, bias),
+        eps=EPS,
+        key_bias=None if size is None else size.log(),
+    )
+
+
+def check_scores(case: Case, dtype: torch.dtype) -> None:
+    given = inputs(case, dtype)
+    answers = [
+        scores(case, *(t if t is None else t.to(kind) for t in given))
+        for kind in (torch.float64, dtype)
+    ]
+    for got, wanted, own in zip(scored(case, *given), *answers, strict=True):
+        assert got.dtype == torch.float32
+        assert distance(got, wanted) <= max(2 * distance(own, wanted), FLOOR[dtype])
+
+
+class TestScores:
+    @devices
+    @pytest.mark.parametrize("case", SCORED, ids=str)
+    def test_err_no_more_than_torch(self, device, case):
+        check_scores(case, use(device))
+
+    @all_devices
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(33, 64, 2, 32, 2, prefix=5),
+            Case(61, 72, 2, 24, 34, 2, 2, True),  # many images: larger tiles
+        ],
+        ids=str,
+    )
+    def test_tiles_of_both_sizes(self, device, case):
+        check_scores(case, use(device))
+
+    @devices
+    def test_many_tiles(self, device):
+        check_scores(Case(97, 136, 1, 8, 22), use(device))
+
+    def test_many_tokens(self):
+        check_scores(Case(1025, 64, 1, 8, sized=True), use(A100))
+
+    @pytest.mark.parametrize("case", SCORED[:4], ids=str)
+    def test_float16_on_newer_cores(self, case):
+        check_scores(case, use(HALF))
+
+    @devices
+    def test_every_image_by_itself_and_among_many(self, device):
+        """The tiles differ, the answers do not."""
+        case = Case(63, 64, 1, 64, 40, 2, 2, True)
+        given = inputs(case, use(device))
+        together = scored(case, *given)
+        for b in (0, 17, 39):
+            alone = scored(case, *(t[b : b + 1] if t.dim() > 1 else t for t in given))
+            for one, all_of_them in zip(alone, together, strict=True):
+                assert torch.equal(one[0], all_of_them[b])
+
+    @devices
+    def test_twins_stand_for_each_other_in_neither_way(self, device):
+        case = Case(17, 64, 2, 32, 1)
+        x, q, kv, *rest = inputs(case, use(device))
+        for tensor in (x, kv):
+            tensor[:, 9:] = tensor[:, 8:9]
+        importance, score, _ = scored(case, x, q, kv, *rest)
+        assert (importance[:, 9:] == importance[:, 8:9]).all()
+        assert (score[:, 9:] == score[:, 8:9]).all()
+        x[:, 3], kv[:, 3] = x[:, 8], kv[:, 8]
+        kv[:, 3, 64:] *= 4
+        importance, score, _ = scored(case, x, q, kv, *rest)
+        assert (importance[:, 3] > importance[:, 8]).all()
+        assert (score[:, 8:].abs() < 1e-5 * importance[:, 8:]).all()
+
+    @devices
+    def test_nan_stays_in_its_image(self, device):
+        case = Case(17, 64, 2, 32, 3, sized=True)
+        given = inputs(case, use(device))
+        wanted = scored(case, *given)
+        given[0][1, 3, 7] = given[2][1, 3, 7] = math.nan
+        got = scored(case, *given)
+        assert got[0][1].isnan().all()
+        assert got[1][1].isnan().all()
+        for one, other in zip(got, wanted, strict=True):
+            assert torch.equal(one[::2], other[::2])
+
+
+@pytest.mark.parametrize("kind", ["", "ties", "nan", "equal", "tiny"])
+@pytest.mark.parametrize(("batch", "m", "n", "prefix"), CHOICES)
+def test_top_tokens(batch, m, n, prefix, kind):
+    use(T4)
+    values = hard_scores(batch, m, kind)
+    got = kernels.top_tokens(values, n, prefix)
+    assert got.dtype == torch.int64
+    assert got.tolist() == chosen(values, n, prefix)
+
+
+@pytest.mark.parametrize(("m", "n", "prefix"), [(1, 1, 1), (7, 7, 1), (7, 2, 5), (7, 5, 5)])
+def test_top_tokens_with_nothing_to_choose(m, n, prefix):
+    got = kernels.top_tokens(hard_scores(2, m, "nan"), n, prefix)
+    assert got.tolist() == [list(range(n))] * 2
+
+
+@devices
+@pytest.mark.parametrize(("batch", "m", "n", "prefix"), CHOICES[1:7])
+@pytest.mark.parametrize("channels", [16, 48])
+def test_top_tokens_of_what_predicts_them(device, batch, m, n, prefix, channels):
+    random, dtype = Random(m), use(device)
+    hidden, weight = random(batch, m, channels, dtype=dtype), random(channels)
+    exact = (hidden.double() @ weight.double()).sort(1).values
+    assert (exact.diff(dim=1).min() / exact.abs().max()) > 1e-7
+    got = kernels.top_tokens(hidden, n, prefix, weight=weight)
+    assert got.tolist() == chosen(hidden.double() @ weight.double(), n, prefix)
+
+
+@pytest.mark.parametrize("kind", ["", "ties", "nan"])
+@pytest.mark.parametrize(("batch", "m", "n", "prefix"), CHOICES)
+def test_select(batch, m, n, prefix, kind):
+    use(A100)
+    values, random = hard_scores(batch, m, kind), Random(m + 1)
+    cosine = random(batch, m, m).tanh()
+    if kind == "ties":
+        cosine = (3 * cosine).round() / 3
+    if kind == "nan":
+        cosine[:, :, ::4] = math.nan
+        cosine[:, 1] = math.nan
+    size = None if kind == "nan" else 1 + random(batch, m).abs()
+    index, into, gain = kernels.absorb_select(values, cosine, n, prefix, size=size)
+    kept = chosen(values, n, prefix)
+    assert (index.dtype, into.dtype, gain.dtype) == (torch.int64, torch.int32, torch.float32)
+    assert index.tolist() == kept
+    assert into.tolist() == received(cosine, kept, prefix)
+    greatest = cosine.gather(2, index.gather(1, into.long())[..., None])[..., 0]
+    wanted = greatest.nan_to_num(0).clamp(min=0).sqrt().scatter(1, index, 1.0)
+    wanted = wanted if size is None else wanted * size
+    torch.testing.assert_close(gain, wanted, rtol=1e-6, atol=0)
+
+
+class TestMerge:
+    @devices
+    @pytest.mark.parametrize("case", [*MERGED, (1, 17, 5, 1032, 1), (3, 7, 4, 1536, 2)], ids=str)
+    def test_errs_no_more_than_torch(self, device, case):
+        dtype = use(device)
+        x, *rest = merging(*case, dtype)
+        out, stats, size, bias = kernels.absorb_merge(x, *rest)
+        wanted, own = (merged(x.to(kind), *rest) for kind in (torch.float64, dtype))
+        exact = wanted.x.transpose(0, 1)
+        assert out.dtype == dtype
+        assert distance(out, exact) <= max(2 * distance(own.x.transpose(0, 1), exact), FLOOR[dtype])
+        check_stats(stats, out)
+        torch.testing.assert_close(size, wanted.size, rtol=1e-6, atol=0)
+        torch.testing.assert_close(bias, size.log(), rtol=1e-6, atol=1e-7)
+
+    @devices
+    def test_a_token_that_nothing_goes_into_stays_as_it_is(self, device):
+        """To the bit, whatever the values."""
+        x, importance, index, into, gain = merging(3, 63, 40, 48, 2, use(device))
+        noise = torch.randint(-(2**15), 2**15, x.shape, dtype=torch.int16)
+        odd = torch.randperm(63)[:9]
+        bits = x.view(torch.int16)  # other copies turn one NaN into another
+        bits[:, odd] = noise[:, odd]  # NaN, infinities and denormals among them
+        out, _, size, _ = kernels.absorb_merge(x, importance, index, into, gain)
+        counts = torch.zeros(3, 40).scatter_add_(1, into.long(), torch.ones_like(gain))
+        alone = counts == 1
+        assert 20 < alone.sum() < 100
+        before = bits.gather(1, index[..., None].expand(-1, -1, 48))
+        out = out.view(torch.int16)
+        assert torch.equal(out[alone], before[alone])
+        assert torch.equal(size[alone], gain.gather(1, index)[alone])
+        assert not torch.equal(out[~alone], before[~alone])
+
+    @devices
+    def test_every_image_by_itself(self, device):
+        given = merging(3, 63, 40, 48, 2, use(device))
+        together = kernels.absorb_merge(*given)
+        for b in range(3):
+            alone = kernels.absorb_merge(*(t[b : b + 1].contiguous() for t in given))
+            for one, all_of_them in zip(alone, together, strict=True):
+                assert torch.equal(one[0], all_of_them[b])
+
+    @devices
+    def test_tokens_that_cancel_and_tokens_that_matter_nothing(self, device):
+        x = torch.ones(1, 4, 64, dtype=use(device))
+        x[:, 2] = -1
+        x[:, 3] = 3
+        given = torch.tensor([[0, 1]]), torch.tensor([[0, 1, 1, 1]]).int(), torch.ones(1, 4)
+        out, *_ = kernels.absorb_merge(x, torch.tensor([[1.0, 1.0, 1.0, 0.0]]), *given)
+        assert out.isfinite().all()
+        out, *_ = kernels.absorb_merge(x, torch.zeros(1, 4), *given)
+        assert torch.equal(out[:, 0], x[:, 0])
+        torch.testing.assert_close(out[:, 1], torch.full_like(out[:, 1], 5 / 3))
+
+
+def test_sizes_that_are_refused():
+    dtype, random = use(T4), Random()
+    x, wide = random(1, 3, 12, dtype=dtype), random(1, 3, 1544, dtype=dtype)
+    q, kv, row, stats = x[:, :1, :8], x, random(12), random(1, 3, 1, 2)
+    many, eight = torch.zeros(1, 2049), "must be a multiple of 8, got 12$"
+    index, into = torch.arange(2)[None], torch.tensor([[0, 1, 1]]).int()
+    wrong = {
+        f"width {eight}": lambda: kernels.absorb_scores(x, stats, q, kv, 1, 1, row, row, eps=EPS),
+        "width must be at most 1536, got 1544$": lambda: kernels.absorb_merge(
+            wide, row[None, :3], index, into, row[None, :3]
+        ),
+        f"channels {eight}": lambda: kernels.top_tokens(x, 2, 1, weight=row),
+        "it computes float16 and bfloat16, not float32": lambda: kernels.top_tokens(
+            random(1, 3, 16), 2, 1, weight=random(16)
+        ),
+        "m must be at most 2048, got 2049$": lambda: kernels.top_tokens(many, 5, 1),
+        "m must be at most 2048, got 2049$ ": lambda: kernels.absorb_select(many, many, 5, 1),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(SlimvitError, match=f"^back end cuda: {message.strip()}"):
+            call()
+
+
+def test_the_least_shared_memory_suffices():
+    """For as many tokens as are taken, that of a T4."""
+    dtype, random, m = use(T4), Random(), MOST_TOKENS
+    x, q, kv = (random(1, *shape, dtype=dtype) for shape in ((m, 16), (1, 8), (m, 16)))
+    weight, bias = random(16), random(16)
+    importance, score, cosine = scored(Case(m, 16, 1, 8), x, q, kv, weight, bias, None)
+    index, into, gain = kernels.absorb_select(score, cosine, m // 2, 1)
+    assert index.tolist() == chosen(score, m // 2, 1)
+    out, _, size, _ = kernels.absorb_merge(x, importance, index, into, gain)
+    assert out.isfinite().all()
+    assert m // 2 <= size.sum() <= m
