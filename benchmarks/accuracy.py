@@ -15,9 +15,10 @@ import csv
 import datetime
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from slimvit import Masks, __version__, apply_masks, models
+from slimvit import Absorb, Masks, Planner, __version__, apply_masks, macs, models
 from slimvit.bench._machine import commit
 from slimvit.data import ImageFolder, image_transform, loader
 from slimvit.evaluate import evaluate
@@ -30,6 +31,16 @@ COLUMNS = (
     *("search_seconds", "finetune_seconds", "samples", "slimvit", "commit", "date"),
 )
 FINETUNE = {"epochs": 4, "lr": 1e-5}
+CUTS = (0.41, 0.47, 0.54)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A dynamic plan in the place of what a search finds."""
+
+    masks: Planner
+    cut: float
+    model: None = None
 
 
 class Experiments:
@@ -57,10 +68,16 @@ class Experiments:
         result = search(self.model, calibration, **options)  # type: ignore[arg-type]
         return result, time.perf_counter() - start
 
+    def planned(self, plan: Planner) -> tuple[Planned, float]:
+        """A plan that needs no search."""
+        start, spec = time.perf_counter(), models.spec(self.model)
+        bound = plan.bind(spec)
+        return Planned(bound, macs.cut(spec, bound)), time.perf_counter() - start
+
     def add(
         self,
         method: str,
-        find: Callable[[], tuple[Result, float]],
+        find: Callable[[], tuple[Result | Planned, float]],
         epochs: int = 0,
         **about: object,
     ) -> Masks | None:
@@ -102,7 +119,14 @@ class Experiments:
         return result.masks
 
     def all(self) -> None:
-        """Every experiment of the table in the README."""
+        """Every experiment of the tables in the README."""
+        for cut in CUTS:
+            self.add(f"absorb {cut}", lambda c=cut: self.planned(Absorb(cut=c)), score="absorb")
+        if not self.args.absorb_only:
+            self.searches()
+
+    def searches(self) -> None:
+        """Algorithm 1, its ablations, and fine-tuning."""
         for tolerance in (0.02, 0.01):
             self.add(
                 "search",
@@ -197,6 +221,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibrate", default="0:250", help="images of the search (default 0:250)")
     parser.add_argument("--validate", default="250:500", help="held-out images (default 250:500)")
     parser.add_argument("--samples", type=int, default=128, help="images a search looks at")
+    parser.add_argument(
+        "--absorb-only", action="store_true", help="no searches: minutes, not hours"
+    )
     here = Path(__file__).parent / "results" / "accuracy.csv"
     parser.add_argument("--output", type=Path, default=here)
     Experiments(parser.parse_args(argv)).all()
