@@ -78,6 +78,11 @@ def test_a_target_out_of_reach_is_named(shape, target):
         keep_for_latency(made(shape), shape, target)
 
 
+def test_a_table_of_a_busy_machine_is_named(shape):
+    with pytest.raises(PlanError, match="pruning makes deit_tiny.* no faster .*idle"):
+        keep_for_latency(made(shape, block=lambda n: 5 - 0.01 * n), shape, 10.0)
+
+
 def test_a_table_of_another_model_is_refused(shape):
     with pytest.raises(UsageError, match="the latency table is of other at .*deit_tiny"):
         keep_for_latency(replace(made(shape), model="other"), shape, 10.0)

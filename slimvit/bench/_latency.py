@@ -175,11 +175,7 @@ def latency_table(
     images = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
     tokens = list(dict.fromkeys(shape.prefix + max(2, round(r * shape.patches)) for r in ratios))
     runs = [run for n in tokens for run in _pieces(probe, n, batch, shape)] + whole
-    with _threads(threads):
-        measured = measure(
-            [[run] for run in runs], images, rounds=rounds, seconds=seconds, threads=threads
-        )
-    times = [1000 * batch / statistics.median(rates) for (rates,) in measured.rates]
+    times = time_calls(runs, images, rounds=rounds, seconds=seconds, threads=threads)
     rows = []
     for i, n in enumerate(tokens):
         chain, last, selector = times[3 * i : 3 * i + 3]
@@ -243,7 +239,7 @@ def keep_for_latency(
         The bound plan nearest to the target by the table.
 
     Raises:
-        PlanError: the target is out of reach.
+        PlanError: the target is out of reach, or by the table pruning makes nothing faster.
     """
     table.check(shape)
     powers = _exponents(shape) if stages is None else range(1, len(stages) + 1)
@@ -252,6 +248,11 @@ def keep_for_latency(
         return SPViT([share**power for power in powers], stages=stages).bind(shape)
 
     fastest, slowest = table.predict(plan(_LEAST)), table.predict(plan(_MOST))
+    if fastest >= slowest:
+        raise PlanError(
+            f"by the latency table pruning makes {shape.name} no faster ({slowest:.3g} ms to "
+            f"{fastest:.3g} ms): measure it again while the machine is idle"
+        )
     if not fastest <= target_ms <= slowest:
         raise PlanError(
             f"target latency must lie between {fastest:.3g} and {slowest:.3g} ms, within reach of "
@@ -326,8 +327,29 @@ def measure_latency(
     shape = spec(model)
     device = next(model.parameters()).device
     images = sample_images((shape.in_chans, *shape.image_size), table.batch).to(device)
-    with _threads(table.threads):
-        measured = measure(
-            [[fast]], images, rounds=table.rounds, seconds=seconds, threads=table.threads
-        )
-    return 1000 * table.batch / statistics.median(measured.rates[0][0])
+    options = {"rounds": table.rounds, "seconds": seconds, "threads": table.threads}
+    return time_calls([fast], images, **options)[0]
+
+
+def time_calls(
+    calls: Sequence[Callable[[Tensor], object]],
+    images: Tensor,
+    *,
+    rounds: int = 10,
+    seconds: float = 0.3,
+    threads: int | None = None,
+) -> list[float]:
+    """Milliseconds of each call, the medians over alternating rounds.
+
+    Args:
+        calls: what takes the images.
+        images: a batch, on the device that the calls run on.
+        rounds: figures for each call.
+        seconds: length of a call's turn in a round.
+        threads: CPU threads; None for torch's own number.
+    """
+    threads = threads or torch.get_num_threads()
+    groups = [[call] for call in calls]
+    with _threads(threads):
+        found = measure(groups, images, rounds=rounds, seconds=seconds, threads=threads)
+    return [1000 * len(images) / statistics.median(rates) for (rates,) in found.rates]
