@@ -197,7 +197,7 @@ def absorb_merge(
     out = x.new_empty(batch, n, width)
     part = part_width(width)
     stats = x.new_empty(batch, n, width // part, 2, dtype=torch.float32)
-    sizes, bias = x.new_empty(2, batch, n, dtype=torch.float32).unbind(0)
+    sizes, bias = (x.new_empty(batch, n, dtype=torch.float32) for _ in range(2))
     padded, wide = max(16, power_of_two(m)), power_of_two(width)
     block = max(1, min(16, 4096 // max(padded, wide)))
     _absorb_merge[(triton.cdiv(n, block), batch)](

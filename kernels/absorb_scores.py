@@ -212,7 +212,7 @@ def absorb_scores(
     batch, m, width = x.shape
     tokens, inner = q.shape[1:]
     d = inner // heads
-    parts = torch.empty(batch, heads, m, dtype=torch.float32, device=x.device)
+    parts = x.new_empty(batch, heads, m, dtype=torch.float32)
     _absorb_importance[(heads, batch)](
         *(q, kv, key_bias if key_bias is not None else stats, parts, m, d**-0.5),
         TOKENS=tokens,
@@ -224,8 +224,8 @@ def absorb_scores(
         num_warps=4,
         enable_fp_fusion=True,
     )
-    importance, score = torch.empty(2, batch, m, dtype=torch.float32, device=x.device).unbind(0)
-    cosine = torch.empty(batch, m, m, dtype=torch.float32, device=x.device)
+    importance, score = (x.new_empty(batch, m, dtype=torch.float32) for _ in range(2))
+    cosine = x.new_empty(batch, m, m, dtype=torch.float32)
     config = config or lookup("absorb", architecture(x.device), x.element_size(), width, batch * m)
     _absorb_scores[(triton.cdiv(m, config.block_m), batch)](
         *(x, stats, norm_weight, norm_bias, parts, importance, score, cosine),

@@ -66,6 +66,7 @@ def check(
     key_bias: Tensor | None,
 ) -> None:
     """Refuse what a block's kernels cannot read; `ops.fused_block` says what each is."""
+    _known(backend)
     width, dtype, device = part.qkv.shape[1], part.qkv.dtype, part.qkv.device
     ask = _ask_once if device.type == "cuda" else _ask  # a GPU stays what it is
     reason = ask(backend, device, dtype)
@@ -94,9 +95,13 @@ def check(
 
 def kernel_set(backend: str) -> ModuleType:
     """The functions of a back end's kernels, by the names that `slimvit.kernels` gives them."""
+    _known(backend)
+    return _KERNELS[backend]()
+
+
+def _known(backend: str) -> None:
     if backend not in _KERNELS:
         raise SlimvitError(f"back end must be one of {', '.join(_KERNELS)}, got {backend!r}")
-    return _KERNELS[backend]()
 
 
 def _ask(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

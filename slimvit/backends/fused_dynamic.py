@@ -73,6 +73,9 @@ def absorb_block(
         those, and which of the alive they are, [B, n], int64, ascending.
     """
     part = BlockWeights(*weights)
+    require(backend, head_tokens in (1, 2), "head_tokens must be 1 or 2", head_tokens)
+    rule = "sizes must be the sizes and their logs, or nothing"
+    require(backend, len(sizes) in (0, 2), rule, len(sizes))
     size, key_bias = sizes or (None, None)
     check(backend, x, stats, part, n, None, key_bias)
     (batch, m, width), inner = x.shape, part.proj.shape[1]
@@ -145,10 +148,12 @@ def predicted_tokens(
         Positions among the alive, [B, n], int64, ascending; among equal scores the earlier.
     """
     part = PredictorWeights(*weights)
-    batch, m, width = x.shape
-    fits = x.dtype == part.down.dtype and x.device == part.down.device
-    rule = f"x must be [B, m, D] with D = {part.down.shape[1]}, in the predictor's dtype"
-    require(backend, fits and width == part.down.shape[1], rule, x)
+    down = part.down
+    fits = x.dim() == 3 and x.dtype == down.dtype and x.device == down.device
+    dtype = str(down.dtype).removeprefix("torch.")
+    rule = f"x must be [B, m, D] with D = {down.shape[1]}, {dtype}, on {down.device}"
+    require(backend, fits and x.shape[2] == down.shape[1], rule, x)
+    batch, m, _ = x.shape
     _check_choice(backend, n, m, prefix)
     if not batch:
         return x.new_empty(0, n, dtype=torch.int64)

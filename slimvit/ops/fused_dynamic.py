@@ -106,6 +106,7 @@ class _Absorbing(nn.Module):
 class _Predicting(nn.Module):
     """A block that keeps the n tokens of the highest predicted scores."""
 
+    @torch.no_grad()
     def __init__(self, parts: PredictorParts, block: FusedBlock, dtype: torch.dtype) -> None:
         super().__init__()
         self.block, self.eps = block, parts.norm.eps
