@@ -54,28 +54,32 @@ class Selector(nn.Module):
         by_head = x.view(p, batch, self.heads, -1).permute(2, 1, 0, 3).flatten(1, 2)
         y = F.layer_norm(by_head, by_head.shape[-1:], eps=1e-6)
         y = F.gelu(self.embed(y * self.norm_weight + self.norm_bias))
-        y = y.view(self.heads, batch, p, -1)
-        local, shared = y.tensor_split(2, dim=-1)
+        local = (y.shape[-1] + 1) // 2
+        shared = y.view(self.heads, batch, p, -1)[..., local:]
         if policy is None:
-            shared = shared.mean(2, keepdim=True)
+            shared = shared.mean(2)
         else:
             policy = policy.to(y.dtype)
-            total = policy.sum(1).clamp_min(1e-6)[:, None, None]
-            shared = (shared * policy[:, :, None]).sum(2, keepdim=True) / total
-        y = torch.cat([local, shared.expand(-1, -1, p, -1)], -1).flatten(1, 2)
-        y = self.judge3(F.gelu(self.judge2(F.gelu(self.judge1(y)))))
+            total = policy.sum(1).clamp_min(1e-6)[:, None]
+            shared = (shared * policy[:, :, None]).sum(2) / total
+        # The mean is the same for all tokens of an image: its part of the product is taken once.
+        of_mean = torch.baddbmm(self.judge1.bias, shared, self.judge1.weight[:, local:])
+        y = torch.bmm(y[..., :local], self.judge1.weight[:, :local])
+        y = y.view(self.heads, batch, p, -1) + of_mean.unsqueeze(2)
+        y = self.judge3(F.gelu(self.judge2(F.gelu(y).flatten(1, 2))))
         judged = F.log_softmax(y.float(), -1).view(self.heads, batch, p, 2)
         means = by_head.mean(-1).view(self.heads, batch, p).permute(1, 2, 0)  # [B, p, H]
         weight = self.weigh2(F.gelu(self.weigh1(means))).float().sigmoid().permute(2, 0, 1)
         return ((weight / weight.sum(0)).unsqueeze(-1) * judged).sum(0)
 
     @staticmethod
-    def macs(width: int, heads: int) -> int:
-        """Multiply–accumulates for one token."""
+    def macs(width: int, heads: int, tokens: int) -> int:
+        """Multiply–accumulates for an image's tokens."""
         c = width // heads
-        half, quarter = max(1, c // 2), max(1, c // 4)
-        judging = heads * (c * c + c * half + half * quarter + quarter * 2)
-        return judging + 2 * heads * max(1, heads // 2)
+        half, quarter, local = max(1, c // 2), max(1, c // 4), (c + 1) // 2
+        judging = heads * (c * c + local * half + half * quarter + quarter * 2)
+        weighing = 2 * heads * max(1, heads // 2)
+        return tokens * (judging + weighing) + heads * (c - local) * half
 
 
 class HeadLinear(nn.Module):

@@ -213,8 +213,10 @@ class SPViT(Planner):
 
     def macs(self, spec: Spec) -> int:
         """Selectors on the patches that reach them, and the means that make the packages."""
-        each = Selector.macs(spec.width, spec.heads)
-        return sum(stage.before * (each + spec.width) for stage in self.plan_stages(spec))
+        return sum(
+            Selector.macs(spec.width, spec.heads, stage.before) + stage.before * spec.width
+            for stage in self.plan_stages(spec)
+        )
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"keep={self.keep}, {super().extra_repr()}".rstrip(", ")
