@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(32 * kWarps) absorb_merge_kernel(AbsorbMerge p
 }  // namespace
 
 void absorb_merge(const AbsorbMerge& p, Type type, void* stream) {
-  const auto kernel = type == Type::half ? absorb_merge_kernel<Half> : absorb_merge_kernel<BFloat16>;
+  const auto kernel =
+      type == Type::half ? absorb_merge_kernel<Half> : absorb_merge_kernel<BFloat16>;
   launch("absorb_merge", kernel, dim3(ceil_div(p.n, kWarps), p.batch), 32 * kWarps, 0, stream, p);
 }
 

@@ -102,7 +102,7 @@ def absorb_merge(
     cuda.at_most("width", width, WIDEST_MERGE)
     part, out = cuda.part_width(width), x.new_empty(batch, n, width)
     stats = x.new_empty(batch, n, width // part, 2, dtype=torch.float32)
-    size, bias = x.new_empty(2, batch, n, dtype=torch.float32).unbind(0)
+    size, bias = (x.new_empty(batch, n, dtype=torch.float32) for _ in range(2))
     cuda.call(
         cuda.module().absorb_merge,
         x,

@@ -1,0 +1,132 @@
+"""Blocks and models that choose tokens for each image by the CUDA kernels, emulated."""
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from cuda_checks import devices, use
+from emulated import A100
+from fused_blocks import Case
+from kernel_checks import FLOOR, check_stats, distance
+from references import random_images
+from test_fused_dynamic import BLOCKS, alive_of, arguments, model_of, plans, reference, steady
+from torch import Tensor, nn
+
+from slimvit.dynamic import DPS, SPViT
+from slimvit.errors import SlimvitError
+from slimvit.runtime import accelerate, apply_masks
+
+pytestmark = pytest.mark.usefixtures("emulated_cuda", "poison_empty")
+
+
+@devices
+@pytest.mark.parametrize(("case", "prefix", "tokens", "sized"), BLOCKS, ids=str)
+def test_a_block_errs_no_more_than_torch(device, case, prefix, tokens, sized):
+    dtype = use(device)
+    alive = steady(case, prefix, tokens, sized, dtype)
+    given = arguments(case, alive, prefix, tokens)
+    out, stats, size, bias, index = torch.ops.slimvit.absorb_block(**given, backend="cuda")
+    wanted, own = (reference(case, alive, prefix, tokens, k) for k in (torch.float64, dtype))
+    assert torch.equal(index, wanted.place)
+    exact = wanted.x.transpose(0, 1)
+    torchs = distance(own.x.transpose(0, 1), exact)
+    assert out.dtype == dtype
+    assert distance(out, exact) <= max(2 * torchs, FLOOR[dtype])
+    check_stats(stats, out)
+    sizes = distance(own.size, wanted.size.double())
+    assert distance(size, wanted.size.double()) <= max(2 * sizes, FLOOR[dtype])
+    torch.testing.assert_close(bias, size.log(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_opcheck(sized):
+    case = Case(17, 9, 2)
+    given = arguments(case, alive_of(case, sized, 0, use(A100)), 1, 2) | {"backend": "cuda"}
+    torch.library.opcheck(torch.ops.slimvit.absorb_block, (), given)
+
+
+PAIRS = [
+    ("deit", "falling"),
+    ("deit", "late"),
+    ("deit", "dps"),
+    ("deit_distilled", "falling"),
+    ("deit_distilled", "dps_alternating"),
+    ("dinov2_reg4", "late"),
+    ("clip_quickgelu", "alternating"),
+]
+
+
+@functools.cache
+def fast_of(name: str, plan: str, dtype: torch.dtype) -> nn.Module:
+    precision = str(dtype).removeprefix("torch.")
+    return accelerate(model_of(name), plans(name)[plan], backend="cuda", precision=precision)
+
+
+def slim_of(name: str, plan: str, dtype: torch.dtype) -> nn.Module:
+    """In plain PyTorch, with the weights that `dtype` holds."""
+    return apply_masks(copy.deepcopy(model_of(name)).to(dtype), plans(name)[plan]).eval()
+
+
+@torch.no_grad()
+def steady_images(name: str, plan: str, dtype: torch.dtype, count: int) -> Tensor:
+    """Images of which the same tokens are kept whether in `dtype` or in float64, shaken or not."""
+    images = random_images(model_of(name), 48).to(dtype)
+    exact, own = slim_of(name, plan, torch.float64), slim_of(name, plan, dtype)
+    kept = torch.cat(exact.kept_sets(images.double()), 1)
+    same = (torch.cat(own.kept_sets(images), 1) == kept).all(1)
+    for seed in range(4):
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).sign()
+        shaken = images.double() * (1 + 16 * torch.finfo(dtype).eps * noise)
+        same &= (torch.cat(exact.kept_sets(shaken), 1) == kept).all(1)
+    assert same.sum() >= count
+    return images[same][:count]
+
+
+@devices
+@pytest.mark.parametrize(("name", "plan"), PAIRS)
+def test_a_model_answers_like_the_reference(device, name, plan):
+    dtype = use(device)
+    images = steady_images(name, plan, dtype, 2)
+    fast = fast_of(name, plan, dtype)
+    exact, own = slim_of(name, plan, torch.float64), slim_of(name, plan, dtype)
+    with torch.no_grad():
+        for got, wanted in zip(
+            fast.kept_sets(images), exact.kept_sets(images.double()), strict=True
+        ):
+            assert got.tolist() == wanted.tolist()
+        for call in ("forward", "forward_features"):
+            wanted = getattr(exact, call)(images.double())
+            torchs = distance(getattr(own, call)(images), wanted)
+            got = getattr(fast, call)(images)
+            assert distance(got, wanted) <= max(2 * torchs, 5 * FLOOR[dtype])
+    assert fast.backend == "cuda"
+
+
+@devices
+@pytest.mark.parametrize("plan", ["falling", "dps"])
+def test_every_image_by_itself(device, plan):
+    dtype = use(device)
+    images = random_images(model_of("deit"), 3)
+    fast = fast_of("deit", plan, dtype)
+    wanted = fast(images)
+    images[1, 1, 20, 20] = math.nan
+    got = fast(images)
+    assert got[1].isnan().all()
+    assert torch.equal(got[::2], wanted[::2])
+    assert torch.equal(fast(images[2:]), wanted[2:])
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (SPViT(stages=[1], keep=[0.7]), "cuda has no kernels for the planner spvit yet"),
+        (DPS([12, 8, 1], absorb=True), "block 1: the tokens that its predictor prunes are"),
+    ],
+    ids=str,
+)
+def test_plans_that_are_refused(plan, message):
+    use(A100)
+    with pytest.raises(SlimvitError, match=f"back end cuda does not compute this model: {message}"):
+        accelerate(model_of("deit"), plan, backend="cuda", precision="float16")
