@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
@@ -11,7 +12,7 @@ from slimvit import Masks, cli, demo, macs, models
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
-from slimvit.demo import _model, _pipeline, train
+from slimvit.demo import _dynamic, _model, _pipeline, train
 from slimvit.errors import CheckpointError, DataError
 
 TINY = demo.Settings(
@@ -142,7 +143,40 @@ def test_run_from_end_to_end(outcome, told):
         assert {(row.runtime.split(":")[0], row.pruned) for row in report.rows} == {
             ("slimvit", False), ("slimvit", True), ("torch", False),
         }  # fmt: skip
-    assert all(any(f"[{i}/5]" in line for line in told) for i in range(1, 6))
+    assert all(any(f"[{i}/6]" in line for line in told) for i in range(1, 7))
+
+
+def test_ways_of_choosing_share_the_cut(outcome):
+    dense, static, spvit, dps = outcome.ways
+    shape = outcome.shapes[0]
+    assert dense.final is None and dense.patches == 1
+    assert dense.gmacs == macs.gmacs(shape)
+    assert static.gmacs == macs.gmacs(shape, outcome.masks) and dps.gmacs > static.gmacs
+    assert static.patches == pytest.approx(dps.patches)
+    plan = _dynamic.same_share(shape, outcome.search.cut)
+    assert spvit.gmacs == macs.gmacs(shape, plan)
+    assert all(way.images_per_second > 0 for way in outcome.ways)
+    assert all(way.final.images == 20 for way in outcome.ways[1:])
+    assert outcome.ways[1].final == outcome.final
+    table = demo.ways(outcome)
+    assert {len(row) for row in table} == {len(demo.WAYS_HEADER)}
+    assert [row[0] for row in table] == [way.name for way in outcome.ways]
+    assert table[0][3] == f"{outcome.final.dense_top1:.1f}"
+    text = demo.to_markdown(outcome)
+    assert all(f"| {' | '.join(row)} |" in text for row in table)
+    assert demo.to_json(outcome)["ways"][2]["gmacs"] == spvit.gmacs
+
+
+@pytest.mark.parametrize("wanted", [0.2, 0.45, 0.6])
+def test_spvit_of_the_same_share(wanted):
+    shape = models.spec(demo.build())
+    plan = _dynamic.same_share(shape, wanted)
+    assert macs.cut(shape, plan) == pytest.approx(wanted, abs=0.01)
+
+
+def test_ways_can_be_left_out():
+    settings = replace(TINY, dynamic_epochs=0)
+    assert _pipeline._ways(None, None, None, None, None, settings, False) == []
 
 
 def test_table_report_and_json(outcome):

@@ -35,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="epochs of fine-tuning of the whole model (default 3)",
     )  # fmt: skip
     parser.add_argument(
+        "--dynamic-epochs", type=common.whole_number(0), default=1, metavar="E",
+        help="epochs of training SPViT, and of fine-tuning to DPS; 0 for neither (default 1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--backend", default="auto", choices=("auto", *common.backends()),
         help="slimvit's back end (default auto)",
     )  # fmt: skip
@@ -59,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     settings = demo.Settings(
         tolerance=args.tolerance,
         epochs=args.epochs,
+        dynamic_epochs=args.dynamic_epochs,
         batch=args.batch_size,
         precision=args.precision,
         backend=args.backend,
@@ -68,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     )
     outcome = demo.run(settings, say=common.say, progress=sys.stderr.isatty())
     common.say(f"\n{common.table(demo.rows(outcome), demo.HEADER)}\n\n{demo.caption(outcome)}")
+    if outcome.ways:
+        common.say(f"\n{common.table(demo.ways(outcome), demo.WAYS_HEADER)}\n")
     for line in demo.left_out(outcome):
         common.say(line)
     written = _write(folder, outcome)

@@ -9,10 +9,20 @@
 from slimvit.demo._digits import Batches, Split, held_out_batches, load_splits
 from slimvit.demo._model import build, facts, load
 from slimvit.demo._pipeline import Outcome, Settings, run
-from slimvit.demo._report import HEADER, caption, left_out, rows, to_json, to_markdown
+from slimvit.demo._report import (
+    HEADER,
+    WAYS_HEADER,
+    caption,
+    left_out,
+    rows,
+    to_json,
+    to_markdown,
+    ways,
+)
 
 __all__ = [
     "HEADER",
+    "WAYS_HEADER",
     "Batches",
     "Outcome",
     "Settings",
@@ -28,4 +38,5 @@ __all__ = [
     "run",
     "to_json",
     "to_markdown",
+    "ways",
 ]

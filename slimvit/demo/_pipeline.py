@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from slimvit import models
 from slimvit.bench import Report, bench
-from slimvit.demo import _digits, _model
+from slimvit.demo import _digits, _dynamic, _model
 from slimvit.evaluate import Evaluation, evaluate
 from slimvit.finetune import choose_amp, finetune
 from slimvit.macs import cut
@@ -37,6 +37,7 @@ class Settings:
         granularity: tokens a step of the search.
         block_epochs: epochs of block fine-tuning a step.
         epochs: of fine-tuning the whole model; 0 leaves it out.
+        dynamic_epochs: of training SPViT and of fine-tuning to DPS; 0 leaves both out.
         training: digits to fine-tune on; None for all 1347.
         held_out: held-out digits to validate on; None for all 450.
         compare: timm model with random weights that is timed as well, slimmed by the same cut.
@@ -55,6 +56,7 @@ class Settings:
     granularity: int = 16
     block_epochs: int = 3
     epochs: int = 3
+    dynamic_epochs: int = 1
     training: int | None = None
     held_out: int | None = None
     compare: str = "deit_tiny_patch16_224"
@@ -77,6 +79,8 @@ class Outcome:
         search: the digits model's masks, tuned blocks and report.
         pruned: held-out accuracy before the whole is fine-tuned, in float32.
         final: held-out accuracy of the accelerated model that is timed.
+        ways: the ways of choosing patches at the same cut: dense, the masks, SPViT, DPS; empty
+            where they are left out.
         digits: timing of the digits model.
         compare: timing of the other model.
         shapes: of both models.
@@ -89,6 +93,7 @@ class Outcome:
     search: Result
     pruned: Evaluation
     final: Evaluation
+    ways: list[_dynamic.Way]
     digits: Report
     compare: Report
     shapes: tuple[Spec, Spec]
@@ -125,26 +130,30 @@ def run(settings: Settings, say: Say = print, progress: bool = True) -> Outcome:
         f"{len(train.labels)} digits to train on, {len(held_out.labels)} held out"
     )
     words = f"Algorithm 1 with block fine-tuning, tolerance {settings.tolerance}"
-    with clock("prune", f"[1/5] {words}") as note:
+    with clock("prune", f"[1/6] {words}") as note:
         found = _search(dense, train, settings, progress)
         kept = ", ".join(map(str, found.masks.counts))
         note(f"kept {kept}: {100 * found.cut:.1f} % fewer MACs")
-    with clock("finetune", f"[2/5] fine-tuning the whole, {settings.epochs} epochs"):
+    with clock("finetune", f"[2/6] fine-tuning the whole, {settings.epochs} epochs"):
         slim = apply_masks(found.model or dense, found.masks).eval()
         pruned = evaluate(dense, slim, validation)
         tuned = _finetune(slim, dense, train, settings, progress)
     with clock(
-        "validate", f"[3/5] validating the accelerated model in {settings.precision}"
+        "validate", f"[3/6] validating the accelerated model in {settings.precision}"
     ) as note:
         fast = accelerate(
             tuned, found.masks, backend=settings.backend, precision=settings.precision
         )
         final = evaluate(dense, fast, validation)
         note(f"held-out top-1 {final.dense_top1:.1f} % dense, {final.top1:.1f} % slim")
-    with clock("bench", "[4/5] timing the digits ViT"), _status(progress):
+    words = f"[4/6] patches of each image's own: SPViT and DPS, {settings.dynamic_epochs} epochs"
+    with clock("dynamic", words) as note:
+        ways = _ways(tuned, dense, found.masks, train, validation, settings, progress)
+        note(", ".join(f"{way.name} {way.final.top1:.1f} %" for way in ways if way.final))
+    with clock("bench", "[5/6] timing the digits ViT"), _status(progress):
         digits = _bench(tuned, found.masks, settings)
     words = f"timing {settings.compare}, random weights, same cut"
-    with clock("bench_compare", f"[5/5] {words}"), _status(progress):
+    with clock("bench_compare", f"[6/6] {words}"), _status(progress):
         torch.manual_seed(settings.seed)
         other = models.create(settings.compare).to(settings.device)
         other_shape = models.spec(other)
@@ -155,6 +164,7 @@ def run(settings: Settings, say: Say = print, progress: bool = True) -> Outcome:
         search=found,
         pruned=pruned,
         final=final,
+        ways=ways,
         digits=digits,
         compare=compare,
         shapes=(shape, other_shape),
@@ -186,6 +196,37 @@ def _finetune(
     tuned = copy.deepcopy(dense)
     tuned.load_state_dict(result.model.state_dict())
     return tuned
+
+
+def _ways(
+    tuned: nn.Module,
+    dense: nn.Module,
+    masks: Masks,
+    train: _digits.Split,
+    validation: list[tuple[torch.Tensor, torch.Tensor]],
+    settings: Settings,
+    progress: bool,
+) -> list[_dynamic.Way]:
+    if not settings.dynamic_epochs:
+        return []
+    shape = models.spec(dense)
+    options = {"epochs": settings.dynamic_epochs, "progress": progress}
+    plan = _dynamic.same_share(shape, cut(shape, masks))
+    chosen = {
+        "for all images (Algorithm 1)": (tuned, masks),
+        "for each image (SPViT)": _dynamic.train_spvit(dense, plan, train, **options),
+        "for each image (DPS)": _dynamic.train_dps(tuned, masks, train, **options),
+    }
+    return _dynamic.compare(
+        dense,
+        chosen,
+        validation,
+        batch=settings.batch,
+        backend=settings.backend,
+        precision=settings.precision,
+        rounds=settings.rounds,
+        seconds=settings.seconds,
+    )
 
 
 def _bench(model: nn.Module, masks: Masks, settings: Settings) -> Report:

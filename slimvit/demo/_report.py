@@ -6,10 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from slimvit.bench import Report, format_keep
+from slimvit.demo import _dynamic
 from slimvit.demo._pipeline import Outcome
 from slimvit.macs import gmacs
 
 HEADER = ("", "digits dense", "slim", "slim/dense", "DeiT dense", "slim", "slim/dense")
+WAYS_HEADER = _dynamic.HEADER
 
 
 def rows(outcome: Outcome) -> list[list[str]]:
@@ -31,6 +33,11 @@ def rows(outcome: Outcome) -> list[list[str]]:
         for report in reports:
             table[-1] += _speeds(report, name)
     return table
+
+
+def ways(outcome: Outcome) -> list[list[str]]:
+    """The table under WAYS_HEADER: the ways of choosing patches, at the same share of MACs."""
+    return _dynamic.rows(outcome.ways, outcome.final.dense_top1 or 0.0)
 
 
 def caption(outcome: Outcome) -> str:
@@ -62,6 +69,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "layers": [asdict(layer) for layer in outcome.search.report],
         "pruned": asdict(outcome.pruned),
         "final": asdict(outcome.final),
+        "ways": [asdict(way) for way in outcome.ways],
         "bench": {
             report.model: report.to_json()
             | {"kept": list(report.kept), "left_out": report.left_out}
@@ -90,6 +98,7 @@ def to_markdown(outcome: Outcome) -> str:
         _markdown([HEADER, *rows(outcome)]),
         caption(outcome) + ".",
         *left_out(outcome),
+        *_ways_section(outcome),
         "## How",
         f"Algorithm 1 on {s.calibration} training digits, tolerance {s.tolerance}, granularity "
         f"{s.granularity}, {tuned}; then {s.epochs} epochs of fine-tuning of the whole by "
@@ -104,6 +113,20 @@ def to_markdown(outcome: Outcome) -> str:
         f"{versions}. {stages}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _ways_section(outcome: Outcome) -> list[str]:
+    if not outcome.ways:
+        return []
+    epochs = outcome.settings.dynamic_epochs
+    return [
+        "## Who chooses the patches",
+        _markdown([WAYS_HEADER, *ways(outcome)]),
+        f"SPViT's selectors were trained for {epochs} epoch{'s' * (epochs > 1)} (in the first "
+        "alone, then with the model); DPS' predictors were fitted to the search's score of each "
+        "image and the model fine-tuned to them for as many. Package tokens count as patches. "
+        "These are timed beside each other, apart from the runtimes above.",
+    ]
 
 
 def _speeds(report: Report, name: str) -> list[str]:
