@@ -50,7 +50,7 @@ class Referee:
         label, precision, plan = runtime.label, runtime.precision, self._work.plan
         assert plan is not None
         network, share = self._work.network(True), None
-        got = torch.cat([runtime(images).cpu() for images in self._batches])
+        got = torch.cat([runtime(images).cpu().clone() for images in self._batches])
         wanted = torch.cat([network(images).cpu() for images in self._batches])
         error = verify_plan(label, precision, got, wanted)
         kept = [runtime.kept_sets(images) for images in self._batches]

@@ -105,8 +105,7 @@ def top(scores: Tensor, n: int, prefix: int) -> Tensor:
     scores = scores.detach().float()
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     scores = torch.where(position < prefix, torch.inf, scores)
-    # Ranks are counted, since ONNX has no stable sort, and no value is compared with a copy of it
-    # that a runtime may have rounded to bfloat16 on another way.
+    # Ranks are counted as the kernels do: ONNX has no stable sort.
     mine, theirs = scores.unsqueeze(2), scores.unsqueeze(1)  # [B, m, 1], [B, 1, m]
     ahead = (theirs > mine) | ((theirs == mine) & (position < position.unsqueeze(1)))
     return _ascending(ahead.sum(2) < n, n)
