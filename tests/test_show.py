@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from slimvit.cli import show
-from slimvit.errors import DataError, MasksError, UsageError
+from slimvit.errors import DataError, PlanError, UsageError
 from slimvit.masks import Masks
 from slimvit.masks._plot import faded
 
@@ -139,7 +139,7 @@ def test_bad_input_leaves_nothing_behind(masks, tmp_path):
         (DataError, "absent.jpg cannot be read", ("--image", tmp_path / "absent.jpg")),
         (UsageError, "--output must end in", ("--output", tmp_path / "o.txt")),
         (UsageError, "--pyramid .*: the folder", ("--pyramid", tmp_path / "absent" / "p.png")),
-        (MasksError, "not found", ("--masks", tmp_path / "absent.safetensors")),
+        (PlanError, "not found", ("--masks", tmp_path / "absent.safetensors")),
     ]
     for kind, words, arguments in cases:
         with pytest.raises(kind, match=words) as caught:

@@ -23,7 +23,7 @@ COMMANDS = {
     "validate": "top-1, top-5 and agreement of the pruned model with the dense one",
     "bench": "time dense and pruned models side by side in one run",
     "latency-table": "measure what blocks cost by the share of patches that they keep",
-    "show": "draw the kept patches of a masks file, block by block",
+    "show": "draw the kept patches of a masks file or a plan, block by block",
     "export": "write a pruned model as ONNX or as a torch.export program",
     "doctor": "tell what works on this machine and why the rest does not",
     "demo": "prune, fine-tune, validate and time a small model in a few minutes",

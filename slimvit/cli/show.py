@@ -1,4 +1,4 @@
-"""slimvit show: the kept patches of a masks file, block by block, as a table and as pictures."""
+"""slimvit show: the kept patches of masks or of a plan, block by block, in table and picture."""
 
 from __future__ import annotations
 
@@ -7,27 +7,37 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from slimvit.cli import common
 from slimvit.errors import DataError, UsageError
 from slimvit.files import atomic_write
+from slimvit.macs import cut
 from slimvit.masks import Masks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
+    from torch import nn
 
-HELP = "draw the kept patches of a masks file, block by block"
+    from slimvit.dynamic import Planner
+    from slimvit.models import Spec
+
+HELP = "draw the kept patches of a masks file or a plan, block by block"
 SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `slimvit show`."""
-    parser.add_argument("--masks", required=True, metavar="FILE", help="masks to show")
+    common.add_kept_arguments(parser)
+    common.add_model_arguments(parser, required=False)
+    parser.set_defaults(device="cpu")
     parser.add_argument(
         "--image",
         type=Path,
         metavar="FILE",
-        help="image to draw them on; plain squares without one",
+        help="image to draw them on; plain squares without one. With a dynamic plan its own "
+        "patches, as --model chooses them",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE.png", help="picture of the kept patches to write"
@@ -35,46 +45,114 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pyramid", type=Path, metavar="FILE.png", help="picture of the kept counts to write"
     )
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="write the plan with its counts for --model, for --masks of other commands",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table of kept counts and write the pictures asked for."""
+    """Print the table of kept counts and write the files asked for."""
     for flag, path in (("--output", args.output), ("--pyramid", args.pyramid)):
         _check_path(flag, path)
+    common.check_output("--save", args.save)
     if args.image is not None and args.output is None:
         raise UsageError("--image needs --output, the picture to write")
-    masks = Masks.load(args.masks)
+    kept = common.read_masks(args)
+    if isinstance(kept, Masks):
+        return _show_masks(args, kept)
+    return _show_plan(args, kept)
+
+
+def _show_masks(args: argparse.Namespace, masks: Masks) -> int:
+    if args.save is not None:
+        raise UsageError(f"--save writes dynamic plans, {args.masks} holds masks")
+    if args.model is not None:
+        common.fit_masks(masks, _spec(common.load_model(args)))
     image = None if args.image is None else _read(args.image)
     figures: dict[Path, Figure] = {}
     if args.output is not None:
         figures[args.output] = masks.plot(image)
     if args.pyramid is not None:
         figures[args.pyramid] = masks.plot_pyramid()
-    drawn = {path: render(figure, path.suffix) for path, figure in figures.items()}
-    common.say(describe(masks))
-    for path, content in drawn.items():
-        atomic_write(path, content)
-        common.say(f"wrote {path}")
+    _write(describe(masks), figures)
     return 0
 
 
-def describe(masks: Masks) -> str:
-    """What the masks are in one line, and a table with one row a block."""
-    prefix = f"{masks.prefix} prefix token{'' if masks.prefix == 1 else 's'}"
-    name = masks.model or "unnamed model"
-    patches = f"{masks.grid[0]} x {masks.grid[1]} patches"
-    header = ["block", "kept", f"of {masks.tokens}"]
-    rows: list[list[object]] = [
-        [block + 1, count, f"{100 * count / masks.tokens:.0f} %"]
-        for block, count in enumerate(masks.counts)
-    ]
-    if masks.errors is not None:
-        header.append("error")
-        for row, error in zip(rows, masks.errors.tolist(), strict=True):
-            row.append(f"{error:.4f}")
-    return f"{name}: {patches} and {prefix}, pruned tokens: {masks.semantics}\n\n" + common.table(
-        rows, header
+def _show_plan(args: argparse.Namespace, plan: Planner) -> int:
+    from slimvit.dynamic.plot import plot_counts
+
+    if args.model is None and (plan.spec is None or args.image is not None):
+        what = "--image" if args.image is not None else "a plan of no model yet"
+        raise UsageError(f"{what} needs --model, which chooses the patches")
+    if args.output is not None and args.image is None:
+        raise UsageError("--output needs --image: each image keeps patches of its own")
+    figures: dict[Path, Figure] = {}
+    if args.model is not None:
+        model = common.load_model(args, need_weights=args.output is not None)
+        plan = plan.bind(_spec(model))
+        if args.output is not None:
+            figures[args.output] = _plot_image(model, plan, args.image)
+    if args.pyramid is not None:
+        figures[args.pyramid] = plot_counts(plan)
+    _write(describe(plan), figures)
+    if args.save is not None:
+        plan.save(args.save)
+        common.say(f"wrote {args.save}")
+    return 0
+
+
+def _plot_image(model: nn.Module, plan: Planner, path: Path) -> Figure:
+    """The patches that the plan keeps of an image, drawn on what the model sees of it."""
+    from slimvit.data import image_transform
+    from slimvit.dynamic.plot import plot_kept
+    from slimvit.runtime import apply_masks
+
+    transform = image_transform(model)
+    mode = "L" if _spec(model).in_chans == 1 else "RGB"
+    image = transform(_read(path).convert(mode))
+    normalise = transform.transforms[-1]
+    mean, std = (
+        torch.as_tensor(values).view(-1, 1, 1) for values in (normalise.mean, normalise.std)
     )
+    return plot_kept(apply_masks(model, plan), image[None], (image * std + mean).clamp(0, 1))
+
+
+def _write(text: str, figures: dict[Path, Figure]) -> None:
+    drawn = {path: render(figure, path.suffix) for path, figure in figures.items()}
+    common.say(text)
+    for path, content in drawn.items():
+        atomic_write(path, content)
+        common.say(f"wrote {path}")
+
+
+def _spec(model: nn.Module) -> Spec:
+    from slimvit.models import spec
+
+    return spec(model)
+
+
+def describe(kept: Masks | Planner) -> str:
+    """What the masks or the plan are in one line, and a table with one row a block."""
+    prefix = f"{kept.prefix} prefix token{'' if kept.prefix == 1 else 's'}"
+    patches = f"{kept.grid[0]} x {kept.grid[1]} patches"
+    header = ["block", "kept", f"of {kept.tokens}"]
+    rows: list[list[object]] = [
+        [block + 1, count, f"{100 * count / kept.tokens:.0f} %"]
+        for block, count in enumerate(kept.counts)
+    ]
+    if isinstance(kept, Masks):
+        name, how = kept.model or "unnamed model", f"pruned tokens: {kept.semantics}"
+        if kept.errors is not None:
+            header.append("error")
+            for row, error in zip(rows, kept.errors.tolist(), strict=True):
+                row.append(f"{error:.4f}")
+    else:
+        name, how = kept.spec.name, f"chosen for each image: {kept.kind}"
+        how += f", {100 * cut(kept.spec, kept):.1f} % fewer MACs"
+    return f"{name}: {patches} and {prefix}, {how}\n\n" + common.table(rows, header)
 
 
 def render(figure: Figure, suffix: str) -> bytes:

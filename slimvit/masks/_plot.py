@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy
@@ -41,18 +42,34 @@ def plot_layers(masks: Masks, image: object = None) -> Figure:
 
     Source: Patch Slimming (Tang et al., CVPR 2022), Figure 4.
     """
-    canvas = _squares(masks.grid) if image is None else _fit(image, masks.grid)
-    rows = math.ceil(masks.depth / COLUMNS)
-    columns = math.ceil(masks.depth / rows)
-    height = masks.grid[0] / masks.grid[1]
+    canvas = fit(image, masks.grid)
+    pictures = [faded(masks, canvas, block) for block in range(masks.depth)]
+    bare = [not row[masks.prefix :].any() for row in masks.keep]
+    return panels(pictures, masks.counts, bare, _headline(masks))
+
+
+def panels(
+    pictures: Sequence[numpy.ndarray], counts: Sequence[int], bare: Sequence[bool], title: str
+) -> Figure:
+    """One panel a block.
+
+    Args:
+        pictures: uint8 [H, W, 3] of each block.
+        counts: n_1 … n_L.
+        bare: of each block, whether it keeps no patch.
+        title: above them all.
+    """
+    rows = math.ceil(len(pictures) / COLUMNS)
+    columns = math.ceil(len(pictures) / rows)
+    height = pictures[0].shape[0] / pictures[0].shape[1]
     figure = _figure(1.75 * columns, (1.75 * height + 0.23) * rows + 0.42)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for block, axis in enumerate(axes):
+    for axis in axes:
         axis.set_axis_off()
-        if block < masks.depth:
-            axis.imshow(faded(masks, canvas, block), interpolation="antialiased")
-            _label(axis, masks, block)
-    figure.suptitle(_headline(masks), color=INK, fontsize=11)
+    for block, (axis, picture) in enumerate(zip(axes, pictures)):
+        axis.imshow(picture, interpolation="antialiased")
+        _label(axis, block, counts[block], bare[block])
+    figure.suptitle(title, color=INK, fontsize=11)
     return figure
 
 
@@ -71,12 +88,24 @@ def plot_pyramid(masks: Masks) -> Figure:
 
     Source: Patch Slimming (Tang et al., CVPR 2022), Figure 5.
     """
-    figure = _figure(9.2, max(3.4, 0.24 * masks.depth + 1.2))
+    figure = _figure(9.2, _height(masks.depth))
     bars, lives = figure.subplots(1, 2, width_ratios=(1.35, 1))
-    _bars(bars, masks)
+    _bars(bars, masks.counts, masks.tokens)
     _lives(lives, masks)
     figure.suptitle(_headline(masks), color=INK, fontsize=11)
     return figure
+
+
+def plot_counts(counts: Sequence[int], tokens: int, title: str) -> Figure:
+    """Draw how many of `tokens` each block computes, n_1 … n_L: the left half of `plot_pyramid`."""
+    figure = _figure(6.2, _height(len(counts)))
+    _bars(figure.subplots(), counts, tokens)
+    figure.suptitle(title, color=INK, fontsize=11)
+    return figure
+
+
+def _height(depth: int) -> float:
+    return max(3.4, 0.24 * depth + 1.2)
 
 
 def faded(masks: Masks, canvas: numpy.ndarray, block: int) -> numpy.ndarray:
@@ -90,18 +119,21 @@ def faded(masks: Masks, canvas: numpy.ndarray, block: int) -> numpy.ndarray:
     Returns:
         uint8, the shape of `canvas`; pixels of kept patches are untouched.
     """
-    cell = canvas.shape[0] // masks.grid[0]
-    kept = masks.keep[block, masks.prefix :].view(masks.grid).numpy()
+    return fade(canvas, masks.keep[block, masks.prefix :].view(masks.grid).numpy())
+
+
+def fade(canvas: numpy.ndarray, kept: numpy.ndarray) -> numpy.ndarray:
+    """The canvas [H, W, 3] with the patches that `kept`, booleans of the grid, leaves out pale."""
+    cell = canvas.shape[0] // kept.shape[0]
     kept = kept.repeat(cell, 0).repeat(cell, 1)[:, :, None]  # [H, W, 1]
     grey = canvas.mean(2, keepdims=True)
     pale = 255 * FADE + (1 - FADE) * grey
     return numpy.where(kept, canvas, pale.astype(numpy.uint8))
 
 
-def _label(axis: Axes, masks: Masks, block: int) -> None:
-    count = masks.counts[block]
+def _label(axis: Axes, block: int, count: int, bare: bool) -> None:
     axis.set_title(f"block {block + 1}: {count}", color=INK, fontsize=9, pad=3)
-    if not masks.keep[block, masks.prefix :].any():
+    if bare:
         words = "class token only" if count == 1 else f"{count} prefix tokens only"
         axis.text(
             0.5,
@@ -116,29 +148,35 @@ def _label(axis: Axes, masks: Masks, block: int) -> None:
 
 
 def _headline(masks: Masks) -> str:
-    name = f"{masks.model}: " if masks.model else ""
-    share = sum(masks.counts) / (masks.depth * masks.tokens)
-    prefix = f"{masks.prefix} prefix token{'s' if masks.prefix != 1 else ''}"
-    tokens = f"N = {masks.tokens} with {prefix}"
-    return f"{name}{100 * share:.0f} % of the tokens computed, {tokens}, {masks.semantics}"
+    return headline(masks.model, masks.counts, masks.tokens, masks.prefix, masks.semantics)
 
 
-def _bars(axis: Axes, masks: Masks) -> None:
-    blocks = range(1, masks.depth + 1)
-    counts = masks.counts
-    axis.barh(blocks, [masks.tokens] * masks.depth, left=-masks.tokens / 2, color=BED, height=0.8)
+def headline(model: str, counts: Sequence[int], tokens: int, prefix: int, words: str) -> str:
+    """What a picture is of, in one line; `words` tell how tokens are pruned."""
+    name = f"{model}: " if model else ""
+    share = sum(counts) / (len(counts) * tokens)
+    plural = "s" if prefix != 1 else ""
+    return (
+        f"{name}{100 * share:.0f} % of the tokens computed, "
+        f"N = {tokens} with {prefix} prefix token{plural}, {words}"
+    )
+
+
+def _bars(axis: Axes, counts: Sequence[int], tokens: int) -> None:
+    blocks = range(1, len(counts) + 1)
+    axis.barh(blocks, [tokens] * len(counts), left=-tokens / 2, color=BED, height=0.8)
     axis.barh(blocks, counts, left=[-count / 2 for count in counts], color=BAR, height=0.8)
     for block, count in zip(blocks, counts, strict=True):
-        inside = count > 0.12 * masks.tokens
-        place = 0 if inside else count / 2 + 0.015 * masks.tokens
+        inside = count > 0.12 * tokens
+        place = 0 if inside else count / 2 + 0.015 * tokens
         axis.text(
             place, block, str(count), color="white" if inside else INK, fontsize=8,
             ha="center" if inside else "left", va="center_baseline",
         )  # fmt: skip
-    axis.set_yticks(_ticks(masks.depth))
+    axis.set_yticks(_ticks(len(counts)))
     axis.set_xticks([])
     axis.set_ylabel("block", color=INK)
-    axis.set_xlabel(f"tokens computed, of {masks.tokens}", color=INK)
+    axis.set_xlabel(f"tokens computed, of {tokens}", color=INK)
     axis.tick_params(length=0, colors=SOFT)
     axis.margins(x=0.01, y=0.01)
     axis.spines[:].set_visible(False)
@@ -183,8 +221,13 @@ def _squares(grid: tuple[int, int]) -> numpy.ndarray:
     return canvas
 
 
-def _fit(image: object, grid: tuple[int, int]) -> numpy.ndarray:
-    """The image's middle in the shape of the patch grid: uint8 [grid[0] * c, grid[1] * c, 3]."""
+def fit(image: object, grid: tuple[int, int]) -> numpy.ndarray:
+    """The image's middle in the shape of the patch grid: uint8 [grid[0] * c, grid[1] * c, 3].
+
+    Plain squares where there is no image.
+    """
+    if image is None:
+        return _squares(grid)
     picture = _picture(image)
     cell = max(4, SIDE // max(grid))
     height, width = grid[0] * cell, grid[1] * cell
