@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimvit.cli import common
+from slimvit.cli import _dps, common
 from slimvit.cli.common import kept_counts, number, whole_number
 from slimvit.errors import UsageError
 from slimvit.finetune import save_weights
 from slimvit.macs import gmacs
-from slimvit.masks import SEMANTICS
+from slimvit.masks import SEMANTICS, Masks
 from slimvit.models import spec
 from slimvit.search import SCORES, search
 
@@ -32,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `slimvit prune`."""
     common.add_model_arguments(parser)
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE.safetensors", help="masks to write"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE.safetensors",
+        help="masks to write; with --dynamic the plan",
     )
     parser.add_argument(
         "--weights-output",
@@ -45,8 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     common.add_data_arguments(parser, samples=SAMPLES)
     common.add_run_arguments(parser, precision="of the search: float32")
-    _add_budget(parser.add_argument_group("budget").add_mutually_exclusive_group())
+    budget = parser.add_argument_group("budget").add_mutually_exclusive_group()
+    _add_budget(budget)
     _add_search(parser.add_argument_group("search"))
+    _dps.add_arguments(parser, budget)
 
 
 def _add_budget(group: argparse._MutuallyExclusiveGroup) -> None:
@@ -125,6 +131,9 @@ def run(args: argparse.Namespace) -> int:
     with common.processes(args) as shard:
         model = common.load_model(args, need_weights=True)
         images = common.load_images(args, model, shard=shard)
+        if args.masks is not None:
+            _dps.run(args, model, images, _read_masks(args, model))
+            return 0
         state = args.output.with_name(f"{args.output.stem}.search.safetensors")
         start = time.perf_counter()
         try:
@@ -143,7 +152,16 @@ def run(args: argparse.Namespace) -> int:
         seconds = time.perf_counter() - start
         if common.is_first():
             _save(args, model, images, result, seconds)
+        if args.dynamic:
+            _dps.run(args, model, images, result.masks)
     return 0
+
+
+def _read_masks(args: argparse.Namespace, model: nn.Module) -> Masks:
+    masks = common.fit_masks(Masks.load(args.masks), spec(model))
+    if masks.semantics != "drop":
+        raise UsageError(f"--dynamic needs masks with semantics drop, got {masks.semantics}")
+    return masks
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -155,6 +173,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--uniform needs --cut")
     if args.precision not in (None, "float32"):
         raise UsageError(f"--precision must be float32 in a search, got {args.precision}")
+    _dps.check(args)
     if args.weights_output is None and args.epochs > 0:
         args.weights_output = common.weights_beside(args.output)
 
@@ -175,7 +194,8 @@ def _save(
     masks, shape = result.masks, spec(model)
     if result.model is not None:
         save_weights(args.weights_output, result.model, {"model": args.model})
-    masks.save(args.output)
+    output = _dps.masks_beside(args.output) if args.dynamic else args.output
+    masks.save(output)
     values = {
         "model": args.model,
         "kept": list(masks.counts),
@@ -187,16 +207,16 @@ def _save(
         "images": len(images.dataset) - len(images.dataset.skipped),
         "skipped": len(images.dataset.skipped),
         "data": images.dataset.fingerprint,
-        "output": str(args.output),
+        "output": str(output),
         "weights": str(args.weights_output) if result.model is not None else None,
         "blocks": [vars(entry) for entry in result.report],
         "options": _options(args),
     }
     print(describe(args.model, result, values))
-    print(f"wrote {args.output}")
+    print(f"wrote {output}")
     if result.model is not None:
         print(f"wrote {args.weights_output}: the masks belong to these weights")
-    if args.json is not None:
+    if args.json is not None and not args.dynamic:
         common.write_json(args.json, values)
 
 

@@ -2,6 +2,17 @@
 
 from slimvit.search.absorb import fit_absorb
 from slimvit.search.api import Result, prune, search
+from slimvit.search.predictors import PredictorReport, fit_dps, train_dps
 from slimvit.search.scores import SCORES, LayerView
 
-__all__ = ["SCORES", "LayerView", "Result", "fit_absorb", "prune", "search"]
+__all__ = [
+    "SCORES",
+    "LayerView",
+    "PredictorReport",
+    "Result",
+    "fit_absorb",
+    "fit_dps",
+    "prune",
+    "search",
+    "train_dps",
+]

@@ -91,6 +91,7 @@ class Features:
         self._dtype = next(model.parameters()).dtype
         self._store = TensorStore(cache_bytes, directory)
         self.batches = 0
+        self._sizes: list[int] = []
         digest, count = 0, 0
         try:
             for images in tqdm(_images(loader), desc="features", disable=not progress):
@@ -109,6 +110,7 @@ class Features:
     @torch.no_grad()
     def _add(self, model: nn.Module, images: Tensor) -> None:
         x = models.embed(model, images.to(self._device, self._dtype)).transpose(0, 1).contiguous()
+        self._sizes.append(x.shape[1])
         self._keep(0, x)
         for layer, block in enumerate(models.block_parts(model), start=1):
             x = slim_block(x, block, x.shape[0])
@@ -127,6 +129,10 @@ class Features:
     def at(self, layer: int, batch: int) -> Tensor:
         """Z_layer of a batch, token-first: [N, b, D], on the model's device."""
         return self._store.get((layer, batch)).to(self._device)
+
+    def size(self, batch: int) -> int:
+        """Images of a batch."""
+        return self._sizes[batch]
 
     def set_moment(self, batch: int, moment: Tensor) -> None:
         """Keep C_t of a batch, [b, N, N]."""

@@ -100,7 +100,6 @@ def probabilities(features: Features, layer: int, batch: int, block: BlockParts)
     return attention_probabilities(q, k)
 
 
-@torch.no_grad()
 def score_layer(
     features: Features,
     index: int,
@@ -127,20 +126,52 @@ def score_layer(
     """
     total = ExactMean(tokens)
     for batch in range(features.batches):
-        above = probabilities(features, index, batch, dense[index])
-        first = index == len(dense) - 1
-        moment = last_moment(len(above), tokens, above) if first else features.moment(batch)
-        moment = step_moment(moment, above, above_kept.to(above.device))
-        features.set_moment(batch, moment)
-        view = LayerView(
-            layer=index,
-            attention=probabilities(features, index - 1, batch, dense[index - 1]),
-            inputs=features.at(index - 1, batch).transpose(0, 1),
-            paths=moment.diagonal(dim1=1, dim2=2),
-            seed=seed,
+        total.add(
+            score_batch(features, index, batch, dense, above_kept, score, tokens=tokens, seed=seed)
         )
-        total.add(_normalised(score(view), len(above), tokens, index))
     return total.mean()
+
+
+@torch.no_grad()
+def score_batch(
+    features: Features,
+    index: int,
+    batch: int,
+    dense: list[BlockParts],
+    above_kept: Tensor,
+    score: Score,
+    *,
+    tokens: int,
+    seed: int,
+) -> Tensor:
+    """Score of every token of block t for each image of a batch; moves C on to C_t.
+
+    Args:
+        features: of the dense model.
+        index: t.
+        batch: its number.
+        dense: parts of all blocks of the dense model.
+        above_kept: positions of S_{t+1}, int64: [n], or of each image its own, [b, n].
+        score: the score function.
+        tokens: N.
+        seed: handed to the score.
+
+    Returns:
+        [b, N], of sum 1 for each image.
+    """
+    above = probabilities(features, index, batch, dense[index])
+    first = index == len(dense) - 1
+    moment = last_moment(len(above), tokens, above) if first else features.moment(batch)
+    moment = step_moment(moment, above, above_kept.to(above.device))
+    features.set_moment(batch, moment)
+    view = LayerView(
+        layer=index,
+        attention=probabilities(features, index - 1, batch, dense[index - 1]),
+        inputs=features.at(index - 1, batch).transpose(0, 1),
+        paths=moment.diagonal(dim1=1, dim2=2),
+        seed=seed,
+    )
+    return _normalised(score(view), len(above), tokens, index)
 
 
 def _normalised(values: Tensor, images: int, tokens: int, index: int) -> Tensor:

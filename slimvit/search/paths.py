@@ -21,14 +21,23 @@ def step_moment(moment: Tensor, attention: Tensor, kept: Tensor) -> Tensor:
     Args:
         moment: C_{t+1}, [b, N, N].
         attention: P_{t+1}, [b, H, N, N].
-        kept: positions of S_{t+1}, [n], int64.
+        kept: positions of S_{t+1}, int64: [n], or of each image its own, [b, n].
 
     Returns:
         C_t, [b, N, N].
 
     Source: Patch Slimming (Tang et al., CVPR 2022), Eq. 6.
     """
-    rows = attention.index_select(2, kept)  # [b, H, n, N]
-    inner = moment.index_select(1, kept).index_select(2, kept)  # [b, n, n]
+    if kept.ndim == 1:
+        rows = attention.index_select(2, kept)  # [b, H, n, N]
+        inner = moment.index_select(1, kept).index_select(2, kept)  # [b, n, n]
+    else:
+        rows = _rows(attention, kept[:, None].expand(-1, attention.shape[1], -1))
+        inner = _rows(_rows(moment, kept).transpose(1, 2), kept)  # C is symmetric
     out = (rows.transpose(2, 3) @ (inner.unsqueeze(1) @ rows)).sum(1)
     return out / out.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[…, index[…, i], :], [… , n, N]."""
+    return x.gather(-2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))

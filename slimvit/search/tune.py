@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -61,16 +61,17 @@ class BlockTuner:
                     f"the loss is {loss.item()}, lower the learning rate"
                 )
             loss.backward()
-        if dist.is_initialized():
-            self._share_gradients()
+        share_gradients(self._parameters)
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
 
-    def _share_gradients(self) -> None:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        flat = torch.cat([g.reshape(-1) for g in grads])
-        dist.all_reduce(flat)
-        for parameter, part in zip(
-            self._parameters, flat.split([g.numel() for g in grads]), strict=True
-        ):
-            parameter.grad = part.view_as(parameter).clone()
+
+def share_gradients(parameters: Sequence[Tensor]) -> None:
+    """Sum the gradients over processes; a process without any adds zero."""
+    if not dist.is_initialized():
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    dist.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()

@@ -1,0 +1,354 @@
+"""DPS: the predictors by hand, what they learn, and everything that may be wrong with the input."""
+
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_search_scores import every_path
+from torch import Tensor, nn
+
+from slimvit import DPS, accelerate, apply_masks, cli, load_plan
+from slimvit.dynamic.dps import Predictor, nearest
+from slimvit.errors import DataError, MasksError, PlanError, SlimvitError, UsageError
+from slimvit.macs import gmacs
+from slimvit.masks import Masks
+from slimvit.models import block_parts, spec
+from slimvit.ops import Alive, View
+from slimvit.search import fit_dps, train_dps
+from slimvit.search.features import Features
+from slimvit.search.layer import score_batch
+from slimvit.search.paths import last_moment, step_moment
+from slimvit.search.predictors import spearman
+from slimvit.search.scores import eq6
+from slimvit.search.spread import spread_pattern
+
+COUNTS = (17, 13, 13, 9, 6, 1)
+CHOOSING = (1, 3, 4)
+
+
+def smooth_images(count: int, seed: int = 0) -> Tensor:
+    """Images whose patches differ, [count, 3, 64, 64]."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.interpolate(torch.randn(count, 3, 16, 16, generator=generator), 64)
+
+
+def masks_of(model: nn.Module, counts=COUNTS, **fields) -> Masks:
+    shape = spec(model)
+    info = {"model": shape.name, "image_size": shape.image_size} | fields
+    return Masks.from_counts(counts, shape.grid, shape.prefix, **info)
+
+
+@pytest.mark.parametrize("m, batch, width, hidden", [(1, 1, 5, 3), (7, 3, 9, 4), (63, 2, 33, 16)])
+def test_predictor_by_hand(m, batch, width, hidden):
+    torch.manual_seed(0)
+    predictor = Predictor(width, hidden).double()
+    with torch.no_grad():
+        for parameter in predictor.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    x = torch.randn(m, batch, width, dtype=torch.double)
+    got = predictor(x)
+    assert got.shape == (batch, m)
+    for b in range(batch):
+        for i in range(m):
+            t = x[i, b]
+            y = (t - t.mean()) / (t.var(correction=0) + 1e-6).sqrt()
+            y = y * predictor.norm.weight + predictor.norm.bias
+            h = predictor.down.weight @ y + predictor.down.bias
+            h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+            expected = predictor.score.weight[0] @ h + predictor.score.bias[0]
+            torch.testing.assert_close(got[b, i], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_predictors_stand_where_patches_are_pruned(tiny_vit):
+    plan = DPS(COUNTS).bind(spec(tiny_vit))
+    assert plan.pruning == CHOOSING
+    assert tuple(map(int, plan.predictors)) == CHOOSING
+    assert plan.channels == 16  # 64 / 4
+    alive = 17 + 13 + 9
+    assert plan.macs(spec(tiny_vit)) == alive * (64 * 16 + 16)
+    dense, slim = gmacs(spec(tiny_vit)), gmacs(spec(tiny_vit), plan)
+    assert slim - gmacs(spec(tiny_vit), masks_of(tiny_vit)) == pytest.approx(
+        plan.macs(spec(tiny_vit)) / 1e9
+    )
+    assert slim < dense
+    again = DPS(COUNTS).bind(spec(tiny_vit))
+    for name, value in plan.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("width, hidden", [(192, 48), (384, 96), (768, 192), (200, 48), (20, 16)])
+def test_channels_are_a_quarter_in_multiples_of_16(tiny_vit, width, hidden):
+    shape = dataclasses.replace(spec(tiny_vit), width=width)
+    assert DPS(COUNTS).bind(shape).channels == hidden
+    assert DPS(COUNTS, hidden=7).bind(shape).predictors["1"].down.out_features == 7
+
+
+@torch.no_grad()
+def test_each_image_keeps_its_highest_scores(tiny_vit):
+    slim = apply_masks(tiny_vit, DPS(COUNTS))
+    seen: dict[int, Tensor] = {}
+    for name, predictor in slim.plan.predictors.items():
+        predictor.register_forward_hook(lambda m, i, o, name=name: seen.update({int(name): o}))
+    kept = slim.kept_sets(smooth_images(3))
+    alive = torch.arange(17).expand(3, -1)
+    for layer, (places, n) in enumerate(zip(kept, COUNTS, strict=True)):
+        for b in range(3):
+            assert set(places[b].tolist()) <= set(alive[b].tolist())
+            assert places[b, 0] == 0
+        if layer in CHOOSING:
+            best = seen[layer][:, 1:].topk(n - 1).indices + 1
+            expected = alive.gather(1, best).sort(1).values
+            assert torch.equal(places[:, 1:], expected)
+        alive = places
+    assert any(not torch.equal(k[0], k[1]) for k in kept)
+
+
+def test_scores_follow_each_image_own_kept_sets(tiny_vit):
+    """The recursion with sets of each image's own, against all head paths."""
+    torch.manual_seed(1)
+    maps = [torch.rand(3, 2, 7, 7).double().softmax(-1) for _ in range(3)]
+    kept = [torch.zeros(3, 1, dtype=torch.int64)]
+    for n in (3, 5):
+        rest = torch.stack([1 + torch.randperm(6)[: n - 1].sort().values for _ in range(3)])
+        kept.append(torch.cat([torch.zeros(3, 1, dtype=torch.int64), rest], 1))
+    moment = last_moment(3, 7, maps[0])
+    for attention, index in zip(maps, kept, strict=True):
+        moment = step_moment(moment, attention, index)
+    for b in range(3):
+        booleans = [torch.zeros(7, dtype=torch.bool).index_fill(0, k[b], True) for k in kept]
+        expected = every_path([p[b : b + 1] for p in maps], booleans)
+        got = moment.diagonal(dim1=1, dim2=2)[b : b + 1]
+        torch.testing.assert_close(got, expected / expected.sum())
+
+
+@torch.no_grad()
+def true_scores(model: nn.Module, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What block t receives, [N, B, D], and its scores, [B, N], with no pruning above: t = 1 …"""
+    features, parts = Features(model, [images], cache_bytes=1 << 24, progress=False), []
+    every = torch.arange(17)
+    for index in range(5, 0, -1):
+        kept = every[:1] if index == 5 else every
+        parts.append(
+            score_batch(features, index, 0, block_parts(model), kept, eq6, tokens=17, seed=0)
+        )
+    return [features.at(t, 0) for t in range(5)], parts[::-1]
+
+
+def test_training_finds_the_ranks_of_new_images(tiny_vit):
+    """Kept counts that prune nothing above, so that the true scores need no kept sets."""
+    counts = (16, 16, 16, 16, 16, 1)
+    before = copy.deepcopy(tiny_vit.state_dict())
+    state = torch.get_rng_state()
+    plan, report = fit_dps(
+        tiny_vit, smooth_images(64).split(16), counts, epochs=15, spread=0, progress=False
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in tiny_vit.state_dict().items())
+    assert [(r.layer, r.alive, r.kept) for r in report] == [(1, 17, 16)]
+    assert report[0].loss < 0.9 and report[0].correlation > 0.3
+    inputs, scores = true_scores(tiny_vit, smooth_images(40, seed=1))
+    untrained = DPS(counts).bind(spec(tiny_vit))
+    found = {}
+    for name, of in (("trained", plan), ("untrained", untrained)):
+        with torch.no_grad():
+            predicted = of.predictors["0"](inputs[0])[:, 1:]
+        found[name] = float(spearman(predicted, scores[0][:, 1:]).mean())
+    assert found["trained"] > max(0.3, found["untrained"] + 0.1), found
+
+
+def test_training_is_the_same_twice_and_only_then(tiny_vit):
+    def weights(**options) -> Tensor:
+        plan = train_dps(
+            tiny_vit, smooth_images(6).split(4), COUNTS, epochs=2, progress=False, **options
+        )
+        return torch.cat([v.flatten() for v in plan.state_dict().values()])
+
+    first = weights(seed=3)
+    torch.manual_seed(99)
+    assert torch.equal(weights(seed=3), first)
+    assert torch.equal(weights(seed=3, cache_bytes=0), first)  # from disk
+    assert not torch.equal(weights(seed=4), first)
+    assert not torch.equal(weights(seed=3, spread=0), first)
+    assert not torch.equal(weights(seed=3, flip=False), first)
+
+
+@pytest.mark.parametrize("spread", [0, 0.7])
+def test_targets_are_the_standardised_log_scores_and_the_pattern(tiny_vit, spread, monkeypatch):
+    counts, seen = (16, 16, 16, 16, 16, 1), []
+
+    def remember(self, targets):
+        seen.append(targets)
+        return 0.0
+
+    monkeypatch.setattr("slimvit.search.predictors._Trainer.fit", remember)
+    images = smooth_images(3)
+    options = {"spread": spread, "flip": False, "progress": False}
+    fit_dps(tiny_vit, [images], counts, **options)
+    # Per-image sets above block 1 hold 16 of 17 tokens: rebuild them from the last block down.
+    features = Features(tiny_vit, [images], cache_bytes=1 << 24, progress=False)
+    kept = torch.zeros(3, 1, dtype=torch.int64)
+    for index in range(5, 0, -1):
+        s = score_batch(features, index, 0, block_parts(tiny_vit), kept, eq6, tokens=17, seed=0)
+        if index == 5:
+            kept = torch.cat([kept, 1 + s[:, 1:].topk(15).indices], 1).sort(1).values
+    wanted = s[:, 1:].log()
+    wanted = (wanted - wanted.mean(1, keepdim=True)) / wanted.std(1, keepdim=True, correction=0)
+    wanted = wanted + spread * spread_pattern((4, 4))
+    wanted = (wanted - wanted.mean(1, keepdim=True)) / wanted.std(1, keepdim=True, correction=0)
+    torch.testing.assert_close(seen[0][0], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (14, 14), (7, 20)])
+def test_pattern_spreads_what_is_kept(grid):
+    pattern = spread_pattern(grid)
+    count = grid[0] * grid[1]
+    assert pattern.shape == (count,) and len(pattern.unique()) == count
+    assert float(pattern.mean()) == pytest.approx(0, abs=1e-4)
+    assert torch.equal(pattern, spread_pattern(grid))
+    if count < 100:
+        return
+    # A third at random leaves 4/9 of neighbours on both sides of every kept patch; here far fewer.
+    kept = torch.zeros(count, dtype=torch.bool)
+    kept[pattern.topk(count // 3).indices] = True
+    kept = kept.view(grid)
+    beside = (kept & kept.roll(1, 0)).float().mean() + (kept & kept.roll(1, 1)).float().mean()
+    assert float(beside) < 0.5 * 2 / 9
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+def test_save_and_load(tiny_vit, tmp_path, absorb):
+    images, file = smooth_images(3), tmp_path / "plan.safetensors"
+    plan = DPS(COUNTS, hidden=5, absorb=absorb).bind(spec(tiny_vit))
+    plan.save(file)
+    loaded = load_plan(file)
+    assert type(loaded) is DPS and loaded.settings() == plan.settings()
+    with torch.no_grad():
+        wanted = apply_masks(tiny_vit, plan)(images)
+        assert torch.equal(apply_masks(tiny_vit, file)(images), wanted)
+        fast = accelerate(tiny_vit, file, backend="torch")(images)
+    torch.testing.assert_close(fast, wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_absorbed_patches_go_to_the_nearest_key(tiny_vit):
+    x = torch.randn(17, 2, 64)
+    block = block_parts(tiny_vit)[2]
+    view = View(Alive(x, torch.arange(17).expand(2, -1)), block, block.norm1(x), 1, 1)
+    index = torch.stack([torch.tensor([0, 2, 3, 9, 16]), torch.tensor([0, 1, 5, 6, 7])])
+    into = nearest(view, index)
+    keys = view.keys.mean(1)
+    for b in range(2):
+        pruned = [i for i in range(17) if i not in index[b].tolist()]
+        for row, i in enumerate(pruned):
+            like = [float(F.cosine_similarity(keys[b, i], keys[b, j], 0)) for j in index[b, 1:]]
+            assert into[b, row] == 1 + like.index(max(like))
+
+
+def test_what_does_not_fit_is_refused(tiny_vit, tmp_path):
+    images = smooth_images(2)
+
+    def refused(error, words, masks=COUNTS, loader=(images,), **options):
+        with pytest.raises(error, match=words):
+            fit_dps(tiny_vit, loader, masks, progress=False, **options)
+
+    refused(MasksError, "model", dataclasses.replace(masks_of(tiny_vit), model="other_vit"))
+    refused(MasksError, "semantics must be drop, got zero", masks_of(tiny_vit, semantics="zero"))
+    refused(PlanError, "one for each of 6 blocks, got 2", (17, 1))
+    refused(PlanError, "not grow", (9, 13, 13, 9, 6, 1))
+    refused(DataError, "no calibration images", loader=())
+    refused(UsageError, "epochs must be at least 1, got 0", epochs=0)
+    refused(UsageError, "lr must be .* above 0, got nan", lr=float("nan"))
+    refused(UsageError, "spread must be .* at least 0, got -1", spread=-1)
+    refused(UsageError, "score must be one of .*, got 'random'", score="random")
+    refused(PlanError, "hidden must be at least 1 channel, got 0", hidden=0)
+    refused(SlimvitError, "diverged", lr=1e30, epochs=3, masks=COUNTS)
+    plan = DPS(COUNTS).bind(spec(tiny_vit))
+    other = timm.create_model("test_vit", img_size=96, num_classes=10)
+    with pytest.raises(PlanError, match="17 tokens.*37 tokens"):
+        apply_masks(other, plan)
+    plan.save(tmp_path / "a.safetensors")
+    tensors, metadata = parts_of(tmp_path / "a.safetensors")
+    del tensors["predictors.1.down.weight"]
+    save_file(tensors, tmp_path / "b.safetensors", metadata)
+    with pytest.raises(PlanError, match=r"weights do not fit.*predictors\.1\.down\.weight"):
+        load_plan(tmp_path / "b.safetensors")
+
+
+def parts_of(path):
+    """Tensors and metadata of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+@pytest.fixture
+def prune(tiny_vit, tmp_path, monkeypatch, capsys):
+    """`slimvit prune --dynamic` on 6 images: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    save_file(tiny_vit.state_dict(), "model.safetensors")
+    noise = np.random.default_rng(0)
+    Path("images/a").mkdir(parents=True)
+    for i in range(6):
+        pixels = noise.integers(0, 255, (70, 66, 3), np.uint8)
+        Image.fromarray(pixels).save(f"images/a/{i}.png")
+    arguments = ["prune", "--model", "test_vit", "--img-size", "64", "--num-classes", "10"]
+    arguments += ["--checkpoint", "model.safetensors", "--data-dir", "images", "-b", "4"]
+    arguments += ["--device", "cpu", "--output", "plan.safetensors"]
+
+    def call(*extra):
+        return cli.main([*arguments, *extra]), *capsys.readouterr()
+
+    return call
+
+
+def test_prune_dynamic_searches_first_or_takes_masks(prune, tiny_vit):
+    flags = ("--dynamic", "--predictor-epochs", "2", "--json", "a.json")
+    status, out, error = prune(*flags, "--tolerance", "0.3")
+    assert status == 0, error
+    assert "rank correlation" in out and "wrote plan.safetensors" in out
+    masks = Masks.load("plan.masks.safetensors")
+    first = load_plan("plan.safetensors")
+    assert first.kind == "dps" and first.counts == masks.counts
+    report = json.loads(Path("a.json").read_text())
+    assert report["plan"] == "dps" and report["kept"] == list(masks.counts)
+    assert [b["layer"] for b in report["blocks"]] == [t + 1 for t in first.pruning]
+    assert report["cut"] == pytest.approx(1 - report["gmacs"] / report["dense_gmacs"])
+    status, _, error = prune(*flags, "--masks", "plan.masks.safetensors")
+    assert status == 0, error
+    again = load_plan("plan.safetensors")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in first.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--masks", "m.safetensors"], "--masks needs --dynamic"),
+        (["--spread", "1"], "--spread needs --dynamic"),
+        (["--predictor-epochs", "1"], "--predictor-epochs needs --dynamic"),
+        (["--dynamic", "--epochs", "1"], "--dynamic needs --epochs 0"),
+        (["--dynamic", "--semantics", "zero"], "--dynamic needs --semantics drop, got zero"),
+        (["--dynamic", "--score", "random"], "--score random"),
+        (["--dynamic", "--masks", "m", "--cut", "0.4"], "not allowed with"),
+        (["--dynamic", "--spread", "-1"], "--spread"),
+        (["--dynamic", "--masks", "none.safetensors"], "none.safetensors"),
+    ],
+)
+def test_prune_dynamic_refuses(prune, flags, words):
+    status, _, error = prune(*flags)
+    assert status != 0 and words in error and error.count("error: ") == 1
+    assert not Path("plan.safetensors").exists()
+
+
+def test_prune_dynamic_refuses_masks_of_other_semantics(prune, tiny_vit):
+    masks_of(tiny_vit, semantics="zero").save("zero.safetensors")
+    status, _, error = prune("--dynamic", "--masks", "zero.safetensors")
+    assert status != 0 and "semantics drop, got zero" in error
