@@ -21,6 +21,8 @@ TESTS = [
     "test_cpu_block.py",
     "test_cpu_vit.py",
     "test_slim_vit.py",
+    "test_cpu_choice.py",
+    "test_dynamic_vit.py",
     "-k",
     "not memory_does_not_grow",
 ]

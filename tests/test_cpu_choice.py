@@ -44,6 +44,10 @@ class Choosing(NamedTuple):
     sizes: bool = True
     head_tokens: int = 1
 
+    def __str__(self) -> str:
+        shape = f"{self.prefix}_{self.heads}x{self.head_dim}_{self.width}"
+        return f"{self.m}to{self.n}_{self.batch}_{shape}_{self.scores}"
+
     @property
     def block(self) -> Case:
         return Case(

@@ -19,7 +19,7 @@ from slimvit.models import spec
 from slimvit.ops import Choice, View
 from slimvit.runtime import AcceleratedViT, accelerate, apply_masks
 
-MODELS = ["deit", "deit_distilled", "deit3", "dinov2_reg4", "clip_quickgelu", "oblong", "fc_norm"]
+MODELS = ["deit", "deit_distilled", "dinov2_reg4", "oblong", "fc_norm"]
 PLANS = ["absorb", "dps", "dps_absorb"]
 FLOAT32 = 1e-5
 

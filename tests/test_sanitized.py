@@ -11,6 +11,7 @@ from slimvit import _extensions
 # Odd sizes, every option of the op, two networks, all instruction sets.
 BLOCK = "errs_no_more_than_torch and (quick_gelu or many or twice) or TestRefused"
 NETWORK = "test_float32 and (deit_distilled or oblong)"
+CHOICE = "by_its_choice and (5to3 or 63to62) or nothing_but_nan"
 OVERRUN = """
 import torch
 from slimvit import _extensions
@@ -32,7 +33,8 @@ def watched() -> None:
 
 @pytest.mark.usefixtures("watched")
 def test_kernels():
-    tests = ["test_cpu_block.py", "test_cpu_vit.py", "-k", f"{BLOCK} or {NETWORK}"]
+    files = ["test_cpu_block.py", "test_cpu_vit.py", "test_cpu_choice.py"]
+    tests = [*files, "-k", f"{BLOCK} or {NETWORK} or {CHOICE}"]
     done = run(sanitized.command(tests))
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
