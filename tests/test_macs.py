@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from slimvit.dynamic import DPS, Absorb, Static
 from slimvit.macs import cut, gmacs, paper_gmacs
 from slimvit.masks import SEMANTICS, Masks
 from slimvit.models import spec
@@ -28,6 +29,19 @@ def counted(model: nn.Module, images: torch.Tensor) -> float:
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=packed) as counter:
         model(images)
     return counter.get_total_flops() / 2 / len(images) / 1e9
+
+
+def falling(kind, model: nn.Module):
+    """A plan that keeps two thirds of the patches, then one third, then the head's tokens."""
+    shape = spec(model)
+    counts = [shape.prefix + shape.patches * k // 3 for k in (2, 1)]
+    return kind(counts=[*counts, shape.head_tokens])
+
+
+def pruning(plan) -> list[tuple[int, int]]:
+    """Tokens received and kept by the blocks that choose."""
+    pairs = zip(plan.alive, plan.counts, strict=True)
+    return [(m, n) for m, n in pairs if plan.prefix < n < m]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +73,38 @@ class TestFlopCounter:
         masks = random_masks(model, semantics)
         run = counted(apply_masks(model, masks), random_images(model, 2))
         assert gmacs(spec(model), masks) == pytest.approx(run, rel=1e-9)
+
+    @pytest.mark.parametrize("name", ["deit", "deit_distilled", "dinov2_reg4", "dinov2_swiglu"])
+    def test_a_plan_that_drops(self, name):
+        """DPS: what it computes is what the masks of its counts compute, and its predictors."""
+        model = build(name)
+        plan = falling(DPS, model)
+        slim = apply_masks(model, plan)
+        run = counted(slim, random_images(model, 2))
+        assert slim.plan.macs(spec(model)) > 0
+        assert gmacs(spec(model), slim.plan) == pytest.approx(run, rel=1e-9)
+
+    @pytest.mark.parametrize("name", ["deit", "deit_distilled", "dinov2_reg4"])
+    def test_a_plan_that_absorbs(self, name):
+        """Kernels average without products and compare each pair once; plain PyTorch does not."""
+        model = build(name)
+        slim = apply_masks(model, falling(Absorb, model))
+        shape, plan = spec(model), slim.plan
+        extra = 0
+        for m, n in pruning(plan):
+            extra += n * (m - n) * (shape.width + 1)  # averages of tokens and lengths as products
+            extra += m * m * shape.width - m * (m - 1) // 2 * shape.width  # all cosines twice
+            extra += shape.head_tokens * shape.width * shape.heads * shape.head_dim  # its queries
+        run = counted(slim, random_images(model, 2))
+        assert gmacs(shape, plan) + extra / 1e9 == pytest.approx(run, rel=1e-9)
+
+    def test_static_plan(self):
+        model = build("deit")
+        masks = random_masks(model)
+        plan = Static(masks).bind(spec(model))
+        assert gmacs(spec(model), plan) == gmacs(spec(model), masks)
+        run = counted(apply_masks(model, plan), random_images(model, 2))
+        assert gmacs(spec(model), plan) == pytest.approx(run, rel=1e-9)
 
     def test_deit_tiny(self, deit_tiny):
         model = timm.create_model("deit_tiny_patch16_224").eval()

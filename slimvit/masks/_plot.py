@@ -98,7 +98,7 @@ def plot_pyramid(masks: Masks) -> Figure:
 
 def plot_counts(counts: Sequence[int], tokens: int, title: str) -> Figure:
     """Draw how many of `tokens` each block computes, n_1 … n_L: the left half of `plot_pyramid`."""
-    figure = _figure(6.2, _height(len(counts)))
+    figure = _figure(8.6, _height(len(counts)))
     _bars(figure.subplots(), counts, tokens)
     figure.suptitle(title, color=INK, fontsize=11)
     return figure
