@@ -2,7 +2,9 @@
 
     importance_i = Σ_h mean_t softmax_j(q_t,h · k_j,h / sqrt(d) + bias_j)_i ‖v_i,h‖
     cosine_ij    = cosine of LN(x)_i and LN(x)_j
-    score_i      = importance_i · (1 - max cosine_ij),  j more important than i and no prefix token
+    score_i      = importance_i · (1 - max cosine_ij)
+
+over the patches j ahead of i in importance, among equals the earlier.
 
 Two launches: a program for each head, then one for some rows of the cosines of an image.
 """
@@ -168,7 +170,9 @@ def _absorb_scores(
         acc = acc / (norm[:, None] * tl.maximum(tl.sqrt(other_square), _TINY)[None, :])
         inside = live[:, None] & there[None, :]
         tl.store(cosine + row[:, None] * m + column[None, :], acc, mask=inside)
-        above = _sum_of_heads(parts, column, m, HEADS)[None, :] > mine[:, None]
+        theirs = _sum_of_heads(parts, column, m, HEADS)[None, :]
+        above = (theirs == mine[:, None]) & (column[None, :] < place[:, None])
+        above = (theirs > mine[:, None]) | above
         above = above & (there & (column >= prefix))[None, :]
         nearest = tl.maximum(nearest, tl.max(tl.where(above, acc, -1.0), axis=1))
     tl.store(importance + row, mine, mask=live)

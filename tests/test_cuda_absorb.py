@@ -89,14 +89,15 @@ class TestScores:
                 assert torch.equal(one[0], all_of_them[b])
 
     @devices
-    def test_twins_stand_for_each_other_in_neither_way(self, device):
+    def test_of_twins_the_first_stands_for_the_others(self, device):
         case = Case(17, 64, 2, 32, 1)
         x, q, kv, *rest = inputs(case, use(device))
         for tensor in (x, kv):
             tensor[:, 9:] = tensor[:, 8:9]
         importance, score, _ = scored(case, x, q, kv, *rest)
         assert (importance[:, 9:] == importance[:, 8:9]).all()
-        assert (score[:, 9:] == score[:, 8:9]).all()
+        assert (score[:, 9:].abs() < 1e-3 * importance[:, 9:]).all()
+        assert (score[:, 8] > 1e-2 * importance[:, 8]).all()
         x[:, 3], kv[:, 3] = x[:, 8], kv[:, 8]
         kv[:, 3, 64:] *= 4
         importance, score, _ = scored(case, x, q, kv, *rest)

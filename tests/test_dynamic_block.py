@@ -354,7 +354,8 @@ def absorb_in_loops(view: View, n: int) -> tuple[list, list, list, list]:
 
         scores = []
         for i in range(m):
-            above = [cosine(i, j) for j in range(m) if importance[j] > importance[i]]
+            ahead = [(-importance[j], j) < (-importance[i], i) for j in range(m)]
+            above = [cosine(i, j) for j in range(m) if ahead[j]]
             scores.append(importance[i] * (1 - max(above, default=-1.0)))
         order = sorted(range(prefix, m), key=lambda i: -scores[i])
         chosen = sorted([*range(prefix), *order][:n])

@@ -1,7 +1,9 @@
 // How much of each token of an image no better token stands for:
 //
 //   cosine_ij = cosine of LN(x)_i and LN(x)_j
-//   score_i   = importance_i · (1 - max cosine_ij),  j more important than i and no prefix token
+//   score_i   = importance_i · (1 - max cosine_ij)
+//
+// over the patches j ahead of i in importance, among equals the earlier.
 //
 // Two launches: that of absorb_importance.cu, then some rows of the cosines a block, with all
 // columns.
@@ -142,7 +144,8 @@ struct Cosines {
           if (i >= p.m || j >= p.m) continue;
           const float value = patch[at * kPatch + lane % 16] * (shrink[i] * by);
           cosine[std::int64_t(i) * p.m + j] = value;
-          if (j >= p.prefix && theirs > importance[i]) {
+          const bool ahead = theirs > importance[i] || (theirs == importance[i] && j < i);
+          if (j >= p.prefix && ahead) {
             nearest[s][r] = fmaxf(nearest[s][r], value);
           }
         }

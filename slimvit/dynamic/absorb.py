@@ -23,7 +23,7 @@ class Absorb(Planner):
     Of each image the tokens are kept that the class token reads and that no other stands for:
 
         importance_i = Σ_h A^h[class, i] · ‖V^h_i‖
-        score_i = importance_i · (1 − max cos(y_i, y_j)),  j more important than i,  y = LN1(x)
+        score_i = importance_i · (1 − max cos(y_i, y_j)),  j ahead of i in importance,  y = LN1(x)
 
     A pruned token goes into the kept patch of the greatest cosine, which becomes the average of
     both, weighted by importance, of their average length; it counts for √cos of its size more.
@@ -75,17 +75,23 @@ class Absorb(Planner):
         return {"cut": self.cut} if self.counts is None else super().settings()
 
     def macs(self, spec: Spec) -> int:
-        """Class attention and cosines in every block that prunes."""
+        """Class attention, and the cosine of every pair, in each block that prunes."""
         return sum(
-            m * spec.heads * spec.head_dim * spec.head_tokens + m * m * spec.width
+            m * spec.heads * spec.head_dim * spec.head_tokens + m * (m - 1) // 2 * spec.width
             for m, n in zip(self.alive, self.counts)
             if spec.prefix < n < m
         )
 
 
 def _nearest_above(cosine: Tensor, importance: Tensor) -> Tensor:
-    """Greatest cosine of each token [B, m] to one that is more important; -1 for the first."""
-    above = importance[:, None, :] > importance[:, :, None]
+    """Greatest cosine of each token [B, m] to one ahead of it in importance; -1 for the first.
+
+    Among equals the earlier is ahead, so that of two alike one stands for the other.
+    """
+    theirs, mine = importance[:, None, :], importance[:, :, None]
+    position = torch.arange(importance.shape[1], device=importance.device)
+    earlier = position < position[:, None]
+    above = (theirs > mine) | ((theirs == mine) & earlier)
     return cosine.masked_fill(~above, -1.0).amax(2)
 
 
