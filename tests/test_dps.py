@@ -6,18 +6,16 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_search_scores import every_path
 from torch import Tensor, nn
 
-from slimvit import DPS, accelerate, apply_masks, cli, load_plan
+from slimvit import DPS, accelerate, apply_masks, load_plan
 from slimvit.dynamic.dps import Predictor, nearest
 from slimvit.errors import DataError, MasksError, PlanError, SlimvitError, UsageError
 from slimvit.macs import gmacs
@@ -288,26 +286,6 @@ def parts_of(path):
     """Tensors and metadata of a safetensors file."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-@pytest.fixture
-def prune(tiny_vit, tmp_path, monkeypatch, capsys):
-    """`slimvit prune --dynamic` on 6 images: (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    save_file(tiny_vit.state_dict(), "model.safetensors")
-    noise = np.random.default_rng(0)
-    Path("images/a").mkdir(parents=True)
-    for i in range(6):
-        pixels = noise.integers(0, 255, (70, 66, 3), np.uint8)
-        Image.fromarray(pixels).save(f"images/a/{i}.png")
-    arguments = ["prune", "--model", "test_vit", "--img-size", "64", "--num-classes", "10"]
-    arguments += ["--checkpoint", "model.safetensors", "--data-dir", "images", "-b", "4"]
-    arguments += ["--device", "cpu", "--output", "plan.safetensors"]
-
-    def call(*extra):
-        return cli.main([*arguments, *extra]), *capsys.readouterr()
-
-    return call
 
 
 def test_prune_dynamic_searches_first_or_takes_masks(prune, tiny_vit):

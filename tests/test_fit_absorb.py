@@ -1,16 +1,19 @@
 """Counts of Absorb chosen by the model's answers or by a measured speed."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from slimvit.dynamic import Absorb, Shape
+from slimvit.dynamic import Absorb, Shape, load_plan
 from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
 from slimvit.macs import cut
 from slimvit.models import spec
 from slimvit.runtime import apply_masks
 from slimvit.search import absorb, fit_absorb
 
-SHAPES = (Shape(0), Shape(1), Shape(2, 1.4), Shape(3))
+SHAPES = (Shape(0), Shape(1), Shape(2, 1.6), Shape(1, 1.0, 0.6))
 
 
 @pytest.fixture
@@ -28,28 +31,29 @@ def kl(model, plan, batches):
 
 
 def test_takes_the_shape_whose_answers_stay_nearest(tiny_vit, batches):
-    plan = fit_absorb(tiny_vit, batches, cut=0.25, shapes=SHAPES, progress=False)
+    plan, trials = fit_absorb(tiny_vit, batches, cut=0.25, shapes=SHAPES, progress=False)
     shape = spec(tiny_vit)
     assert cut(shape, plan) == pytest.approx(0.25, abs=0.04)
     tried = absorb._plans(shape, 0.25, SHAPES)
     assert len(tried) > 1
     by_hand = [kl(tiny_vit, each, batches) for each in tried]
     assert plan.counts == tried[by_hand.index(min(by_hand))].counts
-    found = absorb.divergences(tiny_vit, tried, batches, progress=False)
-    assert found == pytest.approx(by_hand, rel=1e-4, abs=1e-9)
+    assert [trial.counts for trial in trials] == [each.counts for each in tried]
+    assert [trial.divergence for trial in trials] == pytest.approx(by_hand, rel=1e-4, abs=1e-9)
 
 
 def test_is_the_same_however_images_are_batched(tiny_vit, batches):
     whole = [(torch.cat(batches), torch.zeros(5))]
     one, other = (
-        fit_absorb(tiny_vit, images, cut=0.3, shapes=SHAPES, progress=False)
+        fit_absorb(tiny_vit, images, cut=0.3, shapes=SHAPES, progress=False)[0]
         for images in (batches, whole)
     )
     assert one.counts == other.counts
 
 
 def test_without_images_it_is_absorbs_own_schedule(tiny_vit):
-    plan = fit_absorb(tiny_vit, cut=0.3)
+    plan, trials = fit_absorb(tiny_vit, cut=0.3)
+    assert trials == ()
     assert plan.counts == Absorb(cut=0.3).bind(spec(tiny_vit)).counts
 
 
@@ -61,7 +65,7 @@ def test_a_speedup_takes_the_least_cut_that_reaches_it(tiny_vit, monkeypatch):
         return 1 / (1 - cut(shape, plan))
 
     monkeypatch.setattr(absorb, "measure_speedup", measured)
-    plan = fit_absorb(tiny_vit, speedup=1.25)
+    plan, _ = fit_absorb(tiny_vit, speedup=1.25)
     assert 0.2 <= cut(shape, plan) <= 0.26
     with pytest.raises(SlimvitError, match="speed-up 50 is out of reach"):
         fit_absorb(tiny_vit, speedup=50)
@@ -97,3 +101,33 @@ def test_answers_that_are_not_finite_choose_nothing(tiny_vit, batches):
     batches[1][0, 0, 0, 0] = torch.nan
     with pytest.raises(SlimvitError, match="not finite"):
         fit_absorb(tiny_vit, batches, cut=0.3, shapes=SHAPES, progress=False)
+
+
+def test_prune_absorb_writes_the_best_plan(prune, tiny_vit):
+    status, out, error = prune("--absorb", "--cut", "0.3", "--json", "a.json")
+    assert status == 0, error
+    assert "fewer MACs, choosing included" in out and "wrote plan.safetensors" in out
+    plan, report = load_plan("plan.safetensors"), json.loads(Path("a.json").read_text())
+    assert plan.kind == report["plan"] == "absorb"
+    assert report["cut"] == pytest.approx(cut(spec(tiny_vit), plan), abs=1e-6)
+    best = min(report["trials"], key=lambda trial: trial["divergence"])
+    assert list(plan.counts) == report["kept"] == best["counts"]
+    assert report["images"] == 6
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--absorb"], "--absorb needs --cut or --speedup"),
+        (["--absorb", "--tolerance", "0.1"], "--absorb needs --cut or --speedup"),
+        (["--absorb", "--cut", "0.3", "--dynamic"], "--dynamic has no meaning with --absorb"),
+        (["--absorb", "--cut", "0.3", "--epochs", "1"], "--epochs has no meaning with --absorb"),
+        (["--absorb", "--cut", "0.3", "--semantics", "zero"], "--semantics has no meaning"),
+        (["--absorb", "--cut", "0.97"], "cut must be at most"),
+    ],
+)
+def test_prune_absorb_refuses(prune, flags, words):
+    status, _, error = prune(*flags)
+    assert status in (1, 2) and words in error
+    assert error.count("\n") == 1
+    assert not Path("plan.safetensors").exists()

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimvit.cli import _dps, common
+from slimvit.cli import _absorb, _dps, common
 from slimvit.cli.common import kept_counts, number, whole_number
 from slimvit.errors import UsageError
 from slimvit.finetune import save_weights
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE.safetensors",
-        help="masks to write; with --dynamic the plan",
+        help="masks to write; with --dynamic or --absorb the plan",
     )
     parser.add_argument(
         "--weights-output",
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_budget(budget)
     _add_search(parser.add_argument_group("search"))
     _dps.add_arguments(parser, budget)
+    _absorb.add_arguments(parser)
 
 
 def _add_budget(group: argparse._MutuallyExclusiveGroup) -> None:
@@ -131,6 +132,9 @@ def run(args: argparse.Namespace) -> int:
     with common.processes(args) as shard:
         model = common.load_model(args, need_weights=True)
         images = common.load_images(args, model, shard=shard)
+        if args.absorb:
+            _absorb.run(args, model, images)
+            return 0
         if args.masks is not None:
             _dps.run(args, model, images, _read_masks(args, model))
             return 0
@@ -174,6 +178,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.precision not in (None, "float32"):
         raise UsageError(f"--precision must be float32 in a search, got {args.precision}")
     _dps.check(args)
+    _absorb.check(args)
     if args.weights_output is None and args.epochs > 0:
         args.weights_output = common.weights_beside(args.output)
 

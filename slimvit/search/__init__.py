@@ -1,6 +1,6 @@
 """The static search: Algorithm 1 of Patch Slimming, its scores, its budgets."""
 
-from slimvit.search.absorb import fit_absorb
+from slimvit.search.absorb import Trial, fit_absorb
 from slimvit.search.api import Result, prune, search
 from slimvit.search.predictors import PredictorReport, fit_dps, train_dps
 from slimvit.search.scores import SCORES, LayerView
@@ -10,6 +10,7 @@ __all__ = [
     "LayerView",
     "PredictorReport",
     "Result",
+    "Trial",
     "fit_absorb",
     "fit_dps",
     "prune",

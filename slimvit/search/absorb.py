@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,13 @@ SHAPES = tuple(
 _TRIALS = 6
 
 
+class Trial(NamedTuple):
+    """Counts that were tried, and the mean KL(dense ‖ slim) of the answers in nats."""
+
+    counts: tuple[int, ...]
+    divergence: float
+
+
 def fit_absorb(
     model: nn.Module,
     loader: Iterable | None = None,
@@ -33,7 +41,7 @@ def fit_absorb(
     speedup: float | None = None,
     shapes: Iterable[Shape] = SHAPES,
     progress: bool = True,
-) -> Absorb:
+) -> tuple[Absorb, tuple[Trial, ...]]:
     """An `Absorb` whose counts are chosen by what the model answers, or by a measured speed.
 
     With images, those counts are taken among the `shapes` whose answers stay nearest to the dense
@@ -50,7 +58,7 @@ def fit_absorb(
         progress: show progress on stderr (rank 0 only).
 
     Returns:
-        A plan with fixed counts, bound to the model's shape.
+        A plan with fixed counts, bound to the model's shape, and what was tried on the images.
 
     Raises:
         UsageError: neither or both of `cut` and `speedup`, or out of range.
@@ -65,10 +73,11 @@ def fit_absorb(
     if cut is None:
         cut = _cut_for(model, shape, speedup, _first(model, shape, loader))
     plans = _plans(shape, cut, shapes if loader is not None else [Shape()])
-    if loader is None or len(plans) == 1:
-        return plans[0]
+    if loader is None:
+        return plans[0], ()
     found = divergences(model, plans, loader, progress=progress)
-    return plans[int(torch.tensor(found).argmin())]
+    trials = [Trial(plan.counts, value) for plan, value in zip(plans, found)]
+    return plans[found.index(min(found))], tuple(trials)
 
 
 @torch.inference_mode()

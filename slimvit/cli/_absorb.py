@@ -1,0 +1,103 @@
+"""`slimvit prune --absorb`: counts for Absorb, by what the images are answered or by speed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from slimvit.cli import common
+from slimvit.dynamic import Absorb
+from slimvit.errors import UsageError
+from slimvit.macs import cut, gmacs
+from slimvit.models import spec
+from slimvit.search import Trial, fit_absorb
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimvit.data import Batches
+
+# Flags of the search and of DPS, with the values that stand for "not given".
+_OTHERS = {
+    "masks": None,
+    "dynamic": False,
+    "uniform": False,
+    "epochs": 0,
+    "score": "eq6",
+    "semantics": "drop",
+    "weights_output": None,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --absorb."""
+    parser.add_argument_group("absorb").add_argument(
+        "--absorb",
+        action="store_true",
+        help="with --cut or --speedup: find how many tokens each block should keep where the "
+        "others are absorbed; OUTPUT is then a plan",
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse flags that have no meaning together.
+
+    Raises:
+        UsageError: --absorb without a budget of its own, or with a flag of another search.
+    """
+    if not args.absorb:
+        return
+    for flag, absent in _OTHERS.items():
+        if getattr(args, flag) != absent:
+            raise UsageError(f"--{flag.replace('_', '-')} has no meaning with --absorb")
+    if args.cut is None and args.speedup is None:
+        raise UsageError("--absorb needs --cut or --speedup")
+
+
+def run(args: argparse.Namespace, model: nn.Module, images: Batches) -> None:
+    """Find the counts, save the plan, print a table, write the JSON."""
+    start = time.perf_counter()
+    plan, trials = fit_absorb(
+        model, images, cut=args.cut, speedup=args.speedup, progress=sys.stderr.isatty()
+    )
+    if not common.is_first():
+        return
+    plan.save(args.output)
+    shape = spec(model)
+    values = {
+        "model": args.model,
+        "plan": plan.kind,
+        "kept": list(plan.counts),
+        "cut": cut(shape, plan),
+        "seconds": time.perf_counter() - start,
+        "gmacs": gmacs(shape, plan),
+        "dense_gmacs": gmacs(shape),
+        "images": len(images.dataset) - len(images.dataset.skipped),
+        "skipped": len(images.dataset.skipped),
+        "data": images.dataset.fingerprint,
+        "output": str(args.output),
+        "trials": [trial._asdict() for trial in trials],
+    }
+    print(describe(plan, trials, values))
+    print(f"wrote {args.output}")
+    if args.json is not None:
+        common.write_json(args.json, values)
+
+
+def describe(plan: Absorb, trials: tuple[Trial, ...], values: dict[str, Any]) -> str:
+    """A table with one row for each schedule tried, the best first, and the cut in a line."""
+    rows = [
+        (",".join(map(str, trial.counts)), f"{trial.divergence:.4f}")
+        for trial in sorted(trials, key=lambda trial: trial.divergence)
+    ]
+    return "\n".join(
+        [
+            common.table(rows, ("kept", "KL(dense, slim)")),
+            "",
+            f"{100 * values['cut']:.1f} % fewer MACs, choosing included: {values['gmacs']:.3f} G "
+            f"of {values['dense_gmacs']:.3f} G an image; {values['images']} images, "
+            f"{values['seconds']:.0f} s",
+        ]
+    )
