@@ -337,8 +337,3 @@ class TestRefused:
             SlimvitError, match=f"back end triton does not compute this model: {message}"
         ):
             accelerate(model_of("deit"), plan, backend="triton")
-
-    def test_kernels_that_are_not_there(self, monkeypatch):
-        monkeypatch.delattr(kernels, "absorb_merge")
-        with pytest.raises(SlimvitError, match="back end triton has no absorb_merge"):
-            fast_of("deit", "falling")

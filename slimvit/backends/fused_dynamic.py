@@ -172,16 +172,6 @@ def predicted_tokens(
         return kernels.top_tokens(hidden, n, prefix, weight=part.score)
 
 
-def why_not(backend: str) -> str | None:
-    """Why a back end's kernels choose no tokens, or None if they do."""
-    missing = [
-        name
-        for name in ("absorb_scores", "absorb_select", "absorb_merge", "top_tokens")
-        if not hasattr(kernel_set(backend), name)
-    ]
-    return f"back end {backend} has no {', '.join(missing)}" if missing else None
-
-
 def _check_choice(backend: str, n: int, m: int, prefix: int) -> None:
     rule = f"n must be more than the {prefix} prefix tokens and less than m = {m}"
     require(backend, prefix < n < m, rule, n)

@@ -1,6 +1,6 @@
 """The operations of a slimmed transformer, each defined by its reference in plain PyTorch."""
 
-from slimvit.ops.choosers import AbsorbParts, ChooserParts, PredictorParts, why_not_compiled
+from slimvit.ops.choosers import AbsorbParts, ChooserParts, PredictorParts, why_not_chosen
 from slimvit.ops.dynamic_block import (
     Alive,
     Choice,
@@ -12,7 +12,7 @@ from slimvit.ops.dynamic_block import (
 )
 from slimvit.ops.dynamic_vit import DynamicNetwork, pack_chooser
 from slimvit.ops.folded_block import FoldedBlock
-from slimvit.ops.fused_dynamic import FusedDynamicNetwork, why_not_chosen
+from slimvit.ops.fused_dynamic import FusedDynamicNetwork
 from slimvit.ops.fused_vit import FusedBlock, FusedNetwork, why_not_fused
 from slimvit.ops.network import NetworkParts
 from slimvit.ops.scatter_tokens import scatter_tokens
@@ -34,7 +34,6 @@ __all__ = [
     "DynamicNetwork",
     "PredictorParts",
     "pack_chooser",
-    "why_not_compiled",
     "Choice",
     "View",
     "absorb_tokens",

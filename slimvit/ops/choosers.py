@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -13,7 +14,7 @@ class AbsorbParts(NamedTuple):
     """Tokens that are attended to and that no other stands for are kept, the others go into them.
 
         importance_i = Σ_h A^h[head tokens, i] · ‖V^h_i‖
-        score_i = size_i · importance_i · (1 − max cos(k_i, k_j)),  j more important than i
+        score_i = importance_i · (1 − max cos(y_i, y_j)),  j ahead of i in importance,  y = LN1(x)
 
     Attributes:
         head_tokens: leading tokens that the head reads.
@@ -44,14 +45,23 @@ class PredictorParts(NamedTuple):
 ChooserParts = AbsorbParts | PredictorParts
 
 
-def why_not_compiled(parts: ChooserParts) -> str | None:
-    """Why no compiled kernel chooses as a planner does in a block, or None if they do."""
-    if isinstance(parts, AbsorbParts):
-        return None
+def why_not_chosen(choosers: Sequence[ChooserParts | None], backend: str) -> str | None:
+    """Why the kernels of a back end do not choose tokens like this, or None if they do."""
+    for number, parts in enumerate(choosers, 1):
+        reason = _why_not(parts, backend) if isinstance(parts, PredictorParts) else None
+        if reason is not None:
+            return f"block {number}: {reason}"
+    return None
+
+
+def _why_not(parts: PredictorParts, backend: str) -> str | None:
     if layer_norm_of(parts.norm) is None:
         return f"its predictor's norm is {type(parts.norm).__name__}, not LayerNorm with weights"
     if activation_name(parts.act) is None:
         return f"its predictor's activation is {type(parts.act).__name__}, not GELU or QuickGELU"
+    if backend != "cpu":
+        absorbs = "the tokens that its predictor prunes are absorbed"
+        return absorbs if parts.absorb else None
     if parts.down.out_features % 16:
         return f"its predictor's channels must be a multiple of 16, got {parts.down.out_features}"
     return None

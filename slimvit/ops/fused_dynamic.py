@@ -197,24 +197,3 @@ class FusedDynamicNetwork(FusedNetwork):
                 x, stats, sizes, which = block(x, stats, sizes, n, self.prefix)
             kept.append(which)
         return self.norm(x), kept
-
-
-def why_not_chosen(choosers: Sequence[ChooserParts | None], backend: str = "triton") -> str | None:
-    """Why the GPU kernels of a back end do not choose tokens like this, or None if they do."""
-    for number, chooser in enumerate(choosers, 1):
-        reason = None
-        if isinstance(chooser, PredictorParts):
-            reason = _why_not_predicted(chooser)
-        if reason is not None:
-            return f"block {number}: {reason}"
-    return fused_dynamic.why_not(backend)
-
-
-def _why_not_predicted(parts: PredictorParts) -> str | None:
-    if parts.absorb:
-        return "the tokens that its predictor prunes are absorbed"
-    if layer_norm_of(parts.norm) is None:
-        return f"its predictor's norm is {type(parts.norm).__name__}, not LayerNorm with weights"
-    if activation_name(parts.act) is None:
-        return f"its predictor's activation is {type(parts.act).__name__}, not GELU or QuickGELU"
-    return None

@@ -17,10 +17,11 @@ from slimvit.ops import NetworkParts, why_not_fused, why_not_packed
 from slimvit.runtime.accelerated import AcceleratedViT, dtype_name
 from slimvit.runtime.apply_masks import apply_masks
 from slimvit.runtime.blockwise import BlockwiseViT
+from slimvit.runtime.choosers import choosers_of
 from slimvit.runtime.fused import FusedViT
-from slimvit.runtime.fused_dynamic import FusedDynamicViT, fused_choosers
+from slimvit.runtime.fused_dynamic import FusedDynamicViT
 from slimvit.runtime.packed import PackedViT
-from slimvit.runtime.packed_dynamic import PackedDynamicViT, choosers_of
+from slimvit.runtime.packed_dynamic import PackedDynamicViT
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -99,7 +100,7 @@ def accelerate(
     elif plan is None:
         fast = FusedViT(folded, parts, dtype, backend, shape)
     else:
-        choosers = fused_choosers(plan, backend)
+        choosers = choosers_of(plan, backend)
         fast = FusedDynamicViT(folded, plan, choosers, parts, dtype, backend, shape)
     fast.eval().requires_grad_(False)
     for size in batch_sizes or ([1] if backend == "triton" and token.is_cuda else []):
@@ -109,12 +110,9 @@ def accelerate(
 
 def why_not_dynamic(plan: Planner, backend: str) -> str | None:
     """Why the kernels of a back end do not choose tokens as a plan does, or None if they do."""
-    if backend == "cpu":
-        if not plan.chooses:
-            return None  # what acts between blocks alone needs no kernels of its own
-        choosers = choosers_of(plan)
-    else:
-        choosers = fused_choosers(plan, backend)
+    if backend == "cpu" and not plan.chooses:
+        return None  # what acts between blocks alone needs no kernels of its own
+    choosers = choosers_of(plan, backend)
     return choosers if isinstance(choosers, str) else None
 
 
@@ -130,7 +128,7 @@ def _packed(
         return PackedViT(folded, parts, dtype, shape)
     if not plan.chooses:
         return BlockwiseViT(slim, parts, dtype, shape)
-    return PackedDynamicViT(folded, plan, choosers_of(plan), parts, dtype, shape)
+    return PackedDynamicViT(folded, plan, choosers_of(plan, "cpu"), parts, dtype, shape)
 
 
 def _dense(spec: models.Spec) -> Masks:

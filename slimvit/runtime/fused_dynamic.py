@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from slimvit.dynamic import Planner
-from slimvit.ops import ChooserParts, FusedDynamicNetwork, NetworkParts, why_not_chosen
+from slimvit.ops import ChooserParts, FusedDynamicNetwork, NetworkParts
 from slimvit.runtime.accelerated import AcceleratedViT
 from slimvit.runtime.fused import FusedViT
 
@@ -17,7 +17,7 @@ class FusedDynamicViT(FusedViT):
     Args:
         network: the dense network, folded; taken apart.
         plan: the bound plan.
-        choosers: how each of its blocks chooses; see `fused_choosers`.
+        choosers: how each of its blocks chooses; see `choosers_of`.
         parts: the dense network.
         dtype: what it computes in.
         backend: whose kernels, "triton" or "cuda".
@@ -52,17 +52,3 @@ class FusedDynamicViT(FusedViT):
     def kept_sets(self, images: Tensor) -> list[Tensor]:
         """Places of the tokens that each block keeps of images [B, C, H, W]: L of [B, n], int64."""
         return self.fused.with_places(self._checked(images))[1]
-
-
-def fused_choosers(plan: Planner, backend: str) -> list[ChooserParts | None] | str:
-    """How each block of a plan chooses, None where it keeps the first; or why no kernel does."""
-    reason = f"{backend} has no kernels for the planner {plan.kind or type(plan).__name__} yet"
-    if plan.acts_before:
-        return reason
-    found: list[ChooserParts | None] = []
-    for layer, (m, n) in enumerate(zip(plan.alive, plan.counts, strict=True)):
-        chooses = plan.prefix < n < m
-        found.append(plan.parts(layer) if chooses else None)
-        if chooses and found[-1] is None:
-            return reason
-    return why_not_chosen(found, backend) or found

@@ -11,7 +11,6 @@ from slimvit.ops import (
     DynamicNetwork,
     NetworkParts,
     scatter_tokens,
-    why_not_compiled,
 )
 from slimvit.runtime.accelerated import AcceleratedViT
 from slimvit.runtime.packed import PackedViT
@@ -54,20 +53,3 @@ class PackedDynamicViT(PackedViT):
     def kept_sets(self, images: Tensor) -> list[Tensor]:
         """Places of the tokens that each block keeps of images [B, C, H, W]: L of [B, n], int64."""
         return self.packed.kept(self._cast_images(images))[1]
-
-
-def choosers_of(plan: Planner) -> list[ChooserParts | None] | str:
-    """How each block of a bound plan chooses, None where it keeps the first; or why not in C++."""
-    reason = f"cpu has no kernels for the planner {plan.kind or type(plan).__name__} yet"
-    if plan.acts_before:
-        return reason
-    choosers: list[ChooserParts | None] = []
-    for layer, (m, n) in enumerate(zip(plan.alive, plan.counts, strict=True)):
-        chooses = plan.prefix < n < m
-        parts = plan.parts(layer) if chooses else None
-        if chooses and parts is None:
-            return reason
-        if parts is not None and (why := why_not_compiled(parts)) is not None:
-            return f"block {layer + 1}: {why}"
-        choosers.append(parts)
-    return choosers
