@@ -22,7 +22,7 @@ from slimvit.macs import gmacs
 from slimvit.masks import Masks
 from slimvit.models import block_parts, spec
 from slimvit.ops import Alive, View
-from slimvit.search import fit_dps, train_dps
+from slimvit.search import TrueScores, fit_dps, train_dps
 from slimvit.search.features import Features
 from slimvit.search.layer import score_batch
 from slimvit.search.paths import last_moment, step_moment
@@ -162,6 +162,29 @@ def test_training_finds_the_ranks_of_new_images(tiny_vit):
             predicted = of.predictors["0"](inputs[0])[:, 1:]
         found[name] = float(spearman(predicted, scores[0][:, 1:]).mean())
     assert found["trained"] > max(0.3, found["untrained"] + 0.1), found
+
+
+@torch.no_grad()
+def test_true_scores_keep_what_each_image_needs(tiny_vit):
+    images = smooth_images(3)
+    slim = apply_masks(tiny_vit, TrueScores(COUNTS))
+    with pytest.raises(PlanError, match="look at these images first"):
+        slim(images)
+    slim.plan.look(tiny_vit, images)
+    with pytest.raises(PlanError, match="look at these images first"):
+        slim(images[:2])
+    kept, scores = slim.kept_sets(images), slim.plan.scores
+    assert scores.shape == (5, 3, 17)
+    torch.testing.assert_close(scores.sum(2), torch.ones(5, 3))
+    for b in range(3):
+        alive = set(range(17))
+        for layer, n in enumerate(COUNTS[:-1]):
+            best = sorted(alive - {0}, key=lambda i: -float(scores[layer, b, i]))[: n - 1]
+            alive = {0, *best} if n < len(alive) else alive
+            assert set(kept[layer][b].tolist()) == alive
+    # One image alone has the same scores: nothing leaks from its neighbours.
+    slim.plan.look(tiny_vit, images[1:2])
+    torch.testing.assert_close(slim.plan.scores[:, 0], scores[:, 1], rtol=1e-4, atol=1e-6)
 
 
 def test_training_is_the_same_twice_and_only_then(tiny_vit):

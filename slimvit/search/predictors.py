@@ -17,15 +17,14 @@ from slimvit.dynamic import DPS
 from slimvit.errors import MasksError, SlimvitError, UsageError
 from slimvit.masks import Masks
 from slimvit.models import Spec
-from slimvit.ops import top
 from slimvit.search.features import Features
-from slimvit.search.layer import score_batch
+from slimvit.search.image_scores import block_scores
 from slimvit.search.reduce import ExactMean, all_sum, rank, world_size
 from slimvit.search.scores import SCORES, Score
 from slimvit.search.spread import spread_pattern
 from slimvit.search.tune import share_gradients
 
-EPOCHS = 12
+EPOCHS = 40
 SPREAD = 1.0
 _TINY = 1e-20  # of an image's total score: what the logarithm of a score of zero is taken of
 
@@ -68,7 +67,7 @@ def fit_dps(
     *,
     score: str | Score = "eq6",
     epochs: int = EPOCHS,
-    lr: float = 3e-3,
+    lr: float = 1e-2,
     spread: float = SPREAD,
     hidden: int | None = None,
     absorb: bool = False,
@@ -148,30 +147,14 @@ def _blocks(
     progress: bool,
 ) -> Iterator[PredictorReport]:
     """Score and fit the blocks L - 1 … 1."""
-    spec, parts = plan.spec, models.block_parts(dense)
-    device = parts[0].qkv.weight.device
-    plan.to(device).float()
-    first = torch.arange(spec.head_tokens, device=device)
-    kept = [first.expand(features.size(b), -1) for b in range(features.batches)]
-    pattern = settings.spread * spread_pattern(spec.grid)
-    bar = tqdm(range(spec.depth - 1, 0, -1), desc="predictors", unit="block", disable=not progress)
-    for index in bar:
-        targets = []
-        for batch in range(features.batches):
-            values = score_batch(
-                features,
-                index,
-                batch,
-                parts,
-                kept[batch],
-                score,
-                tokens=spec.tokens,
-                seed=settings.seed,
-            )
-            kept[batch] = _nested(values, kept[batch], plan.counts[index - 1], spec.prefix)
-            targets.append(values[:, spec.prefix :].cpu())
+    plan.to(next(dense.parameters()).device).float()
+    spec, pattern = plan.spec, settings.spread * spread_pattern(plan.grid)
+    scored = block_scores(dense, features, spec, plan.counts, score, settings.seed)
+    bar = tqdm(scored, desc="predictors", total=spec.depth - 1, unit="block", disable=not progress)
+    for index, scores in bar:
         if index - 1 not in plan.pruning:
             continue
+        targets = [values[:, spec.prefix :].cpu() for values in scores]
         trainer = _Trainer(plan.predictors[str(index - 1)], features, index, spec, settings)
         wanted = [_standardised(t.clamp(min=_TINY).log()) + pattern for t in targets]
         loss = trainer.fit([_standardised(t) for t in wanted])
@@ -261,11 +244,6 @@ def _standardised(values: Tensor) -> Tensor:
     """[b, n], of mean 0 and standard deviation 1 in each image."""
     values = values - values.mean(1, keepdim=True)
     return (values / values.std(1, keepdim=True, correction=0).clamp(min=1e-6)).float()
-
-
-def _nested(scores: Tensor, above: Tensor, n: int, prefix: int) -> Tensor:
-    """S_t of each image, [b, n]: S_{t+1}, then the prefix tokens, then the best scores."""
-    return top(scores.scatter(1, above, torch.inf), n, prefix)
 
 
 def _mirrored(loader: Iterable) -> Iterator[Tensor]:
