@@ -7,7 +7,8 @@ import pickle
 import pytest
 import timm
 import torch
-from references import MODELS, build, off, random_images, random_masks
+from references import MODELS, build, off, random_images, random_masks, randomise
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from slimvit import Absorb, Planner, accelerate, apply_masks, load_plan
@@ -333,17 +334,24 @@ class TestTraining:
             assert parameter.grad.isfinite().all(), key
             assert parameter.grad.abs().sum() > 0, key
 
-    def test_gradients_are_right(self):
-        model, slim = pair("absorb")
+    @pytest.mark.parametrize("kind", ["absorb", "reverse"])
+    def test_gradients_are_right(self, kind):
+        """Steps are large for what absorbs, since importance is float32, and small for the rest."""
+        model = VisionTransformer(
+            img_size=16, patch_size=4, embed_dim=8, depth=3, num_heads=2, num_classes=2
+        )
+        randomise(model).double()
+        slim = apply_masks(model, plans(model)[kind])
         images = random_images(model, 1).requires_grad_()
-        parameters = dict(slim.named_parameters())
+        parameters = {k: v for k, v in slim.named_parameters() if not k.startswith("plan.")}
 
         def run(images: Tensor, *values: Tensor) -> Tensor:
             given = dict(zip(parameters, values, strict=True))
             return torch.func.functional_call(slim, given, (images,))
 
         inputs = (images, *parameters.values())
-        assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+        options = {"eps": 1e-3, "rtol": 1e-2} if kind == "absorb" else {}
+        assert torch.autograd.gradcheck(run, inputs, fast_mode=True, **options)
 
     @pytest.mark.parametrize("kind", ["absorb", "largest"])
     def test_checkpointing_has_the_same_gradients(self, kind):
@@ -503,7 +511,7 @@ class TestAbsorb:
         plan = Absorb(cut=wanted).bind(shape)
         found = cut(shape, plan)
         assert wanted <= found < wanted + 0.02
-        assert plan.counts[:2] == (shape.tokens,) * 2
+        assert plan.counts[0] == shape.tokens
         assert plan.counts[-1] == shape.head_tokens
         assert plan.bind(shape).counts == plan.counts
         assert Absorb(counts=plan.counts).bind(shape).counts == plan.counts
@@ -522,14 +530,16 @@ class TestAbsorb:
             with pytest.raises(PlanError, match="give one of cut and counts"):
                 Absorb(**arguments)
 
-    def test_every_token_goes_somewhere(self):
+    def test_sizes_grow_by_what_is_absorbed(self):
         model = build("deit")
         slim = apply_masks(model, Absorb(counts=[12, 6, 5]))
         with torch.no_grad():
-            alive = slim.trace(random_images(model, 3))[1][-1]
-        assert torch.equal(alive.size.sum(1), torch.full((3,), 17.0))
-        assert (alive.size[:, 0] == 1).all()  # nothing goes into the class token
-        assert (alive.size >= 1).all()
+            left = slim.trace(random_images(model, 3))[1]
+        for alive in left:
+            assert (alive.size[:, 0] == 1).all()  # nothing goes into the class token
+            assert (alive.size >= 1).all()
+            assert (alive.size.sum(1) <= 17).all()  # a token counts for itself at most
+            assert (alive.size.sum(1) > alive.size.shape[1]).all()
 
 
 class TestStatic:
