@@ -203,6 +203,25 @@ def test_training_is_the_same_twice_and_only_then(tiny_vit):
     assert not torch.equal(weights(seed=3, flip=False), first)
 
 
+def process(rank: int, folder: str, model, batches) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meet"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    plan = train_dps(model, batches[rank::2], COUNTS, epochs=2, progress=False)
+    plan.save(f"{folder}/{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_the_predictors_of_one(tiny_vit, tmp_path):
+    batches = smooth_images(6).split(2)  # three: one process has two, the other one
+    torch.multiprocessing.spawn(process, (str(tmp_path), tiny_vit, batches), nprocs=2)
+    wanted = train_dps(tiny_vit, batches, COUNTS, epochs=2, progress=False).state_dict()
+    first, second = (load_plan(tmp_path / f"{rank}.safetensors").state_dict() for rank in (0, 1))
+    for name, value in wanted.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("spread", [0, 0.7])
 def test_targets_are_the_standardised_log_scores_and_the_pattern(tiny_vit, spread, monkeypatch):
     counts, seen = (16, 16, 16, 16, 16, 1), []

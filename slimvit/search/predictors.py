@@ -53,6 +53,7 @@ class _Settings(NamedTuple):
     lr: float
     spread: float
     seed: int
+    views: int
 
 
 def train_dps(model: nn.Module, loader: Iterable, masks: Masks, **options: object) -> DPS:
@@ -122,7 +123,7 @@ def fit_dps(
     Source: Patch Slimming (Tang et al., CVPR 2022), section 4.4.
     """
     spec = models.spec(model)
-    settings = _Settings(epochs, lr, spread, seed)
+    settings = _Settings(epochs, lr, spread, seed, 2 if flip else 1)
     score = _check(score, epochs, lr, spread)
     plan = DPS(_counts(masks, spec), hidden=hidden, absorb=absorb).bind(spec)
     dense = copy.deepcopy(model).eval().requires_grad_(False)
@@ -182,6 +183,7 @@ class _Trainer:
             torch.manual_seed(seed)
             for module in (predictor.norm, predictor.down, predictor.score):
                 module.reset_parameters()
+        nn.init.zeros_(predictor.score.bias)  # the same for all tokens: nothing to learn
 
     def scores(self, batch: int) -> Tensor:
         """Predicted scores of the patches, [b, N - prefix]."""
@@ -192,7 +194,8 @@ class _Trainer:
         """Train; the mean loss of the last epoch."""
         epochs, lr = self._settings.epochs, self._settings.lr
         total = int(all_sum(torch.tensor([len(targets)], dtype=torch.int64)))
-        parameters = list(self._predictor.parameters())
+        bias = self._predictor.score.bias
+        parameters = [p for p in self._predictor.parameters() if p is not bias]
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, lr, total_steps=max(2, epochs * total)
@@ -201,7 +204,7 @@ class _Trainer:
         for epoch in range(epochs):
             for number in torch.randperm(total, generator=self._generator).tolist():
                 optimizer.zero_grad(set_to_none=True)
-                batch = number // world_size() if number % world_size() == rank() else None
+                batch = self._own(number)
                 if batch is not None:
                     losses = self._losses(batch, targets[batch])
                     losses.mean().backward()
@@ -211,6 +214,15 @@ class _Trainer:
                 optimizer.step()
                 schedule.step()
         return float(mean.mean())
+
+    def _own(self, number: int) -> int | None:
+        """This process's number of a batch of all processes; None where another has it.
+
+        Whole batches of the loader go round the processes, each with its mirror image.
+        """
+        views = self._settings.views
+        batch, view = divmod(number, views)
+        return batch // world_size() * views + view if batch % world_size() == rank() else None
 
     def _losses(self, batch: int, target: Tensor) -> Tensor:
         """Mean squared error of each image, [b]."""
