@@ -23,7 +23,7 @@ from slimvit.bench._machine import commit
 from slimvit.data import ImageFolder, image_transform, loader
 from slimvit.evaluate import evaluate
 from slimvit.finetune import finetune
-from slimvit.search import Result, search
+from slimvit.search import Result, search, train_dps
 
 COLUMNS = (
     *("model", "method", "score", "tolerance", "block_epochs", "finetune_epochs", "semantics"),
@@ -74,6 +74,14 @@ class Experiments:
         bound = plan.bind(spec)
         return Planned(bound, macs.cut(spec, bound)), time.perf_counter() - start
 
+    def predicted(self, seed: int) -> tuple[Planned, float]:
+        """DPS trained on all calibration images."""
+        start, spec = time.perf_counter(), models.spec(self.model)
+        masks = Masks.from_counts(self.first_counts(), spec.grid, spec.prefix)
+        images = loader(self.images(self.args.calibrate), 16)
+        plan = train_dps(self.model, images, masks, seed=seed).bind(spec)
+        return Planned(plan, macs.cut(spec, plan)), time.perf_counter() - start
+
     def add(
         self,
         method: str,
@@ -120,10 +128,16 @@ class Experiments:
 
     def all(self) -> None:
         """Every experiment of the tables in the README."""
+        if not self.args.plans_only:
+            self.searches()
+        self.plans()
+
+    def plans(self) -> None:
+        """Absorb at three cuts, and DPS with the counts of the first search."""
         for cut in CUTS:
             self.add(f"absorb {cut}", lambda c=cut: self.planned(Absorb(cut=c)), score="absorb")
-        if not self.args.absorb_only:
-            self.searches()
+        for seed in range(3):
+            self.add(f"dps, seed {seed}", lambda s=seed: self.predicted(s), tolerance=0.02)
 
     def searches(self) -> None:
         """Algorithm 1, its ablations, and fine-tuning."""
@@ -221,9 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibrate", default="0:250", help="images of the search (default 0:250)")
     parser.add_argument("--validate", default="250:500", help="held-out images (default 250:500)")
     parser.add_argument("--samples", type=int, default=128, help="images a search looks at")
-    parser.add_argument(
-        "--absorb-only", action="store_true", help="no searches: minutes, not hours"
-    )
+    parser.add_argument("--plans-only", action="store_true", help="no searches: minutes, not hours")
     here = Path(__file__).parent / "results" / "accuracy.csv"
     parser.add_argument("--output", type=Path, default=here)
     Experiments(parser.parse_args(argv)).all()
