@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import slimvit
 from slimvit import bench, cli, models
-from slimvit.bench import LatencyTable, _latency, keep_for_latency, latency_table, plan_for_latency
+from slimvit.bench import LatencyTable, _target, keep_for_latency, latency_table, plan_for_latency
 from slimvit.bench._latency import Row
 from slimvit.errors import PlanError, SlimvitError, UsageError
 
@@ -95,7 +95,7 @@ def test_shares_are_corrected_by_what_they_took(shape, monkeypatch):
         asked.append(plan)
         return 1.2 * table.predict(plan) + 0.3
 
-    monkeypatch.setattr(_latency, "measure_latency", slower)
+    monkeypatch.setattr(_target, "measure_latency", slower)
     model = models.create("deit_tiny_patch16_224")
     plan, took = plan_for_latency(model, table, 15.0)
     assert took == pytest.approx(15.0, rel=0.03) and asked[-1] is plan
@@ -118,7 +118,7 @@ def test_measured_table(tiny_vit, backend, tmp_path):
     path = tmp_path / "table.json"
     path.write_text(json.dumps(table.to_json()))
     assert LatencyTable.load(path) == table
-    took = _latency.measure_latency(
+    took = _target.measure_latency(
         tiny_vit, slimvit.SPViT((0.5,), stages=(2,)), table, seconds=0.01
     )
     assert took > 0

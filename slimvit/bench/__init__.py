@@ -8,18 +8,12 @@ No runtime is timed whose logits do not match the reference.
 
 from slimvit.bench._csv import CSV_COLUMNS, append_csv, check_csv
 from slimvit.bench._keep import format_keep, parse_keep
-from slimvit.bench._latency import (
-    LatencyTable,
-    keep_for_latency,
-    latency_table,
-    measure_latency,
-    plan_for_latency,
-    time_calls,
-)
+from slimvit.bench._latency import LatencyTable, latency_table, time_calls
 from slimvit.bench._machine import commit, device_name
 from slimvit.bench._report import Report, Row
 from slimvit.bench._run import bench
 from slimvit.bench._runtimes import RUNTIMES, Runtime, Setting, Workload, openvino_core
+from slimvit.bench._target import keep_for_latency, measure_latency, plan_for_latency
 from slimvit.bench._verify import TOLERANCES
 
 __all__ = [

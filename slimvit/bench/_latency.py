@@ -1,4 +1,4 @@
-"""Block latency against the share of kept patches, measured; and the shares that meet a target."""
+"""Block latency against the share of kept patches, measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slimvit.bench import _machine
 from slimvit.bench._rounds import measure
 from slimvit.bench._run import _threads
 from slimvit.dynamic import Alive, SPViT
-from slimvit.errors import PlanError, UsageError
+from slimvit.errors import UsageError
 from slimvit.export import sample_images
 from slimvit.models import Spec, spec
 from slimvit.runtime import AcceleratedViT, accelerate
@@ -27,8 +27,6 @@ from slimvit.runtime.blockwise import BlockwiseViT
 
 FORMAT, VERSION = "slimvit-latency", 1
 RATIOS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-_LEAST, _MOST = 0.3, 0.999
-"""Bounds of what one stage keeps of what it receives."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ def latency_table(
         raise UsageError(f"the model must have three blocks or more, got {shape.depth}")
     options = {"backend": backend, "precision": precision}
     probe = accelerate(model, SPViT((0.5,), stages=(0,)), **options)
-    wholes = [SPViT((1.0,)), SPViT([0.7**i for i in _exponents(shape)])]
+    wholes = [SPViT((1.0,)), SPViT([0.7**i for i in falls(shape)])]
     whole = [accelerate(model, plan, **options) for plan in wholes]
     device = next(model.parameters()).device
     images = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
@@ -224,111 +222,9 @@ def _pieces(
     return [chain, lambda _: block(shape.depth - 1, alive), selector]
 
 
-def keep_for_latency(
-    table: LatencyTable, shape: Spec, target_ms: float, stages: Sequence[int] | None = None
-) -> SPViT:
-    """The plan whose stages each keep the same share of what they receive and that takes so long.
-
-    Args:
-        table: measured with this model.
-        shape: the model's.
-        target_ms: wanted latency of a batch, in milliseconds.
-        stages: blocks that selectors stand before; None for SPViT's.
-
-    Returns:
-        The bound plan nearest to the target by the table.
-
-    Raises:
-        PlanError: the target is out of reach, or by the table pruning makes nothing faster.
-    """
-    table.check(shape)
-    powers = _exponents(shape) if stages is None else range(1, len(stages) + 1)
-
-    def plan(share: float) -> SPViT:
-        return SPViT([share**power for power in powers], stages=stages).bind(shape)
-
-    fastest, slowest = table.predict(plan(_LEAST)), table.predict(plan(_MOST))
-    if fastest >= slowest:
-        raise PlanError(
-            f"by the latency table pruning makes {shape.name} no faster ({slowest:.3g} ms to "
-            f"{fastest:.3g} ms): measure it again while the machine is idle"
-        )
-    if not fastest <= target_ms <= slowest:
-        raise PlanError(
-            f"target latency must lie between {fastest:.3g} and {slowest:.3g} ms, within reach of "
-            f"{shape.name} by the table of {table.backend} ({table.precision}, batch "
-            f"{table.batch}, {table.threads} threads), got {target_ms:.3g} ms"
-        )
-    low, high = _LEAST, _MOST
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (low, middle) if table.predict(plan(middle)) > target_ms else (middle, high)
-    return min(plan(low), plan(high), key=lambda p: abs(table.predict(p) - target_ms))
-
-
-def plan_for_latency(
-    model: nn.Module,
-    table: LatencyTable,
-    target_ms: float,
-    *,
-    stages: Sequence[int] | None = None,
-    tries: int = 3,
-    within: float = 0.03,
-    seconds: float = 0.3,
-) -> tuple[SPViT, float]:
-    """The plan that meets a target as measured: by the table, then corrected by what it took.
-
-    Args:
-        model: the dense model.
-        table: measured with it.
-        target_ms: wanted latency of a batch, in milliseconds.
-        stages: blocks that selectors stand before; None for SPViT's.
-        tries: plans to measure at most.
-        within: relative distance from the target that ends the search.
-        seconds: length of a turn of timing.
-
-    Returns:
-        The plan, untrained, and what it took, in milliseconds: the nearest of those measured.
-
-    Raises:
-        PlanError: the target is out of reach.
-    """
-    shape, found, aim = spec(model), [], target_ms
-    plan = keep_for_latency(table, shape, target_ms, stages)
-    for _ in range(tries):
-        took = measure_latency(model, plan, table, seconds=seconds)
-        found.append((plan, took))
-        if abs(took / target_ms - 1) <= within:
-            break
-        aim += target_ms - took
-        try:
-            plan = keep_for_latency(table, shape, aim, stages)
-        except PlanError:  # of the corrected aim: the target itself was within reach
-            break
-    return min(found, key=lambda pair: abs(pair[1] - target_ms))
-
-
-def _exponents(shape: Spec) -> range:
+def falls(shape: Spec) -> range:
+    """Powers of one share that SPViT's stages keep of all patches."""
     return range(1, min(4, shape.depth - 1))
-
-
-def measure_latency(
-    model: nn.Module, plan: SPViT, table: LatencyTable, *, seconds: float = 0.3
-) -> float:
-    """Milliseconds of a batch through the accelerated model, as the table was measured.
-
-    Args:
-        model: the dense model; weights make no difference.
-        plan: what prunes it.
-        table: says how: device, back end, precision, batch, threads and rounds.
-        seconds: length of a turn.
-    """
-    fast = accelerate(model, plan, backend=table.backend, precision=table.precision)
-    shape = spec(model)
-    device = next(model.parameters()).device
-    images = sample_images((shape.in_chans, *shape.image_size), table.batch).to(device)
-    options = {"rounds": table.rounds, "seconds": seconds, "threads": table.threads}
-    return time_calls([fast], images, **options)[0]
 
 
 def time_calls(
