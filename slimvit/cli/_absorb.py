@@ -8,9 +8,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from slimvit.cli import common
+from slimvit.cli._found_plan import values_of
 from slimvit.dynamic import Absorb
 from slimvit.errors import UsageError
-from slimvit.macs import cut, gmacs
 from slimvit.models import spec
 from slimvit.search import Trial, fit_absorb
 
@@ -65,19 +65,7 @@ def run(args: argparse.Namespace, model: nn.Module, images: Batches) -> None:
     if not common.is_first():
         return
     plan.save(args.output)
-    shape = spec(model)
-    values = {
-        "model": args.model,
-        "plan": plan.kind,
-        "kept": list(plan.counts),
-        "cut": cut(shape, plan),
-        "seconds": time.perf_counter() - start,
-        "gmacs": gmacs(shape, plan),
-        "dense_gmacs": gmacs(shape),
-        "images": len(images.dataset) - len(images.dataset.skipped),
-        "skipped": len(images.dataset.skipped),
-        "data": images.dataset.fingerprint,
-        "output": str(args.output),
+    values = values_of(args, plan, spec(model), images, start) | {
         "trials": [trial._asdict() for trial in trials],
     }
     print(describe(plan, trials, values))

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimvit.cli import common
+from slimvit.cli._found_plan import values_of
 from slimvit.cli.common import number, whole_number
 from slimvit.errors import UsageError
-from slimvit.macs import cut, gmacs
 from slimvit.models import spec
 from slimvit.search.predictors import EPOCHS, SPREAD, fit_dps
 
@@ -93,19 +93,7 @@ def run(args: argparse.Namespace, model: nn.Module, images: Batches, masks: Mask
     if not common.is_first():
         return
     plan.cpu().save(args.output)
-    shape = spec(model)
-    values = {
-        "model": args.model,
-        "plan": plan.kind,
-        "kept": list(plan.counts),
-        "cut": cut(shape, plan),
-        "seconds": time.perf_counter() - start,
-        "gmacs": gmacs(shape, plan),
-        "dense_gmacs": gmacs(shape),
-        "images": len(images.dataset) - len(images.dataset.skipped),
-        "skipped": len(images.dataset.skipped),
-        "data": images.dataset.fingerprint,
-        "output": str(args.output),
+    values = values_of(args, plan, spec(model), images, start) | {
         "masks": str(args.masks or masks_beside(args.output)),
         "blocks": [vars(entry) for entry in report],
         "options": options,
