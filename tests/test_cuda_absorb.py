@@ -12,12 +12,12 @@ from test_kernels_absorb import (
     MERGED,
     SCORED,
     Case,
+    check_select,
     chosen,
     hard_scores,
     inputs,
     merged,
     merging,
-    received,
     scores,
 )
 from torch import Tensor
@@ -149,23 +149,7 @@ def test_top_tokens_of_what_predicts_them(device, batch, m, n, prefix, channels)
 @pytest.mark.parametrize(("batch", "m", "n", "prefix"), CHOICES)
 def test_select(batch, m, n, prefix, kind):
     use(A100)
-    values, random = hard_scores(batch, m, kind), Random(m + 1)
-    cosine = random(batch, m, m).tanh()
-    if kind == "ties":
-        cosine = (3 * cosine).round() / 3
-    if kind == "nan":
-        cosine[:, :, ::4] = math.nan
-        cosine[:, 1] = math.nan
-    size = None if kind == "nan" else 1 + random(batch, m).abs()
-    index, into, gain = kernels.absorb_select(values, cosine, n, prefix, size=size)
-    kept = chosen(values, n, prefix)
-    assert (index.dtype, into.dtype, gain.dtype) == (torch.int64, torch.int32, torch.float32)
-    assert index.tolist() == kept
-    assert into.tolist() == received(cosine, kept, prefix)
-    greatest = cosine.gather(2, index.gather(1, into.long())[..., None])[..., 0]
-    wanted = greatest.nan_to_num(0).clamp(min=0).sqrt().scatter(1, index, 1.0)
-    wanted = wanted if size is None else wanted * size
-    torch.testing.assert_close(gain, wanted, rtol=1e-6, atol=0)
+    check_select(kernels.absorb_select, kind, batch, m, n, prefix)
 
 
 class TestMerge:

@@ -222,6 +222,11 @@ SELECTIONS += [("", *CHOICES[5]), ("ties", *CHOICES[4]), ("nan", *CHOICES[6])]
 
 @pytest.mark.parametrize(("kind", "batch", "m", "n", "prefix"), SELECTIONS)
 def test_select(kind, batch, m, n, prefix):
+    check_select(kernels.absorb_select, kind, batch, m, n, prefix)
+
+
+def check_select(select, kind, batch, m, n, prefix):
+    """A back end's `absorb_select` against loops, on scores and cosines that make it hard."""
     scores, random = hard_scores(batch, m, kind), Random(m + 1)
     cosine = random(batch, m, m).tanh()
     if kind == "ties":
@@ -230,7 +235,7 @@ def test_select(kind, batch, m, n, prefix):
         cosine[:, :, ::4] = math.nan
         cosine[:, 1] = math.nan
     size = None if kind == "nan" else 1 + random(batch, m).abs()
-    index, into, gain = kernels.absorb_select(scores, cosine, n, prefix, size=size)
+    index, into, gain = select(scores, cosine, n, prefix, size=size)
     kept = chosen(scores, n, prefix)
     assert (index.dtype, into.dtype, gain.dtype) == (torch.int64, torch.int32, torch.float32)
     assert index.tolist() == kept

@@ -12,7 +12,7 @@ from torch import Tensor
 from slimvit.dynamic.planner import Planner
 from slimvit.dynamic.schedule import check_cut, counts_for_cut
 from slimvit.models import Spec
-from slimvit.ops import AbsorbParts, Choice, View, complement, top
+from slimvit.ops import AbsorbParts, Choice, View, complement, rows_of, top
 
 _LEAST = 1e-20  # importance: an average needs a weight
 
@@ -53,8 +53,8 @@ class Absorb(Planner):
         cosine = torch.where(patch, cosine, -1.0)
         score = importance * (1 - _nearest_above(cosine, importance))
         index = top(score, n, prefix)
-        rows = _rows(cosine, complement(index, m)).transpose(1, 2)  # [B, m, m - n]
-        nearest = _rows(rows, index).max(1)
+        rows = rows_of(cosine, complement(index, m)).transpose(1, 2)  # [B, m, m - n]
+        nearest = rows_of(rows, index).max(1)
         gain = view.size.gather(1, complement(index, m)) * nearest.values.clamp(min=0).sqrt()
         return Choice(index, nearest.indices, importance.clamp(min=_LEAST), gain)
 
@@ -93,8 +93,3 @@ def _nearest_above(cosine: Tensor, importance: Tensor) -> Tensor:
     earlier = position < position[:, None]
     above = (theirs > mine) | ((theirs == mine) & earlier)
     return cosine.masked_fill(~above, -1.0).amax(2)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[b, index[b, i]], [B, n, m]."""
-    return torch.gather(x, 1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimvit.dynamic.planner import Planner
 from slimvit.errors import PlanError
 from slimvit.models import Spec
-from slimvit.ops import Choice, PredictorParts, View, complement
+from slimvit.ops import Choice, PredictorParts, View, complement, rows_of
 
 
 class Predictor(nn.Module):
@@ -127,10 +127,5 @@ def nearest(view: View, index: Tensor) -> Tensor:
     """
     key = F.normalize(view.keys.float().mean(1), dim=-1)  # [B, m, d]
     pruned = complement(index, key.shape[1])
-    cosine = _rows(key, pruned) @ _rows(key, index).transpose(1, 2)  # [B, m - n, n]
+    cosine = rows_of(key, pruned) @ rows_of(key, index).transpose(1, 2)  # [B, m - n, n]
     return cosine[:, :, view.prefix :].argmax(2) + view.prefix
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[b, index[b, i]], [B, n, d]."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))

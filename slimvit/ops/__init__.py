@@ -8,6 +8,7 @@ from slimvit.ops.dynamic_block import (
     absorb_tokens,
     complement,
     dynamic_block,
+    rows_of,
     top,
 )
 from slimvit.ops.dynamic_vit import DynamicNetwork, pack_chooser
@@ -51,6 +52,7 @@ __all__ = [
     "attention_probabilities",
     "pack_block",
     "project_qkv",
+    "rows_of",
     "scatter_tokens",
     "slim_attention",
     "slim_block",

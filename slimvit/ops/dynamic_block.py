@@ -117,6 +117,11 @@ def complement(index: Tensor, m: int) -> Tensor:
     return _ascending(chosen.scatter(1, index, 1) == 0, m - index.shape[1])
 
 
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """x[b, index[b, i]], [B, n, ·], of x [B, m, ·] and index [B, n]."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
 def _ascending(mask: Tensor, n: int) -> Tensor:
     """Positions [B, n] at which `mask` [B, m] is true, n in each row: of any batch at once."""
     m = mask.shape[1]
