@@ -67,7 +67,7 @@ class Planner(nn.Module):
         raise NotImplementedError
 
     def parts(self, layer: int) -> ChooserParts | None:
-        """How block `layer`, counted from 0, chooses, as compiled kernels read it.
+        """How block `layer`, counted from 0, or `before` it, chooses, as compiled kernels read it.
 
         None where `choose` is all there is; back ends with kernels then leave the model to torch.
         """

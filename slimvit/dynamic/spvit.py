@@ -14,7 +14,7 @@ from slimvit.dynamic.planner import Planner
 from slimvit.dynamic.selector import Selector
 from slimvit.errors import PlanError
 from slimvit.models import Spec
-from slimvit.ops import Alive, take, top
+from slimvit.ops import Alive, SelectorParts, take, top
 
 KEEP = (0.7, 0.49, 0.343)
 
@@ -158,6 +158,14 @@ class SPViT(Planner):
         if self.training:
             return self._mask(layer, alive, stage)
         return self.prune(layer, alive, None if self.argmax else stage.patches)
+
+    def parts(self, layer: int) -> SelectorParts | None:
+        """The selector before block `layer`, as compiled kernels read it; None where none is."""
+        stage = self._stage_at.get(layer)
+        if stage is None:
+            return None
+        patches = None if self.argmax else stage.patches
+        return SelectorParts(self.selectors[str(layer)], patches, stage.packages)
 
     def prune(self, layer: int, alive: Alive, patches: int | None) -> Alive:
         """Let the selector before block `layer` choose among the alive patches.

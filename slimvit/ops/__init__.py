@@ -1,6 +1,12 @@
 """The operations of a slimmed transformer, each defined by its reference in plain PyTorch."""
 
-from slimvit.ops.choosers import AbsorbParts, ChooserParts, PredictorParts, why_not_chosen
+from slimvit.ops.choosers import (
+    AbsorbParts,
+    ChooserParts,
+    PredictorParts,
+    SelectorParts,
+    why_not_chosen,
+)
 from slimvit.ops.dynamic_block import (
     Alive,
     Choice,
@@ -34,6 +40,7 @@ __all__ = [
     "ChooserParts",
     "DynamicNetwork",
     "PredictorParts",
+    "SelectorParts",
     "pack_chooser",
     "Choice",
     "View",

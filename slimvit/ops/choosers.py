@@ -42,7 +42,28 @@ class PredictorParts(NamedTuple):
     absorb: bool = False
 
 
-ChooserParts = AbsorbParts | PredictorParts
+class SelectorParts(NamedTuple):
+    """Ahead of the block a selector keeps some patches and makes a package of the others.
+
+        kept = the patches of the highest keep_i − prune_i
+        package = Σ_pruned P_i x_i / Σ_pruned P_i,  P_i = softmax(keep_i, prune_i)[0]
+
+    The block receives prefix tokens, kept patches, the packages of earlier selectors and the new
+    one, in that order, and keeps them all.
+
+    Attributes:
+        selector: of logits (keep, prune), [B, p, 2], of patches [p, B, D]; its attributes are those
+            of `slimvit.dynamic.selector.Selector`.
+        patches: how many to keep; None for as many as it favours, at least one and not all.
+        packages: package tokens of earlier selectors.
+    """
+
+    selector: nn.Module
+    patches: int | None
+    packages: int
+
+
+ChooserParts = AbsorbParts | PredictorParts | SelectorParts
 
 
 def why_not_chosen(choosers: Sequence[ChooserParts | None], backend: str) -> str | None:
