@@ -13,6 +13,15 @@ __device__ inline float score_of(float importance, float nearest) {
 // Where no patch is more important.
 constexpr float kFarthest = -1.0f;
 
+// The score of a token that is no candidate.
+constexpr float kNeverPruned = __builtin_huge_valf();
+
+// Whether another patch is ahead of a token in importance; NaN is least.
+__device__ inline bool is_ahead(float theirs, float mine, bool earlier) {
+  if (isnan(theirs)) return isnan(mine) && earlier;
+  return isnan(mine) || theirs > mine || (theirs == mine && earlier);
+}
+
 // How much a token counts in the mean that it goes into: a mean needs a weight.
 __device__ inline float weight_of(float importance) { return fmaxf(importance, 1e-20f); }
 
