@@ -14,12 +14,14 @@ __device__ inline float score_of(float importance, float nearest) {
 constexpr float kFarthest = -1.0f;
 
 // The score of a token that is no candidate.
-constexpr float kNeverPruned = __builtin_huge_valf();
+__device__ inline float never_pruned() { return __int_as_float(0x7f800000); }
 
 // Whether another patch is ahead of a token in importance; NaN is least.
 __device__ inline bool is_ahead(float theirs, float mine, bool earlier) {
-  if (isnan(theirs)) return isnan(mine) && earlier;
-  return isnan(mine) || theirs > mine || (theirs == mine && earlier);
+  const float least = -never_pruned();
+  theirs = theirs == theirs ? theirs : least;
+  mine = mine == mine ? mine : least;
+  return theirs > mine || (theirs == mine && earlier);
 }
 
 // How much a token counts in the mean that it goes into: a mean needs a weight.

@@ -30,7 +30,8 @@ struct Shape {
   static constexpr int kLines = kM + kN;  // rows of x in shared memory
 
   static int shared_bytes(int m) {
-    const int fixed = 2 * kLines * kStride * 2 + (kThreads / 32 * 16 * kPatch + 2 * kAcross * kM) * 4;
+    const int fixed =
+        2 * kLines * kStride * 2 + (kThreads / 32 * 16 * kPatch + 2 * kAcross * kM) * 4;
     return fixed + 2 * ceil_div(m * 4, 32) * 32;
   }
 };
@@ -93,7 +94,7 @@ struct Cosines {
   // patches are ahead.
   float nearest[S::kSide][8];
   int ahead[S::kSide][8] = {};
-  int row, column;             // of the warp in a tile
+  int row, column;  // of the warp in a tile
 
   __device__ Cosines() {
     const int warp = threadIdx.x / 32;
@@ -243,7 +244,7 @@ __global__ void __launch_bounds__(Shape<kM>::kThreads) absorb_scores_kernel(Abso
       const float mine = importance[first_row + row];
       p.importance[at] = mine;
       const bool candidate = rank >= p.m - p.prefix - p.candidates;
-      p.score[at] = candidate ? score_of(mine, nearest) : kNeverPruned;
+      p.score[at] = candidate ? score_of(mine, nearest) : never_pruned();
     }
   }
 }
