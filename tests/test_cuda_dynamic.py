@@ -121,7 +121,7 @@ def test_every_image_by_itself(device, plan):
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (SPViT(stages=[1], keep=[0.7]), "cuda has no kernels for the planner spvit yet"),
+        (SPViT(stages=[1], keep=[0.7]), "block 2: a selector stands before it"),
         (DPS([12, 8, 1], absorb=True), "block 1: the tokens that its predictor prunes are"),
     ],
     ids=str,
