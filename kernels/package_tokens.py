@@ -1,7 +1,7 @@
 """Which patches a selector keeps, and the tokens after it: the others go into one package.
 
-    score_i = Σ_h w_i^h verdict_i^h / Σ_h w_i^h,  w_i = sigmoid(W2 GELU(W1 means_i + b1) + b2)
-    package = Σ_pruned P_i x_i / Σ_pruned P_i,    P_i = sigmoid(score_i)
+    score_i = Σ_h weight_i^h verdict_i^h / Σ_h weight_i^h
+    package = Σ_pruned P_i x_i / Σ_pruned P_i,  P_i = sigmoid(score_i)
 
 No program writes what another does, and sums are in the order of the tokens.
 """
@@ -13,40 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import activate, part_width, power_of_two
+from .common import part_width, power_of_two
 from .top_tokens import chosen
 
 
 @triton.jit
-def _score(
-    verdict,
-    means,
-    weigh1,
-    bias1,
-    weigh2,
-    bias2,
-    i,
-    p,
-    HEADS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    HIDDEN_PADDED: tl.constexpr,
-):
-    """Scores of patches i, in the mean of the heads; those from p on are of patch p - 1."""
-    i = tl.minimum(i, p - 1)
-    j = tl.arange(0, HIDDEN_PADDED)
-    inside = j < HIDDEN
-    hidden = tl.zeros((i.shape[0], HIDDEN_PADDED), tl.float32)
-    for head in range(HEADS):
-        weight = tl.load(weigh1 + j * HEADS + head, mask=inside, other=0.0)
-        hidden += tl.load(means + head * p + i)[:, None] * weight[None, :]
-    hidden = activate(hidden + tl.load(bias1 + j, mask=inside, other=0.0)[None, :], "gelu", True)
+def _score(verdict, weight, i, p, HEADS: tl.constexpr):
+    """Scores of patches i, the weighted means of the heads' verdicts."""
     score = tl.zeros((i.shape[0],), tl.float32)
     total = tl.zeros((i.shape[0],), tl.float32)
     for head in range(HEADS):
-        weight = tl.load(weigh2 + head * HIDDEN + j, mask=inside, other=0.0)
-        said = tl.sigmoid(tl.sum(hidden * weight[None, :], axis=1) + tl.load(bias2 + head))
-        score += said * tl.load(verdict + head * p + i)
-        total += said
+        at = head * p + tl.minimum(i, p - 1)
+        w = tl.load(weight + at)
+        score += w * tl.load(verdict + at)
+        total += w
     return score / total
 
 
@@ -63,11 +43,7 @@ def _shares(score, pruned):
 @triton.jit(do_not_specialize=["p", "n", "prefix", "packages"])
 def _selector_choose(
     verdict,
-    means,
-    weigh1,
-    bias1,
-    weigh2,
-    bias2,
+    weight,
     score,
     share,
     index,
@@ -76,16 +52,12 @@ def _selector_choose(
     prefix,
     packages,
     HEADS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    HIDDEN_PADDED: tl.constexpr,
     PADDED: tl.constexpr,
     OTHERS: tl.constexpr,
 ):
     image = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, PADDED)
-    verdict += image * HEADS * p
-    means += image * HEADS * p
-    value = _score(verdict, means, weigh1, bias1, weigh2, bias2, i, p, HEADS, HIDDEN, HIDDEN_PADDED)
+    value = _score(verdict + image * HEADS * p, weight + image * HEADS * p, i, p, HEADS)
     tl.store(score + image * p + i, value, mask=i < p)
     kept, position = chosen(value, p, n, 0)
     shares = _shares(value, (i < p) & (kept == 0))
@@ -99,49 +71,33 @@ def _selector_choose(
 
 
 def selector_choose(
-    verdict: Tensor,
-    means: Tensor,
-    weigh1: Tensor,
-    bias1: Tensor,
-    weigh2: Tensor,
-    bias2: Tensor,
-    n: int,
-    prefix: int,
-    packages: int,
+    verdict: Tensor, weight: Tensor, n: int, prefix: int, packages: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The n patches of the highest scores, and how much of the package each other one is.
 
     Args:
         verdict: of each head on each patch, [B, H, p], float32; see `selector_judge`.
-        means: of each head's channels, [B, H, p], float32.
-        weigh1: [r, H], float32.
-        bias1: [r], float32.
-        weigh2: [H, r], float32.
-        bias2: [H], float32.
+        weight: how much it counts, [B, H, p], float32.
         n: patches to keep, 0 < n < p.
         prefix: tokens ahead of the patches.
         packages: tokens after them.
 
     Returns:
         Scores [B, p], float32; shares in the package [B, p], float32, zero for what is kept; and
-        which of the tokens follow, [B, prefix + n + packages + 1], int64, ascending: m, as if the
-        new package came after the m that there were, stands for that one. Among equal scores the
-        earlier patch is kept; NaN counts as the lowest.
+        which of the tokens follow, [B, prefix + n + packages + 1], int64, ascending: the last is m,
+        the new package, as if it came after the m that there are. Among equal scores the earlier
+        patch is kept; NaN counts as the lowest.
     """
     batch, heads, p = verdict.shape
-    hidden = weigh1.shape[0]
     score, share = (verdict.new_empty(batch, p) for _ in range(2))
     index = verdict.new_empty(batch, prefix + n + packages + 1, dtype=torch.int64)
     padded = max(16, power_of_two(p))
     _selector_choose[(batch,)](
-        *(verdict, means, weigh1, bias1, weigh2, bias2, score, share, index),
-        *(p, n, prefix, packages),
+        *(verdict, weight, score, share, index, p, n, prefix, packages),
         HEADS=heads,
-        HIDDEN=hidden,
-        HIDDEN_PADDED=power_of_two(hidden),
         PADDED=padded,
         OTHERS=power_of_two(max(prefix, packages + 1)),
-        num_warps=4 if padded <= 256 else 8,
+        num_warps=4 if padded <= 512 else 8,
         enable_fp_fusion=True,
     )
     return score, share, index

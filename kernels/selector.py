@@ -2,6 +2,7 @@
 
     local_i, other_i = the halves of GELU(LN(x_i^h) E + e)
     verdict_i        = GELU(GELU([local_i, mean_j other_j] J1 + b1) J2 + b2) · j3 + b3
+    weight_i         = sigmoid(W2 GELU(W1 (mean of each head's channels of x_i) + c1) + c2)_h
 
 Two launches, a program for a tile of patches, a head and an image: the mean is over all patches, so
 it comes between them. Its sums are taken tile by tile, in order: an image's verdicts are the same
@@ -84,32 +85,69 @@ def _of_mean(sums, judge1, p, tiles, SHARED, HALF, WIDE: tl.constexpr, HALF_PADD
     return tl.sum((total / p)[:, None] * weight, axis=0)
 
 
+@triton.jit
+def _weight(
+    means,
+    weigh1,
+    bias1,
+    weigh2,
+    bias2,
+    patch,
+    p,
+    HEADS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_PADDED: tl.constexpr,
+):
+    """How much the head counts, of whose row `weigh2` and `bias2` are, at some patches."""
+    j = tl.arange(0, HIDDEN_PADDED)
+    inside = j < HIDDEN
+    hidden = tl.zeros((patch.shape[0], HIDDEN_PADDED), tl.float32)
+    hidden += tl.load(bias1 + j, mask=inside, other=0.0)[None, :]
+    for head in range(HEADS):
+        mean = tl.load(means + head * p + patch, mask=patch < p, other=0.0)
+        hidden += (
+            mean[:, None] * tl.load(weigh1 + j * HEADS + head, mask=inside, other=0.0)[None, :]
+        )
+    last = tl.load(weigh2 + j, mask=inside, other=0.0)
+    y = tl.sum(activate(hidden, "gelu", True) * last[None, :], axis=1)
+    return tl.sigmoid(y + tl.load(bias2))
+
+
 @triton.jit(do_not_specialize=["p", "tiles"])
 def _selector_judge(
     local,
     sums,
+    means,
     judge1,
     bias1,
     judge2,
     bias2,
     judge3,
     bias3,
+    weigh1,
+    weigh1_bias,
+    weigh2,
+    weigh2_bias,
     verdict,
+    weights,
     p,
     tiles,
+    HEADS: tl.constexpr,
     C: tl.constexpr,
     LOCAL: tl.constexpr,
     HALF: tl.constexpr,
     QUARTER: tl.constexpr,
+    HIDDEN: tl.constexpr,
     LOCAL_PADDED: tl.constexpr,
     HALF_PADDED: tl.constexpr,
     QUARTER_PADDED: tl.constexpr,
+    HIDDEN_PADDED: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    head, heads = tl.program_id(1), tl.num_programs(1)
-    of_head = tl.program_id(2).to(tl.int64) * heads + head
+    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    of_head = image * HEADS + head
     patch = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c, j, k = tl.arange(0, LOCAL_PADDED), tl.arange(0, HALF_PADDED), tl.arange(0, QUARTER_PADDED)
     judge1 += head * C * HALF
@@ -131,6 +169,14 @@ def _selector_judge(
     value = tl.sum(y * last[None, :], axis=1) + tl.load(bias3 + head)
     tl.store(verdict + of_head * p + patch, value, mask=patch < p)
 
+    means += image * HEADS * p
+    weigh2 += head * HIDDEN
+    weigh2_bias += head
+    value = _weight(  # of the head
+        means, weigh1, weigh1_bias, weigh2, weigh2_bias, patch, p, HEADS, HIDDEN, HIDDEN_PADDED
+    )
+    tl.store(weights + of_head * p + patch, value, mask=patch < p)
+
 
 def selector_judge(
     x: Tensor,
@@ -142,13 +188,17 @@ def selector_judge(
     bias2: Tensor,
     judge3: Tensor,
     bias3: Tensor,
+    weigh1: Tensor,
+    weigh1_bias: Tensor,
+    weigh2: Tensor,
+    weigh2_bias: Tensor,
     prefix: int,
     packages: int,
     *,
     eps: float,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """What each head says of each patch, and the mean of its channels there.
+    """What each head says of each patch, and how much it counts there.
 
     Args:
         x: alive tokens: prefix, p patches, packages: [B, m, H·c], c at most 128.
@@ -161,21 +211,27 @@ def selector_judge(
         bias2: [H, c4], float32.
         judge3: [H, c4], float32.
         bias3: [H], float32.
+        weigh1: [r, H], float32.
+        weigh1_bias: [r], float32.
+        weigh2: [H, r], float32.
+        weigh2_bias: [H], float32.
         prefix: leading tokens that are no patches.
         packages: tokens at the end that are none.
         eps: of the norm.
         precision: of float32 products, "ieee" or "tf32".
 
     Returns:
-        Verdicts and means, [B, H, p], float32.
+        Verdicts and weights, [B, H, p], float32.
     """
     (batch, m, _), (heads, c, half) = x.shape, judge1.shape
     p, quarter, local = m - prefix - packages, judge2.shape[2], (c + 1) // 2
     tiles, exact = triton.cdiv(p, _BLOCK), x.dtype == torch.float32
     kept = x.new_empty(batch, heads, p, local)
     sums = x.new_empty(batch, heads, tiles, c - local, dtype=torch.float32)
-    verdict, means = (x.new_empty(batch, heads, p, dtype=torch.float32) for _ in range(2))
+    means = x.new_empty(batch, heads, p, dtype=torch.float32)
+    verdict, weight = torch.empty_like(means), torch.empty_like(means)
     same = {
+        "HEADS": heads,
         "C": c,
         "LOCAL": local,
         "EXACT": exact,
@@ -186,20 +242,22 @@ def selector_judge(
     }
     _selector_embed[(tiles, heads, batch)](
         *(x, embed, embed_bias, kept, sums, means, m, p, prefix, eps),
-        HEADS=heads,
         WIDE=_padded(c),
         **same,
     )
     _selector_judge[(tiles, heads, batch)](
-        *(kept, sums, judge1, bias1, judge2, bias2, judge3, bias3, verdict, p, tiles),
+        *(kept, sums, means, judge1, bias1, judge2, bias2, judge3, bias3),
+        *(weigh1, weigh1_bias, weigh2, weigh2_bias, verdict, weight, p, tiles),
         HALF=half,
         QUARTER=quarter,
+        HIDDEN=weigh1.shape[0],
         LOCAL_PADDED=_padded(local),
         HALF_PADDED=_padded(half),
         QUARTER_PADDED=_padded(quarter),
+        HIDDEN_PADDED=power_of_two(weigh1.shape[0]),
         **same,
     )
-    return verdict, means
+    return verdict, weight
 
 
 def _padded(channels: int) -> int:

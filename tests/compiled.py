@@ -146,14 +146,13 @@ def launch_selector(dtype: torch.dtype, batch: int, m: int, n: int, width: int, 
     judge2, bias2 = empty(dtype, heads, c // 2, c // 4), empty(torch.float32, heads, c // 4)
     weigh1, weigh2 = empty(torch.float32, hidden, heads), empty(torch.float32, heads, hidden)
     others = {"prefix": 1, "packages": 1}
-    verdict, means = kernels.selector_judge(
+    verdict, weight = kernels.selector_judge(
         *(x, embed, embed_bias, judge1, bias1, judge2, bias2, bias2, weigh2[:, 0]),
+        *(weigh1, weigh1[:, 0], weigh2, weigh2[:, 0]),
         **others,
         eps=1e-6,
     )
-    _, share, index = kernels.selector_choose(
-        verdict, means, weigh1, weigh1[:, 0], weigh2, weigh2[:, 0], n - 3, **others
-    )
+    _, share, index = kernels.selector_choose(verdict, weight, n - 3, **others)
     kernels.package_tokens(x, index, share, 1)
 
 

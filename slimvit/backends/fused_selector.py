@@ -93,9 +93,9 @@ def selected_tokens(
         return *nothing(x, count, width), x.new_empty(0, count, dtype=torch.int64)
     x, kernels, others = x.contiguous(), kernel_set(backend), (prefix, packages)
     with on_device(x):
-        verdict, means = kernels.selector_judge(
-            x, *part[:8], *others, eps=eps, precision=precision_of(tf32)
+        verdict, weight = kernels.selector_judge(
+            x, *part, *others, eps=eps, precision=precision_of(tf32)
         )
-        _, share, index = kernels.selector_choose(verdict, means, *part[8:], n, *others)
+        _, share, index = kernels.selector_choose(verdict, weight, n, *others)
         out, stats = kernels.package_tokens(x, index, share, prefix)
     return out, stats, index
