@@ -47,6 +47,7 @@ def _selector_embed(
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     tile, head = tl.program_id(0), tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
@@ -55,17 +56,21 @@ def _selector_embed(
     c = tl.arange(0, WIDE)
     inside = (c < C)[None, :]
     row = image * m + prefix + tl.minimum(patch, p - 1)
-    at = x + row[:, None] * (HEADS * C) + head * C + c[None, :]
-    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = x + row * (HEADS * C) + head * C
+    value = tl.load(at[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(value, axis=1) / C
     apart = tl.where(inside, value - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(apart * apart, axis=1) / C + eps)
-    normed = (apart * rstd[:, None]).to(x.dtype.element_ty)
 
     of_head = image * HEADS + head
     tl.store(means + of_head * p + patch, mean, mask=live)
-    weight = _matrix(embed + head * C * C, c, c, C, C, C)
-    y = tl.dot(normed, weight, input_precision=PRECISION)
+    embed += head * C * C
+    y = tl.zeros((BLOCK_M, WIDE), tl.float32)
+    for start in range(0, C, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        part = tl.load(at[:, None] + k[None, :], mask=(k < C)[None, :], other=0.0).to(tl.float32)
+        normed = ((part - mean[:, None]) * rstd[:, None]).to(x.dtype.element_ty)
+        y = tl.dot(normed, _matrix(embed, k, c, C, C, C), y, input_precision=PRECISION)
     y = activate(y + tl.load(bias + head * C + c, mask=c < C, other=0.0)[None, :], "gelu", EXACT)
     to = local + (of_head * p + patch)[:, None] * LOCAL + c[None, :]
     tl.store(to, y.to(local.dtype.element_ty), mask=live[:, None] & (c < LOCAL)[None, :])
@@ -243,6 +248,7 @@ def selector_judge(
     _selector_embed[(tiles, heads, batch)](
         *(x, embed, embed_bias, kept, sums, means, m, p, prefix, eps),
         WIDE=_padded(c),
+        BLOCK_K=min(_padded(c), 128 // x.element_size()),
         **same,
     )
     _selector_judge[(tiles, heads, batch)](
