@@ -69,18 +69,22 @@ class Selecting(nn.Module):
             The tokens [B, n, D], their statistics, no sizes, and which of the alive they are,
             [B, n], int64, the new package as m.
         """
-        x, stats, index = torch.ops.slimvit.selected_tokens(
+        x, stats, index = self.select(x, self.patches, prefix)
+        x, stats = self.block(x, n, stats)
+        return x, stats, sizes, index[:, :n]
+
+    def select(self, x: Tensor, patches: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the selector leaves if it keeps so many patches: see `selected_tokens`."""
+        return torch.ops.slimvit.selected_tokens(
             x,
             [self._buffers[name] for name in SelectorWeights._fields],
-            self.patches,
+            patches,
             prefix,
             self.packages,
             _EPS,
             self.block.tf32,
             self.block.backend,
         )
-        x, stats = self.block(x, n, stats)
-        return x, stats, sizes, index[:, :n]
 
 
 @torch.no_grad()
