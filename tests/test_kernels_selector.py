@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slimvit.dynamic.selector import Selector
 from slimvit.errors import SlimvitError
+from slimvit.ops import AbsorbParts, SelectorParts, why_not_chosen
 from slimvit.ops.fused_selector import fold_selector
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,17 +182,22 @@ def test_every_image_by_itself(dtype):
     check_every_image_by_itself(dtype, "triton")
 
 
-@dtypes
-def test_a_kept_token_does_not_count_in_the_package(dtype):
-    """Even where it is infinite."""
+def check_infinite(package_tokens, dtype: torch.dtype) -> None:
+    """A back end's `package_tokens` where what is kept is no number."""
     random = Random()
-    x, index = random(2, 9, 48, dtype=dtype), torch.tensor([[0, 2, 5, 9], [0, 1, 3, 9]])
-    share = random(2, 8).abs().scatter(1, index[:, 1:3].to(x.device) - 1, 0.0)
+    x = random(2, 9, 48, dtype=dtype)
+    index = torch.tensor([[0, 2, 5, 9], [0, 1, 3, 9]]).to(x.device)
+    share = random(2, 8).abs().scatter(1, index[:, 1:3] - 1, 0.0)
     x[0, 2], x[1, 3, 4] = math.inf, math.nan
     wanted = share.double()[:, None] @ x[:, 1:].double().nan_to_num(0, 0, 0)
-    out, _ = kernels.package_tokens(x, index.to(x.device), share, 1)
+    out, _ = package_tokens(x, index, share, 1)
     assert distance(out[:, -1:], wanted) <= {torch.float32: 1e-6}.get(dtype, 4e-3)
     assert out[0, 1].isinf().all()
+
+
+@dtypes
+def test_a_kept_token_does_not_count_in_the_package(dtype):
+    check_infinite(kernels.package_tokens, dtype)
 
 
 @pytest.mark.parametrize("call", ["refused", "empty", "opcheck"])
@@ -223,3 +229,17 @@ def test_op(call):
         case = Case(5, 2, 1, 136)
         with pytest.raises(SlimvitError, match="heads must have at most 128 channels, got 136"):
             select(case, *inputs(case, torch.float32))
+
+
+def test_what_kernels_do_not_select():
+    wide, narrow = Selector(136, 1), Selector(128, 1)
+    channels = "block 2: its selector's heads must have at most 128 channels, got 136"
+    wrong = [
+        ([None, SelectorParts(wide, 3, 0)], channels),
+        ([SelectorParts(narrow, None, 0)], "block 1: its selector keeps as many patches as it"),
+        ([SelectorParts(narrow, 3, 0), AbsorbParts(1)], "a selector stands among blocks that"),
+    ]
+    for backend in ("triton", "cuda"):
+        for choosers, message in wrong:
+            assert why_not_chosen(choosers, backend).startswith(message)
+        assert why_not_chosen([SelectorParts(narrow, 3, 0), None], backend) is None

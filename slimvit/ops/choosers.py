@@ -99,8 +99,6 @@ def _why_not(parts: PredictorParts, backend: str) -> str | None:
 def _why_no_selector(parts: SelectorParts, backend: str) -> str | None:
     if parts.patches is None:
         return "its selector keeps as many patches as it favours, not a fixed number"
-    if backend == "cuda":
-        return "a selector stands before it"
     channels = parts.selector.embed.weight.shape[1]
     if backend != "cpu" and channels > WIDEST_SELECTOR:
         return f"its selector's heads must have at most {WIDEST_SELECTOR} channels, got {channels}"
