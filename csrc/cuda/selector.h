@@ -19,10 +19,20 @@ __host__ __device__ inline int tiles_of(int patches) {
 // From one row to the next, so that rows start in different banks.
 __host__ __device__ inline int stride_of(int columns) { return sixteens(columns) + 8; }
 
-// A matrix goes into shared memory, with zeros up to sixteens of columns and up to `lines` rows.
+// A matrix, from a multiple of 16 bytes where its rows are such, goes into shared memory, with
+// zeros up to sixteens of columns and up to `lines` rows.
 template <class T>
 __device__ void take_matrix(Shared<T> to, const T* from, int rows, int columns, int lines) {
   const int wide = sixteens(columns), stride = stride_of(columns);
+  if (columns % 8 == 0) {
+    for (int i = threadIdx.x; i < lines * (wide / 8); i += kSelectorThreads) {
+      const int row = i / (wide / 8), column = i % (wide / 8) * 8;
+      const bool live = row < rows && column < columns;
+      const uint4 packed = live ? load16(from + row * columns + column) : uint4{0, 0, 0, 0};
+      store16(to + row * stride + column, packed);
+    }
+    return;
+  }
   for (int i = threadIdx.x; i < lines * wide; i += kSelectorThreads) {
     const int row = i / wide, column = i % wide;
     const bool live = row < rows && column < columns;
