@@ -16,9 +16,11 @@ from .absorb_scores import absorb_scores
 from .common import ACTIVATIONS, INTERPRETED, architecture, part_width
 from .configs import Config, family, lookup
 from .last_attention import MOST_CHANNELS, MOST_QUERIES, last_attention
+from .package_tokens import package_tokens, selector_choose
 from .patch_embedding import patch_embedding
 from .row_stats import row_stats
 from .scatter_tokens import scatter_tokens
+from .selector import selector_judge
 from .slim_attention import slim_attention
 from .slim_linear import slim_linear, slim_qkv
 from .slim_mlp import halves, slim_mlp
@@ -38,10 +40,13 @@ __all__ = [
     "halves",
     "last_attention",
     "lookup",
+    "package_tokens",
     "part_width",
     "patch_embedding",
     "row_stats",
     "scatter_tokens",
+    "selector_choose",
+    "selector_judge",
     "slim_attention",
     "slim_linear",
     "slim_mlp",

@@ -97,6 +97,7 @@ def record(arch: int, used: list[dict[str, Any]]) -> list[dict[str, Any]]:
                         launch_block(dtype, batch, m, n, width, heads)
                         if n < m:
                             launch_choice(dtype, batch, m, n, width, heads)
+                            launch_selector(dtype, batch, m, n, width, heads)
                     launch_ends(dtype, batch, 197, 111, width, heads)
     finally:
         JITFunction.run, configs.find = original, original_find
@@ -135,6 +136,24 @@ def launch_choice(dtype: torch.dtype, batch: int, m: int, n: int, width: int, he
     channels = max(1, round(width / 64)) * 16
     hidden = empty(dtype, batch, m, channels)
     kernels.top_tokens(hidden, n, 1, weight=empty(torch.float32, channels))
+
+
+def launch_selector(dtype: torch.dtype, batch: int, m: int, n: int, width: int, heads: int) -> None:
+    """What a selector launches ahead of a block that receives n tokens of m."""
+    x, c, hidden = empty(dtype, batch, m, width), width // heads, max(1, heads // 2)
+    embed, embed_bias = empty(dtype, heads, c, c), empty(torch.float32, heads, c)
+    judge1, bias1 = empty(dtype, heads, c, c // 2), empty(torch.float32, heads, c // 2)
+    judge2, bias2 = empty(dtype, heads, c // 2, c // 4), empty(torch.float32, heads, c // 4)
+    weigh1, weigh2 = empty(torch.float32, hidden, heads), empty(torch.float32, heads, hidden)
+    others = {"prefix": 1, "packages": 1}
+    verdict, weight = kernels.selector_judge(
+        *(x, embed, embed_bias, judge1, bias1, judge2, bias2, bias2, weigh2[:, 0]),
+        *(weigh1, weigh1[:, 0], weigh2, weigh2[:, 0]),
+        **others,
+        eps=1e-6,
+    )
+    _, share, index = kernels.selector_choose(verdict, weight, n - 3, **others)
+    kernels.package_tokens(x, index, share, 1)
 
 
 def second_half(a: Any, x: Any, proj: Any, up: Any, down: Any) -> None:

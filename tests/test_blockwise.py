@@ -115,7 +115,11 @@ def test_auto_takes_it_and_choosing_plans_are_told_why_not():
     model = build("deit")
     plan = spvit((0.5,), (1,)).bind(slimvit.models.spec(model))
     assert why_not_dynamic(plan, "cpu") is None
-    assert "no kernels for the planner spvit" in why_not_dynamic(plan, "triton")
+    assert why_not_dynamic(plan, "triton") is None
+    plan.argmax = True
+    assert why_not_dynamic(plan, "cpu") is None
+    assert "as many patches as it favours" in why_not_dynamic(plan, "triton")
+    plan.argmax = False
     assert type(slimvit.accelerate(model, plan)).__name__ == "BlockwiseViT"
 
 

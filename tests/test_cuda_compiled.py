@@ -17,8 +17,9 @@ if (reason := machine_code.why_not()) is not None:
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
 # Each architecture has all kernels; those of another generation of tensor cores are empty there.
 VOLTA, AMPERE = {"Volta"}, {"__half", "__nv_bfloat16"}
-PRODUCTS = {"absorb_scores", "slim_linear", "slim_attention", "fused_block"}
-PLAIN = {"last_attention", "row_stats", "scatter_tokens"}
+SELECTOR = {"selector_embed", "selector_judge"}  # small products of what is read once
+PRODUCTS = {"absorb_scores", "slim_linear", "slim_attention", "fused_block"} | SELECTOR
+PLAIN = {"last_attention", "row_stats", "scatter_tokens", "package_tokens", "selector_choose"}
 PLAIN |= {"absorb_importance", "absorb_merge", "absorb_select", "top_tokens"}
 # Bytes a thread, stack included. Twelve warps of a whole block leave 168 registers to each thread.
 MOST_SPILLED = {"fused_block __half 192 12": 288, "fused_block __nv_bfloat16 192 12": 288}
@@ -61,15 +62,17 @@ def threads(kernel: Kernel) -> int:
         return 32 * int(rest[-1])
     if name == "absorb_scores":
         return 256 if rest[-1] == "16" else 128
-    if name == "absorb_merge":
+    if name in ("absorb_merge", "package_tokens", *SELECTOR):
         return 128
-    if name in ("absorb_select", "top_tokens"):
+    if name in ("absorb_select", "selector_choose", "top_tokens"):
         return 1024
     return 512 if name == "last_attention" else 256
 
 
 def fewest_products(kernel: Kernel) -> int:
     """Of 16 x 16 by 16, in a kernel's code."""
+    if kernel.name.split()[0] in SELECTOR:
+        return 1
     few_rows = kernel.name.startswith("absorb_scores") and kernel.name.endswith("16")
     return 4 if few_rows else 16
 
@@ -94,6 +97,7 @@ def test_every_architecture_has_all_kernels(compiled):
         "absorb_scores",
         "slim_linear",
         "slim_attention",
+        *SELECTOR,
         *PLAIN,
     }
     assert all(others == first for others in names.values())
@@ -119,7 +123,8 @@ def test_tensor_cores_and_asynchronous_copies_are_used(compiled):
     for kernel in filter(runs, products(compiled)):
         newer = kernel.arch >= 80
         assert kernel.code["HMMA"] >= 2 * fewest_products(kernel), kernel
-        assert (kernel.code["LDGSTS"] > 0) == newer, kernel
+        copies = newer and kernel.name.split()[0] not in SELECTOR
+        assert (kernel.code["LDGSTS"] > 0) == copies, kernel
         assert (kernel.code["LDSM"] > 0) == newer or kernel.arch == 75, kernel
         seen[kernel.arch] += 1
     assert set(seen) == {kernel.arch for kernel in compiled}
@@ -146,7 +151,8 @@ class TestVolta:
         if (reason := nvrtc.why_not()) is not None:
             pytest.skip(reason)
         found = []
-        for name in ("absorb_scores", "slim_linear", "slim_attention", *sorted(PLAIN)):
+        products = "absorb_scores", "slim_linear", "slim_attention", *sorted(SELECTOR)
+        for name in (*products, *sorted(PLAIN)):
             cubin = tmp_path_factory.mktemp("volta") / f"{name}.cubin"
             cubin.write_bytes(nvrtc.compile_for(70, CUDA / f"{name}.cu"))
             found += machine_code.kernels(cubin, 70)

@@ -52,8 +52,10 @@ PAIRS = [
     ("deit", "late"),
     ("deit", "dps"),
     ("deit_distilled", "falling"),
+    ("deit_distilled", "spvit"),
     ("deit_distilled", "dps_alternating"),
     ("dinov2_reg4", "late"),
+    ("dinov2_reg4", "spvit"),
     ("clip_quickgelu", "alternating"),
 ]
 
@@ -105,7 +107,7 @@ def test_a_model_answers_like_the_reference(device, name, plan):
 
 
 @devices
-@pytest.mark.parametrize("plan", ["falling", "dps"])
+@pytest.mark.parametrize("plan", ["falling", "dps", "spvit"])
 def test_every_image_by_itself(device, plan):
     dtype = use(device)
     images = random_images(model_of("deit"), 3)
@@ -121,7 +123,7 @@ def test_every_image_by_itself(device, plan):
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (SPViT(stages=[1], keep=[0.7]), "cuda has no kernels for the planner spvit yet"),
+        (SPViT([0.7], stages=[1], argmax=True), "block 2: its selector keeps as many patches"),
         (DPS([12, 8, 1], absorb=True), "block 1: the tokens that its predictor prunes are"),
     ],
     ids=str,

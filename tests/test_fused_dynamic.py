@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slimvit.dynamic import DPS, Absorb, Planner, SPViT
 from slimvit.errors import SlimvitError
-from slimvit.models import spec
+from slimvit.models import Spec, spec
 from slimvit.ops import Alive, PredictorParts, View, candidates, dynamic_block
 from slimvit.runtime import accelerate, apply_masks
 
@@ -206,7 +206,18 @@ def plans(name: str) -> dict[str, Planner]:
         "prefix": Absorb(counts=counts["prefix"]),
         "dps": DPS(counts["falling"]),
         "dps_alternating": DPS(counts["alternating"], hidden=5),
+        "spvit": selecting(shape),
     }
+
+
+@functools.cache
+def selecting(shape: Spec) -> SPViT:
+    """Two selectors whose weights are random enough for them to choose."""
+    plan, random = SPViT([0.7, 0.4], stages=[0, 1]).bind(shape), Random(5)
+    with torch.no_grad():
+        for parameter in plan.parameters():
+            parameter.add_(0.3 * random(*parameter.shape).to(parameter.device))
+    return plan
 
 
 PAIRS = [
@@ -215,7 +226,9 @@ PAIRS = [
     ("deit", "prefix", 1),
     ("deit", "dps", 2),
     ("deit_distilled", "falling", 1),
+    ("deit_distilled", "spvit", 2),
     ("dinov2_reg4", "late", 1),
+    ("dinov2_reg4", "spvit", 1),
     ("clip_quickgelu", "dps_alternating", 1),
     ("no_biases", "alternating", 1),
 ]
@@ -242,7 +255,7 @@ class TestModels:
         assert fast.plan.counts == own.plan.counts
         assert fast.masks is None
 
-    @pytest.mark.parametrize("plan", ["falling", "dps"])
+    @pytest.mark.parametrize("plan", ["falling", "dps", "spvit"])
     def test_kept_sets(self, plan):
         images = random_images(model_of("deit"), 2)
         exact = apply_masks(copy.deepcopy(model_of("deit")).double(), plans("deit")[plan]).eval()
@@ -288,7 +301,7 @@ class TestModels:
             assert torch.equal(twin(images), wanted)
             assert twin.plan.counts == fast.plan.counts
 
-    @pytest.mark.parametrize("plan", ["alternating", "dps_alternating"])
+    @pytest.mark.parametrize("plan", ["alternating", "dps_alternating", "spvit"])
     def test_compile_and_export(self, plan):
         fast = fast_of("deit", plan)
         compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
@@ -313,6 +326,24 @@ class TestModels:
         assert fast.to("meta")(none.to("meta")).shape == (0, 7)
 
 
+class Before(DPS):
+    """Its blocks choose, and something acts ahead of them."""
+
+    kind = "before"
+
+    def before(self, layer, alive):
+        return alive
+
+
+class Pruned(SPViT):
+    """Its selectors do not decide alone."""
+
+    kind = "pruned"
+
+    def prune(self, layer, alive, patches):
+        return super().prune(layer, alive._replace(x=alive.x.flip(2)), patches)
+
+
 class Halved(DPS):
     """Its predictors have an activation that no kernel knows."""
 
@@ -327,7 +358,9 @@ class TestRefused:
         ("plan", "message"),
         [
             (Reversed([12, 8, 1]), "triton has no kernels for the planner reversed yet"),
-            (SPViT(stages=[1], keep=[0.7]), "triton has no kernels for the planner spvit yet"),
+            (Before([17, 8, 1]), "triton has no kernels for the planner before yet"),
+            (Pruned([0.7], stages=[1]), "triton has no kernels for the planner pruned yet"),
+            (SPViT([0.7], stages=[1], argmax=True), "block 2: its selector keeps as many patches"),
             (DPS([12, 8, 1], absorb=True), "block 1: the tokens that its predictor prunes are"),
             (Halved([17, 8, 1]), "block 2: its predictor's activation is ReLU, not GELU or"),
         ],

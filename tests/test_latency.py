@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import slimvit
-from slimvit import bench, cli, models
+from slimvit import backends, bench, cli, models
 from slimvit.bench import LatencyTable, _target, keep_for_latency, latency_table, plan_for_latency
-from slimvit.bench._latency import Row
+from slimvit.bench._latency import Row, _pieces
 from slimvit.bench._rounds import Measured
 from slimvit.errors import PlanError, SlimvitError, UsageError
 
@@ -148,13 +148,33 @@ def test_blocks_are_timed_through_the_back_end(tiny_vit, monkeypatch):
     assert {(17, 17), (9, 9), (17, 1), (9, 1)} <= set(seen)
 
 
+def test_blocks_are_timed_through_fused_kernels(tiny_vit, monkeypatch):
+    if (reason := backends.why_not("triton", "cpu", torch.float32)) is not None:
+        pytest.skip(reason)
+    probe = slimvit.accelerate(tiny_vit, slimvit.SPViT((0.5,), stages=(0,)), backend="triton")
+    seen = []
+    real = torch.ops.slimvit.fused_block
+
+    def counted(x, stats, weights, n, *rest):
+        seen.append((*x.shape[:2], n))
+        return real(x, stats, weights, n, *rest)
+
+    monkeypatch.setattr(torch.ops.slimvit, "fused_block", counted)
+    chain, last, selector = _pieces(probe, 5, 2, models.spec(tiny_vit))
+    chain(None)
+    assert seen == [(2, 5, 5)] * 4
+    last(None)
+    assert seen[4:] == [(2, 5, 1)]
+    assert selector(None).shape == (2, 5, 64)  # the class token, three of four patches, a package
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"ratios": (0.5,)}, r"ratios must be two or more in \(0, 1\], got \[0.5\]"),
         ({"ratios": (0.5, 1.5)}, r"in \(0, 1\], got \[1.5, 0.5\]"),
         ({"batch": 0}, "batch and rounds must be at least 1, got 0 and 1"),
-        ({"backend": "triton"}, "triton"),
+        ({"backend": "tpu"}, "tpu"),
         ({"precision": "int8"}, "precision must be one of"),
     ],
 )

@@ -15,11 +15,6 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kChannels = 6;  // vectors of eight that a lane holds: rows of at most 1536
 
-__device__ inline float over_warp(float value) {
-  for (int far = 16; far > 0; far /= 2) value += __shfl_xor_sync(~0u, value, far);
-  return value;
-}
-
 // A lane's share of a row in the making.
 template <class T>
 struct Mean {

@@ -1,30 +1,8 @@
-#include <pybind11/pybind11.h>
+#include "cuda/bindings.h"
 
-#include <string>
-
-#include "cuda/ops.h"
-
-namespace py = pybind11;
-using namespace slimvit;
+void bind_choosing(py::module_& m);
 
 namespace {
-
-using Address = std::uintptr_t;
-
-template <class T = void>
-const T* in(Address at) {
-  return reinterpret_cast<const T*>(at);
-}
-template <class T = void>
-T* out(Address at) {
-  return reinterpret_cast<T*>(at);
-}
-
-Type type_of(const std::string& name) {
-  if (name == "float16") return Type::half;
-  if (name == "bfloat16") return Type::bfloat16;
-  throw py::value_error("dtype must be float16 or bfloat16, got " + name);
-}
 
 Activation activation_of(const std::string& name) {
   if (name == "none") return Activation::none;
@@ -33,17 +11,6 @@ Activation activation_of(const std::string& name) {
   if (name == "quick_gelu") return Activation::quick_gelu;
   throw py::value_error("activation must be none, gelu, gelu_tanh or quick_gelu, got " + name);
 }
-
-// Values of a dict by name: a missing one is a KeyError that names it.
-struct Given {
-  const py::dict& dict;
-  int number(const char* name) const { return dict[name].cast<int>(); }
-  float real(const char* name) const { return dict[name].cast<float>(); }
-  Address address(const char* name) const { return dict[name].cast<Address>(); }
-  std::string text(const char* name) const { return dict[name].cast<std::string>(); }
-  void* stream() const { return out(address("stream")); }
-  Type type() const { return type_of(text("dtype")); }
-};
 
 void bind_linear(const py::kwargs& kwargs) {
   const Given given{kwargs};
@@ -186,87 +153,6 @@ void bind_scatter_tokens(const py::kwargs& kwargs) {
   scatter_tokens(p, given.stream());
 }
 
-void bind_absorb_scores(const py::kwargs& kwargs) {
-  const Given given{kwargs};
-  AbsorbScores p;
-  p.x = in(given.address("x"));
-  p.stats = in<float>(given.address("stats"));
-  p.q = in(given.address("q"));
-  p.kv = in(given.address("kv"));
-  p.norm_weight = in<float>(given.address("norm_weight"));
-  p.norm_bias = in<float>(given.address("norm_bias"));
-  p.key_bias = in<float>(given.address("key_bias"));
-  p.normed = out(given.address("normed"));
-  p.shrink = out<float>(given.address("shrink"));
-  p.of_heads = out<float>(given.address("of_heads"));
-  p.importance = out<float>(given.address("importance"));
-  p.score = out<float>(given.address("score"));
-  p.cosine = out<float>(given.address("cosine"));
-  p.batch = given.number("batch");
-  p.m = given.number("m");
-  p.width = given.number("width");
-  p.x_parts = given.number("x_parts");
-  p.tokens = given.number("tokens");
-  p.heads = given.number("heads");
-  p.d = given.number("d");
-  p.prefix = given.number("prefix");
-  p.candidates = given.number("candidates");
-  p.scale = given.real("scale");
-  p.eps = given.real("eps");
-  absorb_scores(p, given.type(), given.stream());
-}
-
-void bind_absorb_select(const py::kwargs& kwargs) {
-  const Given given{kwargs};
-  AbsorbSelect p;
-  p.score = in<float>(given.address("score"));
-  p.cosine = in<float>(given.address("cosine"));
-  p.size = in<float>(given.address("size"));
-  p.index = out<std::int64_t>(given.address("index"));
-  p.into = out<int>(given.address("into"));
-  p.gain = out<float>(given.address("gain"));
-  p.batch = given.number("batch");
-  p.m = given.number("m");
-  p.n = given.number("n");
-  p.prefix = given.number("prefix");
-  absorb_select(p, given.stream());
-}
-
-void bind_absorb_merge(const py::kwargs& kwargs) {
-  const Given given{kwargs};
-  AbsorbMerge p;
-  p.x = in(given.address("x"));
-  p.importance = in<float>(given.address("importance"));
-  p.index = in<std::int64_t>(given.address("index"));
-  p.into = in<int>(given.address("into"));
-  p.gain = in<float>(given.address("gain"));
-  p.out = out(given.address("out"));
-  p.out_stats = out<float>(given.address("out_stats"));
-  p.out_size = out<float>(given.address("out_size"));
-  p.out_bias = out<float>(given.address("out_bias"));
-  p.batch = given.number("batch");
-  p.m = given.number("m");
-  p.n = given.number("n");
-  p.width = given.number("width");
-  p.part = given.number("part");
-  absorb_merge(p, given.type(), given.stream());
-}
-
-void bind_top_tokens(const py::kwargs& kwargs) {
-  const Given given{kwargs};
-  TopTokens p;
-  p.scores = in(given.address("scores"));
-  p.weight = in<float>(given.address("weight"));
-  p.index = out<std::int64_t>(given.address("index"));
-  p.batch = given.number("batch");
-  p.m = given.number("m");
-  p.n = given.number("n");
-  p.prefix = given.number("prefix");
-  p.channels = given.number("channels");
-  // Float32 scores without a weight have no matrix whose dtype would count.
-  top_tokens(p, p.weight == nullptr ? Type::half : given.type(), given.stream());
-}
-
 }  // namespace
 
 // Keyword arguments are the members of each op's struct in ops.h; pointers are integers, 0 for
@@ -280,8 +166,5 @@ void bind_ops(py::module_& m) {
         py::arg("hidden"), py::arg("m"), py::arg("n"), "See ops.h.");
   m.def("row_stats", &bind_row_stats, "See ops.h.");
   m.def("scatter_tokens", &bind_scatter_tokens, "See ops.h.");
-  m.def("absorb_scores", &bind_absorb_scores, "See ops.h.");
-  m.def("absorb_select", &bind_absorb_select, "See ops.h.");
-  m.def("absorb_merge", &bind_absorb_merge, "See ops.h.");
-  m.def("top_tokens", &bind_top_tokens, "See ops.h.");
+  bind_choosing(m);
 }

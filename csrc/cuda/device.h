@@ -212,6 +212,12 @@ __device__ inline unsigned pack(float low, float high) {
   return packed;
 }
 
+// The sum of all lanes' values, the same for each of them.
+__device__ inline float over_warp(float value) {
+  for (int far = 16; far > 0; far /= 2) value += __shfl_xor_sync(~0u, value, far);
+  return value;
+}
+
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace slimvit

@@ -162,4 +162,55 @@ struct TopTokens {
 };
 void top_tokens(const TopTokens& p, Type type, void* stream);
 
+// What each head of a selector says of each patch; see selector_judge.cu. Matrices have inputs
+// before outputs, c is a head's channels.
+struct SelectorJudge {
+  const void* x;             // [batch, m, heads * c]: prefix, p patches, packages
+  const void* embed;         // [heads, c, c], the norm's weight in it
+  const float* embed_bias;   // [heads, c]
+  const void* judge1;        // [heads, c, half], its first rows for what is local
+  const float* bias1;        // [heads, half]
+  const void* judge2;        // [heads, half, quarter]
+  const float* bias2;        // [heads, quarter]
+  const float* judge3;       // [heads, quarter]
+  const float* bias3;        // [heads]
+  const float* weigh1;       // [hidden, heads]
+  const float* weigh1_bias;  // [hidden]
+  const float* weigh2;       // [heads, hidden]
+  const float* weigh2_bias;  // [heads]
+  void* local;               // scratch: [batch, heads, p, local outputs]
+  float* sums;               // scratch: of the other outputs, [batch, heads, tiles, c - those]
+  float* means;              // scratch: of a head's channels, [batch, heads, p]
+  float* verdict;            // [batch, heads, p]
+  float* weight;             // [batch, heads, p]
+  int batch, m, p, prefix;
+  int heads, c, half, quarter, hidden;
+  float eps;
+};
+constexpr int kSelectorRows = 32;                                      // patches of a tile
+void selector_embed(const SelectorJudge& p, Type type, void* stream);  // the scratch alone
+void selector_judge(const SelectorJudge& p, Type type, void* stream);
+
+// The n patches of the highest scores, and what the others are of the package.
+struct SelectorChoose {
+  const float* verdict;  // [batch, heads, p]
+  const float* weight;   // [batch, heads, p]
+  float* score;          // [batch, p]
+  float* share;          // [batch, p]
+  std::int64_t* index;   // [batch, prefix + n + packages + 1]
+  int batch, heads, p, n, prefix, packages;
+};
+void selector_choose(const SelectorChoose& p, void* stream);
+
+// The tokens at an index, and after them the mean of patches by their shares.
+struct PackageTokens {
+  const void* x;              // [batch, m, width]
+  const std::int64_t* index;  // [batch, count], the last for the package
+  const float* share;         // [batch, p]
+  void* out;                  // [batch, count, width]
+  float* out_stats;           // [batch, count, width / part, 2]
+  int batch, m, p, prefix, count, width, part;
+};
+void package_tokens(const PackageTokens& p, Type type, void* stream);
+
 }  // namespace slimvit

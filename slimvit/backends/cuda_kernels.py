@@ -13,6 +13,7 @@ from torch import Tensor
 from slimvit.backends import cuda
 from slimvit.backends.cuda_block import fused_block, whole_block
 from slimvit.backends.cuda_choosing import absorb_merge, absorb_scores, absorb_select, top_tokens
+from slimvit.backends.cuda_selector import package_tokens, selector_choose, selector_judge
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,9 +23,12 @@ __all__ = [
     "fused_block",
     "halves",
     "last_attention",
+    "package_tokens",
     "patch_embedding",
     "row_stats",
     "scatter_tokens",
+    "selector_choose",
+    "selector_judge",
     "slim_attention",
     "slim_linear",
     "slim_qkv",

@@ -24,6 +24,7 @@ from slimvit.export import sample_images
 from slimvit.models import Spec, spec
 from slimvit.runtime import AcceleratedViT, accelerate
 from slimvit.runtime.blockwise import BlockwiseViT
+from slimvit.runtime.fused_dynamic import FusedDynamicViT
 
 FORMAT, VERSION = "slimvit-latency", 1
 RATIOS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -145,7 +146,7 @@ def latency_table(
 
     Args:
         model: dense timm model in eval mode, of three blocks or more; its device is measured.
-        backend: "cpu", "torch", or "auto" for the faster that works.
+        backend: "torch", "cpu", "triton", "cuda", or "auto" for the fastest that works.
         precision: "float32", "bfloat16" or "float16".
         batch: images a call.
         ratios: shares of the patches in (0, 1], two or more.
@@ -203,6 +204,8 @@ def _pieces(
     probe: AcceleratedViT, tokens: int, batch: int, shape: Spec
 ) -> list[Callable[[Tensor], object]]:
     """Blocks in turn, the last block, and a selector, on that many tokens; images are ignored."""
+    if isinstance(probe, FusedDynamicViT):
+        return _fused_pieces(probe, tokens, batch, shape)
     block = probe.block if isinstance(probe, BlockwiseViT) else probe.network.block
     parameter = next(probe.plan.parameters())
     generator = torch.Generator().manual_seed(tokens)
@@ -216,10 +219,34 @@ def _pieces(
             left = block(layer, left)
 
     def selector(_: Tensor) -> Alive:
-        kept = max(1, min(round(0.7 * (tokens - shape.prefix)), tokens - shape.prefix - 1))
-        return probe.plan.prune(0, alive, kept)
+        return probe.plan.prune(0, alive, _kept(tokens - shape.prefix))
 
     return [chain, lambda _: block(shape.depth - 1, alive), selector]
+
+
+def _fused_pieces(
+    probe: FusedDynamicViT, tokens: int, batch: int, shape: Spec
+) -> list[Callable[[Tensor], object]]:
+    network = probe.fused
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(batch, tokens, shape.width, generator=generator)
+    x = x.to(network.table.device, network.dtype)
+    selecting, *blocks, last = network.blocks
+
+    def chain(_: Tensor) -> None:
+        left, stats = x, None
+        for block in blocks:
+            left, stats = block(left, tokens, stats)
+
+    def selector(_: Tensor) -> Tensor:
+        return selecting.select(x, _kept(tokens - shape.prefix), shape.prefix)[0]
+
+    return [chain, lambda _: last(x, shape.head_tokens), selector]
+
+
+def _kept(patches: int) -> int:
+    """How many a selector keeps that is timed: seven in ten, neither all nor none."""
+    return max(1, min(round(0.7 * patches), patches - 1))
 
 
 def falls(shape: Spec) -> range:

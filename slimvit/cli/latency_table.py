@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default="auto",
         choices=("auto", *common.backends()),
-        help="what computes the blocks (default auto: cpu where it works, else torch)",
+        help="what computes the blocks (default auto: the fastest that works)",
     )
     parser.add_argument(
         "--keep-ratios",

@@ -74,7 +74,7 @@ class DPS(Planner):
 
     def parts(self, layer: int) -> PredictorParts | None:
         """What kernels need; None for a subclass that chooses in another way."""
-        if type(self).choose is not DPS.choose:
+        if type(self).choose is not DPS.choose or str(layer) not in self.predictors:
             return None
         predictor = self.predictors[str(layer)]
         if type(predictor) is not Predictor:

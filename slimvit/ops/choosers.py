@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from slimvit.backends.fused_selector import WIDEST_SELECTOR
 from slimvit.ops.network import activation_name, layer_norm_of
 
 REACH = 3
@@ -78,8 +79,15 @@ ChooserParts = AbsorbParts | PredictorParts | SelectorParts
 
 def why_not_chosen(choosers: Sequence[ChooserParts | None], backend: str) -> str | None:
     """Why the kernels of a back end do not choose tokens like this, or None if they do."""
+    kinds = {type(parts) for parts in choosers}
+    if {AbsorbParts, SelectorParts} <= kinds:
+        return "a selector stands among blocks that absorb tokens"
     for number, parts in enumerate(choosers, 1):
-        reason = _why_not(parts, backend) if isinstance(parts, PredictorParts) else None
+        reason = None
+        if isinstance(parts, PredictorParts):
+            reason = _why_not(parts, backend)
+        elif isinstance(parts, SelectorParts):
+            reason = _why_no_selector(parts, backend)
         if reason is not None:
             return f"block {number}: {reason}"
     return None
@@ -95,4 +103,13 @@ def _why_not(parts: PredictorParts, backend: str) -> str | None:
         return absorbs if parts.absorb else None
     if parts.down.out_features % 16:
         return f"its predictor's channels must be a multiple of 16, got {parts.down.out_features}"
+    return None
+
+
+def _why_no_selector(parts: SelectorParts, backend: str) -> str | None:
+    if parts.patches is None:
+        return "its selector keeps as many patches as it favours, not a fixed number"
+    channels = parts.selector.embed.weight.shape[1]
+    if backend != "cpu" and channels > WIDEST_SELECTOR:
+        return f"its selector's heads must have at most {WIDEST_SELECTOR} channels, got {channels}"
     return None

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 from slimvit.backends import fused_dynamic
 from slimvit.backends.fused_checks import BlockWeights
-from slimvit.ops.choosers import AbsorbParts, ChooserParts, PredictorParts, candidates
+from slimvit.ops.choosers import (
+    AbsorbParts,
+    ChooserParts,
+    PredictorParts,
+    SelectorParts,
+    candidates,
+)
 from slimvit.ops.fused_block import row_statistics
+from slimvit.ops.fused_selector import Selecting
 from slimvit.ops.fused_vit import FusedBlock, FusedNetwork, fold_norm
 from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of
 
@@ -149,7 +156,8 @@ class FusedDynamicNetwork(FusedNetwork):
     Args:
         parts: the dense network; weights are copied.
         counts: n_1 … n_L, tokens that each block keeps.
-        choosers: how each block chooses; None where it has nothing to choose, and keeps the first.
+        choosers: how each block chooses, or a selector ahead of it; None where it has nothing to
+            choose, and keeps the first.
         dtype: what it computes in: float16 or bfloat16, accumulated in float32, or float32.
         tf32: whether float32 products may be in TF32.
         backend: whose kernels, "triton" or "cuda".
@@ -171,17 +179,24 @@ class FusedDynamicNetwork(FusedNetwork):
                 self.blocks[layer] = _Absorbing(chooser, block, parts.blocks[layer].norm1)
             elif isinstance(chooser, PredictorParts):
                 self.blocks[layer] = _Predicting(chooser, block, dtype)
+            elif isinstance(chooser, SelectorParts):
+                self.blocks[layer] = Selecting(chooser, block, dtype)
 
     def forward(self, images: Tensor) -> Tensor:
         """Kept tokens after the final norm, [B, n_L, D], each image's own."""
         return self._run(images)[0]
 
     def with_places(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The same, and where the tokens that each block keeps stand: L of [B, n], int64."""
+        """The same, and where the tokens that each block keeps stand: L of [B, n], int64.
+
+        The package of the k-th selector, from 0, stands at N + k.
+        """
         x, kept = self._run(images)
         place = self.order.expand(x.shape[0], -1)
         places = []
-        for which in kept:
+        for block, which in zip(self.blocks, kept):
+            if isinstance(block, Selecting):
+                place = F.pad(place, (0, 1), value=len(self.order) + block.packages)
             place = place[:, :which] if isinstance(which, int) else place.gather(1, which)
             places.append(place)
         return x, places

@@ -45,10 +45,15 @@ class FusedDynamicViT(FusedViT):
     def forward_features(self, images: Tensor) -> Tensor:
         """Kept tokens after the final norm in each image's own places, [B, N, D], else zero."""
         tokens, places = self.fused.with_places(self._checked(images))
-        return torch.ops.slimvit.scatter_tokens(
-            tokens, places[-1], self.plan.tokens, self.backend
-        ).to(images.dtype)
+        length = self.plan.tokens
+        features = torch.ops.slimvit.scatter_tokens(
+            tokens, places[-1], length + len(self.plan.acts_before), self.backend
+        )
+        return features[:, :length].to(images.dtype)  # packages stand nowhere and are left out
 
     def kept_sets(self, images: Tensor) -> list[Tensor]:
-        """Places of the tokens that each block keeps of images [B, C, H, W]: L of [B, n], int64."""
+        """Places of the tokens that each block keeps of images [B, C, H, W]: L of [B, n], int64.
+
+        N and more are package tokens, which stand nowhere.
+        """
         return self.fused.with_places(self._checked(images))[1]
