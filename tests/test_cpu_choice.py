@@ -272,6 +272,23 @@ class TestOrder:
             rest = [i for i in range(2, 63) if i not in places][:34]
             assert index[b].tolist() == sorted([0, 1, *places, *rest])
 
+    def test_of_equal_tokens_the_earlier_are_kept(self, dtype):
+        """And the others go into the first, as all are equally near."""
+        case = self.case()._replace(scores="attention")
+        x, _ = input_of(case, dtype)
+        _, index, into, _ = call(case, dtype, x=x[:1].expand(63, -1, -1))
+        assert torch.equal(index, torch.arange(40).expand(2, -1))
+        assert (into == 2).all()
+
+    @pytest.mark.parametrize(("one", "other"), [(2, 62), (9, 10), (20, 37), (47, 48)])
+    def test_of_two_alike_the_later_goes_into_the_earlier(self, dtype, one, other):
+        case = self.case()._replace(scores="attention")
+        x, _ = input_of(case, dtype)
+        x[other] = x[one]
+        _, index, into, _ = call(case, dtype, x=x, n=62)
+        assert torch.equal(index, torch.tensor([i for i in range(63) if i != other]).expand(2, -1))
+        assert (into == one).all()
+
     def test_nan_is_the_lowest(self, dtype):
         case = self.case()
         x, _ = input_of(case, dtype)

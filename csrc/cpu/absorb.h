@@ -8,9 +8,9 @@
 namespace slimvit {
 namespace {
 
-// Vectors across a panel of what tokens are compared by: in a triangle narrow ones waste less.
+// Vectors across a panel of what patches are compared by: in a triangle narrow ones waste less.
 template <class S>
-constexpr int kAbsorbVecs = static_cast<int>(least(2, S::kVecs));
+constexpr int kAbsorbVecs = static_cast<int>(least(kMaxLanes / S::kLanes, S::kVecs));
 
 // What is kept: tokens that the head's tokens read and that none of more importance stands for.
 inline float absorb_score(float importance, float cosine) { return importance * (1.0f - cosine); }
@@ -35,55 +35,19 @@ struct Tokens {
   long depth;
 };
 
-// best = max(best, cosine · ‖row's key‖) over the columns that are ahead of the row.
-template <class S>
-struct Nearest : FromBias<S> {
-  static constexpr int kMaxVecs = kAbsorbVecs<S>;
-  const float* inverse;  // [columns]
-  const float* stairs;   // at [kStairs + c - r]: 0 where column c is ahead of row r, else -∞
-  long first;
-  float* best;  // [rows, lanes]
-
-  static constexpr long kStairs = 64;  // more than a tile's rows and columns are apart
-
-  template <int MR, int NV>
-  SLIMVIT_INLINE void end(typename S::F (&acc)[MR][NV], long row, long column) const {
-    const bool all = column + NV * S::kLanes <= first + row;
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      auto top = S::load(best + (row + i) * S::kLanes);
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) {
-        const long c = column + j * S::kLanes;
-        auto x = S::mul(acc[i][j], S::load(inverse + c));
-        if (!all) x = S::add(x, S::load(stairs + kStairs + c - (first + row + i)));
-        top = S::max(x, top);
-      }
-      S::store(best + (row + i) * S::kLanes, top);
-    }
-  }
+// Where the columns of a vector stand; `before`, at kMaxLanes + c - row: 0 in those before the row.
+struct Places {
+  float number[kMaxLanes], before[2 * kMaxLanes];
 };
-
-// out = cosine · ‖row's key‖, -∞ in columns that are not open.
-template <class S>
-struct Cosines : FromBias<S> {
-  static constexpr int kMaxVecs = kAbsorbVecs<S>;
-  const float *inverse, *open;  // [columns]
-  float* out;
-  long ld;
-
-  template <int MR, int NV>
-  SLIMVIT_INLINE void end(typename S::F (&acc)[MR][NV], long row, long column) const {
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) {
-        const long c = column + j * S::kLanes;
-        S::store(out + (row + i) * ld + c,
-                 S::fma(acc[i][j], S::load(inverse + c), S::load(open + c)));
-      }
+constexpr Places make_places() {
+  Places places{};
+  for (long i = 0; i < kMaxLanes; ++i) {
+    places.number[i] = static_cast<float>(i);
+    places.before[kMaxLanes + i] = kMinusInfinity;
   }
-};
+  return places;
+}
+constexpr Places kPlaces = make_places();
 
 template <class S, typename T>
 class Absorb {
@@ -92,11 +56,10 @@ class Absorb {
          const OwnChoice<S, T>& own)
       : tokens_(tokens), shape_(shape), shared_(shared), own_(own) {}
 
-  // Squares of norms of tokens [begin, end), for all workers. Norms are those of numbers as rounded
-  // to T, so that a token is as near to itself as can be.
+  // Squares of norms of patches [begin, end), for all workers. Norms are those of numbers as
+  // rounded to T, so that a token is as near to itself as can be.
   void measure(long begin, long end) const {
-    for (long i = begin; i < end; ++i)
-      shared_.square[i] = square(tokens_.like + i * tokens_.depth, tokens_.depth);
+    for (long i = begin; i < end; ++i) shared_.square[i] = square(patch(i), tokens_.depth);
   }
 
   // Keys are alike where their sums over the heads are.
@@ -141,72 +104,65 @@ class Absorb {
     }
   }
 
-  // Patches in order of importance, so that those a patch is compared with are ahead of it.
-  void order_by_importance() const {
+  // Pruned tokens weigh in averages by their importance, or by their size.
+  void weigh_by_importance() const {
     for (long i = 0; i < tokens_.m; ++i) own_.weight[i] = absorb_weight(own_.importance[i]);
-    for (long i = 0; i < patches(); ++i) own_.key[i] = ordered(own_.importance[tokens_.prefix + i]);
-    sort_descending<S>(own_.key, patches(), own_.order);
-    invert();
   }
-
-  // Every patch in its own place, of the weight of its size.
-  void order_by_place() const {
+  void weigh_by_size() const {
     for (long i = 0; i < tokens_.m; ++i) own_.weight[i] = tokens_.size[i];
-    for (long i = 0; i < patches(); ++i) own_.order[i] = static_cast<std::int32_t>(i);
-    invert();
   }
 
   // The worker's panels of what patches are compared by.
   void pack(int rank, int size) const {
     constexpr long kPanel = kAbsorbVecs<S> * S::kLanes;
-    for (long first = rank * kPanel; first < patches(); first += size * kPanel) {
-      const long count = least(kPanel, patches() - first);
-      for (long c = 0; c < count; ++c) take(tokens_.prefix + own_.order[first + c], c);
-      pack_keys<S, T>(own_.taken, tokens_.depth, count, tokens_.depth, nullptr,
-                      shared_.packed + first * tokens_.depth);
+    for (long first = rank * kPanel; first < patches(); first += size * kPanel)
+      pack_keys<S, T>(patch(first), tokens_.depth, least(kPanel, patches() - first), tokens_.depth,
+                      nullptr, shared_.packed + first * tokens_.depth);
+  }
+
+  // The worker's rows of the triangle of products, by turns; what is beyond the diagonal of a tile
+  // that crosses it is computed as well.
+  void multiply(int rank, int size) const {
+    constexpr long kRows = S::rows(kAbsorbVecs<S>), kPanel = kAbsorbVecs<S> * S::kLanes;
+    for (long row = rank * kRows; row < patches(); row += size * kRows) {
+      const long rows = least(kRows, patches() - row);
+      compare(patch(row), rows, least(columns(), round_up(row + rows, kPanel)), products(row));
     }
   }
 
-  // The worker's part of the scores: rows of a triangle, so that workers take them by turns.
-  void score(int rank, int size) const {
-    constexpr long kRows = S::rows(kAbsorbVecs<S>), kPanel = kAbsorbVecs<S> * S::kLanes;
-    alignas(64) float stairs[2 * Nearest<S>::kStairs];
-    for (long i = 0; i < 2 * Nearest<S>::kStairs; ++i)
-      stairs[i] = i < Nearest<S>::kStairs ? 0.0f : kMinusInfinity;
-    alignas(64) float best[kRows * S::kLanes];
-    for (long row = rank * kRows; row < patches(); row += size * kRows) {
-      const long rows = least(kRows, patches() - row);
-      for (long i = 0; i < rows; ++i) {
-        S::store(best + i * S::kLanes, S::set(kMinusInfinity));
-        take(tokens_.prefix + own_.order[row + i], i);
-      }
-      Nearest<S> nearest{{nullptr}, own_.inverse, stairs, row, best};
-      compare(rows, least(columns(), round_up(row + rows, kPanel)), nearest);
-      for (long i = 0; i < rows; ++i) {
-        const long token = tokens_.prefix + own_.order[row + i];
-        const float cosine = S::largest(S::load(best + i * S::kLanes)) * own_.inverse[row + i];
-        shared_.score[token] =
-            absorb_score(own_.importance[token], cosine > -1.0f ? cosine : -1.0f);
-      }
+  // own_.score, from the triangle: each product is of use to whichever of the two patches is of
+  // less importance. Among equals the earlier is ahead.
+  void score() const {
+    invert(shared_.products, columns() + 1);
+    for (long c = 0; c < columns(); c += S::kLanes) S::store(own_.best + c, S::set(kMinusInfinity));
+    long row = 0;
+    for (; row + 4 <= patches(); row += 4) look_back<4>(row);
+    for (; row < patches(); ++row) look_back<1>(row);
+    for (long i = 0; i < patches(); ++i) {
+      float* score = own_.score + tokens_.prefix + i;
+      const float cosine = most(*score, own_.best[i]) * own_.inverse[i];
+      *score = absorb_score(own_.importance[tokens_.prefix + i], most(cosine, -1.0f));
     }
   }
 
   // Pruned tokens [begin, end) of own_.pruned: which of the n kept ones each goes into, the kept
-  // patch of the greatest cosine, and what it adds to that one's size.
+  // patch of the greatest cosine, and what it adds to that one's size: all that it has, or
+  // `by_cosine`, which takes the triangle.
   void find_nearest(long n, long begin, long end, bool by_cosine) const {
+    if (!by_cosine) invert(shared_.square, 1);
     open_kept(n);
     for (long first = begin; first < end; first += kChoiceRows) {
+      const std::int32_t* pruned = own_.pruned + first;
       const long rows = least(kChoiceRows, end - first);
-      for (long i = 0; i < rows; ++i) take(own_.pruned[first + i], i);
-      Cosines<S> cosines{{nullptr}, own_.inverse, own_.open, own_.rows, columns()};
-      compare(rows, columns(), cosines);
+      if (by_cosine)
+        look_up(pruned, rows);
+      else
+        multiply_pruned(pruned, rows);
       for (long i = 0; i < rows; ++i) {
-        const long token = own_.pruned[first + i];
-        float cosine;
-        shared_.into[first + i] = greatest(own_.rows + i * columns(), cosine);
-        cosine /= __builtin_sqrtf(shared_.square[token]);
-        shared_.gain[first + i] =
-            by_cosine ? absorb_gain(tokens_.size[token], cosine) : tokens_.size[token];
+        const float size = tokens_.size[pruned[i]];
+        const float greatest = find_open(own_.rows + i * columns(), shared_.into[first + i]);
+        const float cosine = greatest * own_.inverse[pruned[i] - tokens_.prefix];
+        shared_.gain[first + i] = by_cosine ? absorb_gain(size, cosine) : size;
       }
     }
   }
@@ -215,36 +171,67 @@ class Absorb {
   long patches() const { return tokens_.m - tokens_.prefix; }
   long columns() const { return Panels<S, T>::columns(patches()); }
   long padded() const { return round_up(tokens_.m, kMaxLanes); }
+  const T* patch(long i) const { return tokens_.like + (tokens_.prefix + i) * tokens_.depth; }
+  float* products(long row) const { return shared_.products + row * columns(); }
+
+  static float most(float a, float b) { return a > b ? a : b; }
 
   float square(const T* x, long count) const {
     auto sum = S::zero();
-    for (long c = 0; c < count; c += S::kLanes) {
+    long c = 0;
+    for (; c + S::kLanes * kStep<T> <= count; c += S::kLanes * kStep<T>) {
+      const auto part = S::operand(x + c);
+      sum = S::dot(sum, part, part);
+    }
+    for (; c < count; c += S::kLanes) {
       const auto part = S::load(x + c);
       sum = S::fma(part, part, sum);
     }
-    return most(S::sum(sum), 1e-24f);
-  }
-  static float most(float a, float b) { return a > b ? a : b; }
-
-  // A token's row as row `i` of own_.taken.
-  void take(long token, long i) const {
-    __builtin_memcpy(own_.taken + i * tokens_.depth, tokens_.like + token * tokens_.depth,
-                     tokens_.depth * sizeof(T));
+    return S::sum(sum);
   }
 
-  // Rows of own_.taken with the first `ahead` columns.
-  template <class Epilogue>
-  void compare(long rows, long ahead, Epilogue& epilogue) const {
+  // out = products of `rows` rows of x with the first `ahead` patches.
+  void compare(const T* x, long rows, long ahead, float* out) const {
     const long depth = tokens_.depth;
-    gemm(own_.taken, depth, rows, Panels<S, T>{shared_.packed, ahead, depth, kAbsorbVecs<S>},
-         epilogue);
+    Store<S, float> store{{nullptr}, out, columns()};
+    gemm(x, depth, rows, Panels<S, T>{shared_.packed, ahead, depth, kAbsorbVecs<S>}, store);
   }
 
-  void invert() const {
+  // own_.inverse, of squares of norms that are `step` apart.
+  void invert(const float* square, long step) const {
     for (long c = 0; c < columns(); ++c)
-      own_.inverse[c] = c < patches() ? shared_.square[tokens_.prefix + own_.order[c]] : 1.0f;
+      own_.inverse[c] = c < patches() ? most(square[c * step], 1e-24f) : 1.0f;
     for (long c = 0; c < columns(); c += S::kLanes)
       S::store(own_.inverse + c, S::div(S::set(1.0f), S::sqrt(S::load(own_.inverse + c))));
+  }
+
+  // For each of some rows, as own_.score: the greatest cosine · ‖its patch‖ over the patches before
+  // it that are ahead of it. Those that it is ahead of have theirs in own_.best.
+  template <int kRows>
+  void look_back(long row) const {
+    const float* importance = own_.importance + tokens_.prefix;
+    const auto none = S::set(kMinusInfinity);
+    typename S::F mine[kRows], inverse[kRows], best[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      mine[i] = S::set(importance[row + i]);
+      inverse[i] = S::set(own_.inverse[row + i]);
+      best[i] = none;
+    }
+    const auto look = [&](long c, bool all) {
+      const auto theirs = S::load(importance + c), their_inverse = S::load(own_.inverse + c);
+      auto their_best = S::load(own_.best + c);
+      for (int i = 0; i < kRows; ++i) {
+        auto x = S::load(products(row + i) + c);
+        if (!all) x = S::add(x, S::load(kPlaces.before + kMaxLanes + c - (row + i)));
+        best[i] = S::max(S::above(mine[i], theirs, none, S::mul(x, their_inverse)), best[i]);
+        their_best = S::max(S::above(mine[i], theirs, S::mul(x, inverse[i]), none), their_best);
+      }
+      S::store(own_.best + c, their_best);
+    };
+    const long whole = row / S::kLanes * S::kLanes;  // vectors hold whole groups of rows
+    for (long c = 0; c < whole; c += S::kLanes) look(c, true);
+    look(whole, false);
+    for (int i = 0; i < kRows; ++i) own_.score[tokens_.prefix + row + i] = S::largest(best[i]);
   }
 
   void add_importance(const float* p, float scale, const float* value_square) const {
@@ -254,30 +241,52 @@ class Absorb {
     }
   }
 
-  // own_.key: where each patch stands among the kept tokens.
+  // own_.key: where each patch stands among the kept tokens; own_.open: 0 there, else -∞.
   void open_kept(long n) const {
-    for (long i = 0; i < patches(); ++i) own_.key[i] = -1;
-    for (long k = tokens_.prefix; k < n; ++k)
+    for (long c = 0; c < columns(); c += S::kLanes) S::store(own_.open + c, S::set(kMinusInfinity));
+    for (long k = tokens_.prefix; k < n; ++k) {
       own_.key[own_.index[k] - tokens_.prefix] = static_cast<std::int32_t>(k);
-    for (long c = 0; c < columns(); ++c) {
-      if (c < patches()) own_.order[c] = own_.key[own_.order[c]];
-      const bool kept = c < patches() && own_.order[c] >= 0;
-      own_.open[c] = kept ? 0.0f : kMinusInfinity;
+      own_.open[own_.index[k] - tokens_.prefix] = 0.0f;
     }
   }
 
-  // Of equal cosines that of the first token; own_.order has its number among the kept ones.
-  std::int32_t greatest(const float* cosine, float& top) const {
-    auto greatest = S::load(cosine);
-    for (long c = S::kLanes; c < columns(); c += S::kLanes)
-      greatest = S::max(S::load(cosine + c), greatest);
-    top = S::largest(greatest);
-    std::int32_t into = INT32_MAX;
-    for (long c = 0; c < patches(); ++c) {
-      const std::int32_t mine = cosine[c] == top && own_.order[c] >= 0 ? own_.order[c] : INT32_MAX;
-      into = mine < into ? mine : into;
+  // own_.rows = products of pruned patches with all others: rows of the triangle, then columns.
+  void look_up(const std::int32_t* pruned, long rows) const {
+    const auto at = [&](long i) { return pruned[i] - tokens_.prefix; };
+    for (long i = 0; i < rows; ++i)
+      __builtin_memcpy(own_.rows + i * columns(), products(at(i)), at(i) * sizeof(float));
+    long before = 0;  // how many of the pruned, which ascend, are before the row
+    for (long row = at(0); row < patches(); ++row) {
+      for (long i = 0; i < before; ++i) own_.rows[i * columns() + row] = products(row)[at(i)];
+      before += before < rows && at(before) == row;
     }
-    return into == INT32_MAX ? static_cast<std::int32_t>(tokens_.prefix) : into;  // of NaN
+  }
+
+  // The same where there is no triangle.
+  void multiply_pruned(const std::int32_t* pruned, long rows) const {
+    for (long i = 0; i < rows; ++i)
+      __builtin_memcpy(own_.taken + i * tokens_.depth, patch(pruned[i] - tokens_.prefix),
+                       tokens_.depth * sizeof(T));
+    compare(own_.taken, rows, columns(), own_.rows);
+  }
+
+  // The greatest product · inverse of an open patch; `kept`: which token that is, of equal ones the
+  // first.
+  float find_open(const float* product, std::int32_t& kept) const {
+    const auto none = S::set(kMinusInfinity), step = S::set(static_cast<float>(S::kLanes));
+    auto greatest = none, column = S::load(kPlaces.number), first = column;
+    for (long c = 0; c < columns(); c += S::kLanes, column = S::add(column, step)) {
+      const auto x =
+          S::fma(S::load(product + c), S::load(own_.inverse + c), S::load(own_.open + c));
+      first = S::above(x, greatest, column, first);
+      greatest = S::max(x, greatest);
+    }
+    const float top = S::largest(greatest);
+    const auto place = S::above(S::set(top), greatest, none, S::sub(S::zero(), first));
+    const bool found = top > kMinusInfinity;  // not of NaN
+    kept = static_cast<std::int32_t>(found ? own_.key[static_cast<long>(-S::largest(place))]
+                                           : tokens_.prefix);
+    return top;
   }
 
   const Tokens<T>& tokens_;
