@@ -4,7 +4,8 @@
     cosine_ij    = cosine of LN(x)_i and LN(x)_j
     score_i      = importance_i · (1 - max cosine_ij)
 
-over the patches j ahead of i in importance, among equals the earlier.
+over the patches j ahead of i in importance, among equals the earlier. Only so many patches of least
+importance are candidates: the score of any other token is infinite, so that it is kept.
 
 Two launches: a program for each head, then one for some rows of the cosines of an image.
 """
@@ -108,6 +109,12 @@ def _sum_of_heads(parts, token, m, HEADS: tl.constexpr):
 
 
 @triton.jit
+def _ordered(importance):
+    """What tokens are compared by: NaN is least."""
+    return tl.where(importance != importance, float("-inf"), importance)
+
+
+@triton.jit
 def _normed(x, row, mean, rstd, weight, bias, start, D: tl.constexpr, BLOCK_K: tl.constexpr):
     """Channels `start` … of LN(x), in the dtype of `x`."""
     k = start + tl.arange(0, BLOCK_K)
@@ -119,7 +126,7 @@ def _normed(x, row, mean, rstd, weight, bias, start, D: tl.constexpr, BLOCK_K: t
     return y.to(x.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=["m", "prefix"])
+@triton.jit(do_not_specialize=["m", "prefix", "candidates"])
 def _absorb_scores(
     x,
     stats,
@@ -131,6 +138,7 @@ def _absorb_scores(
     cosine,
     m,
     prefix,
+    candidates,
     eps,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -150,6 +158,8 @@ def _absorb_scores(
     row = image * m + place
     mean, rstd = mean_rstd(stats, row, eps, D, PARTS, PARTS_PADDED)
     nearest = tl.full((BLOCK_M,), -1.0, tl.float32)
+    rank = tl.zeros((BLOCK_M,), tl.int32)  # patches ahead
+    my_order = _ordered(mine)[:, None]
     for first in range(0, m, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         there = column < m
@@ -168,15 +178,19 @@ def _absorb_scores(
             other_square += tl.sum(b * b, axis=1)
         norm = tl.maximum(tl.sqrt(square), _TINY)
         acc = acc / (norm[:, None] * tl.maximum(tl.sqrt(other_square), _TINY)[None, :])
+        theirs = _ordered(_sum_of_heads(parts, column, m, HEADS))[None, :]
+        ahead = (theirs == my_order) & (column[None, :] < place[:, None])
+        ahead = (theirs > my_order) | ahead
+        ahead = ahead & (there & (column >= prefix))[None, :]
+        acc = tl.where(ahead, acc, -1.0)
         inside = live[:, None] & there[None, :]
         tl.store(cosine + row[:, None] * m + column[None, :], acc, mask=inside)
-        theirs = _sum_of_heads(parts, column, m, HEADS)[None, :]
-        above = (theirs == mine[:, None]) & (column[None, :] < place[:, None])
-        above = (theirs > mine[:, None]) | above
-        above = above & (there & (column >= prefix))[None, :]
-        nearest = tl.maximum(nearest, tl.max(tl.where(above, acc, -1.0), axis=1))
+        nearest = tl.maximum(nearest, tl.max(acc, axis=1))
+        rank += tl.sum(ahead.to(tl.int32), axis=1)
     tl.store(importance + row, mine, mask=live)
-    tl.store(score + row, mine * (1.0 - nearest), mask=live)
+    candidate = rank >= m - prefix - candidates
+    value = tl.where(candidate, mine * (1.0 - nearest), float("inf"))
+    tl.store(score + row, value, mask=live)
 
 
 def absorb_scores(
@@ -186,6 +200,7 @@ def absorb_scores(
     kv: Tensor,
     heads: int,
     prefix: int,
+    candidates: int,
     norm_weight: Tensor,
     norm_bias: Tensor,
     *,
@@ -203,6 +218,7 @@ def absorb_scores(
         kv: keys of the alive tokens, then their values, [B, m, 2·H·d].
         heads: H.
         prefix: leading tokens, which stand for no other.
+        candidates: patches of least importance that may be pruned.
         norm_weight: the norm's weight, [D], float32.
         norm_bias: its bias, [D], float32.
         eps: of the norm.
@@ -211,7 +227,8 @@ def absorb_scores(
         config: instead of the table's, for the cosines.
 
     Returns:
-        Importances [B, m], scores [B, m] and cosines [B, m, m], float32.
+        Importances [B, m], scores [B, m] and cosines [B, m, m], float32; of each token with those
+        ahead of it, and -1 with the others.
     """
     batch, m, width = x.shape
     tokens, inner = q.shape[1:]
@@ -233,7 +250,7 @@ def absorb_scores(
     config = config or lookup("absorb", architecture(x.device), x.element_size(), width, batch * m)
     _absorb_scores[(triton.cdiv(m, config.block_m), batch)](
         *(x, stats, norm_weight, norm_bias, parts, importance, score, cosine),
-        *(m, prefix, eps),
+        *(m, prefix, candidates, eps),
         HEADS=heads,
         D=width,
         PARTS=stats.shape[2],

@@ -127,7 +127,7 @@ def launch_choice(dtype: torch.dtype, batch: int, m: int, n: int, width: int, he
         q = empty(dtype, batch, tokens, width)
         size = empty(torch.float32, batch, m) if tokens == 1 else None
         importance, score, cosine = kernels.absorb_scores(
-            x, stats, q, kv, heads, tokens, norm, norm, eps=1e-6, key_bias=size
+            x, stats, q, kv, heads, tokens, m - tokens, norm, norm, eps=1e-6, key_bias=size
         )
         index, into, gain = kernels.absorb_select(score, cosine, n, tokens, size=size)
         kernels.absorb_merge(x, importance, index, into, gain)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slimvit.dynamic import DPS, Absorb, Planner, SPViT
 from slimvit.errors import SlimvitError
 from slimvit.models import spec
-from slimvit.ops import Alive, PredictorParts, View, dynamic_block
+from slimvit.ops import Alive, PredictorParts, View, candidates, dynamic_block
 from slimvit.runtime import accelerate, apply_masks
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,6 +84,7 @@ def arguments(case: Case, alive: Alive, prefix: int, tokens: int) -> dict[str, o
         "heads": case.heads,
         "prefix": prefix,
         "head_tokens": tokens,
+        "candidates": candidates(case.m, case.n, prefix),
         "activation": case.act,
         "eps": [1e-6, 1e-5],
     }

@@ -17,7 +17,10 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 
 
 class Case(NamedTuple):
-    """`tokens` are those that the head reads; tiles of cosines are `tile` by `tile`."""
+    """`tokens` are those that the head reads; tiles of cosines are `tile` by `tile`.
+
+    `candidates` may be pruned; None for all patches.
+    """
 
     m: int
     width: int
@@ -29,6 +32,11 @@ class Case(NamedTuple):
     sized: bool = False
     sharpness: float = 1.0
     tile: int = 64
+    candidates: int | None = None
+
+    @property
+    def some(self) -> int:
+        return self.m - self.prefix if self.candidates is None else self.candidates
 
     def __str__(self) -> str:
         given = ((k, v) for k, v in self._asdict().items() if v != self._field_defaults.get(k))
@@ -40,8 +48,8 @@ SCORED = [
     Case(5, 48, 3, 16, 3, 2, 2, True, tile=0),
     Case(17, 112, 2, 56, 1, 1, 5, tile=16),
     Case(63, 64, 1, 64, 3, 1, 1, True),
-    Case(63, 192, 6, 32, 1, 2, 5, sharpness=30.0),
-    Case(197, 192, 3, 64, 1, 1, 2, True),
+    Case(63, 192, 6, 32, 1, 2, 5, sharpness=30.0, candidates=1),
+    Case(197, 192, 3, 64, 1, 1, 2, True, candidates=33),
     Case(257, 384, 6, 64),
     Case(577, 64, 2, 32, 1, 2, 2, True),
 ]
@@ -58,8 +66,8 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return x, q, kv, 1 + 0.3 * random(case.width), 0.3 * random(case.width), size
 
 
-def scores(case: Case, x, q, kv, weight, bias, size) -> tuple[Tensor, Tensor, Tensor]:
-    """Importances, scores and cosines by the formulas, in float32 or wider after the norm."""
+def formulas(case: Case, x, q, kv, weight, bias, size) -> tuple[Tensor, Tensor]:
+    """Importances, and all cosines, in float32 or wider after the norm."""
     wide = torch.promote_types(x.dtype, torch.float32)
     heads = (case.heads, case.d)
     q, k, v = (
@@ -70,13 +78,33 @@ def scores(case: Case, x, q, kv, weight, bias, size) -> tuple[Tensor, Tensor, Te
         logits = logits + size.to(wide).log()[:, None, None]
     importance = (logits.softmax(-1).mean(2) * v.norm(dim=-1)).sum(1)
     y = F.normalize(F.layer_norm(x, x.shape[-1:], weight, bias, EPS).to(wide), dim=-1)
-    cosine = y @ y.mT
-    position = torch.arange(importance.shape[1], device=x.device)
+    return importance, y @ y.mT
+
+
+def check_scored(case: Case, given: tuple[Tensor, ...], got: tuple[Tensor, ...]) -> None:
+    """Importances, scores and cosines against the formulas; who is ahead, by what was found."""
+    importance, score, cosine = got
+    kinds = (torch.float64, given[0].dtype)
+    (exact, alike), own = ([*formulas(case, *(t if t is None else t.to(kind) for t in given))]
+                           for kind in kinds)  # fmt: skip
+
+    def near(got: Tensor, exact: Tensor, own: Tensor, where: Tensor | bool = True) -> bool:
+        got, exact, own = (torch.where(torch.as_tensor(where, device=got.device), t, 0.0)
+                           for t in (got, exact, own))  # fmt: skip
+        return distance(got, exact) <= max(2 * distance(own, exact), FLOOR[given[0].dtype])
+
+    assert {t.dtype for t in got} == {torch.float32}
+    assert near(importance, exact, own[0])
+    position = torch.arange(case.m, device=score.device)
     theirs, mine = importance[:, None, :], importance[:, :, None]
-    better = (theirs > mine) | ((theirs == mine) & (position < position[:, None]))
-    better[:, :, : case.prefix] = False
-    score = importance * (1 - cosine.masked_fill(~better, -1.0).amax(2))
-    return importance, score, cosine
+    ahead = (theirs > mine) | ((theirs == mine) & (position < position[:, None]))
+    ahead &= position >= case.prefix
+    assert (cosine[~ahead] == -1).all() and near(cosine, alike, own[1], ahead)
+    candidate = ahead.sum(2) >= case.m - case.prefix - case.some
+    assert candidate[:, case.prefix :].sum(1).eq(case.some).all()
+    assert (score[~candidate] == math.inf).all()
+    found = [i * (1 - c.masked_fill(~ahead, -1).amax(2)) for i, c in ((exact, alike), own)]
+    assert near(score, *found, candidate)
 
 
 def scored(case: Case, x, q, kv, weight, bias, size) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +112,7 @@ def scored(case: Case, x, q, kv, weight, bias, size) -> tuple[Tensor, Tensor, Te
     key_bias = None if size is None else size.log()
     stats = kernels.row_stats(x)
     return kernels.absorb_scores(
-        *(x, stats, q, kv, case.heads, case.prefix, weight, bias),
+        *(x, stats, q, kv, case.heads, case.prefix, case.some, weight, bias),
         eps=EPS,
         key_bias=key_bias,
         config=config,
@@ -96,12 +124,7 @@ class TestScores:
     @pytest.mark.parametrize("case", SCORED, ids=str)
     def test_err_no_more_than_torch(self, dtype, case):
         given = inputs(case, dtype)
-        answers = {}
-        for kind in (torch.float64, dtype):
-            answers[kind] = scores(case, *(t if t is None else t.to(kind) for t in given))
-        for got, wanted, own in zip(scored(case, *given), *answers.values(), strict=True):
-            assert got.dtype == torch.float32
-            assert distance(got, wanted) <= max(2 * distance(own, wanted), FLOOR[dtype])
+        check_scored(case, given, scored(case, *given))
 
     @dtypes
     def test_every_image_by_itself(self, dtype):

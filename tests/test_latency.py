@@ -16,6 +16,7 @@ import slimvit
 from slimvit import bench, cli, models
 from slimvit.bench import LatencyTable, _target, keep_for_latency, latency_table, plan_for_latency
 from slimvit.bench._latency import Row
+from slimvit.bench._rounds import Measured
 from slimvit.errors import PlanError, SlimvitError, UsageError
 
 QUICK = {"rounds": 1, "seconds": 0.001, "threads": 1}
@@ -93,7 +94,8 @@ def test_shares_are_corrected_by_what_they_took(shape, monkeypatch):
 
     def slower(model, plan, table, *, seconds):
         asked.append(plan)
-        return 1.2 * table.predict(plan) + 0.3
+        ms = 1.2 * table.predict(plan) + 0.3
+        return _target.Latency(2 * ms, 2 * table.dense_ms, ms)
 
     monkeypatch.setattr(_target, "measure_latency", slower)
     model = models.create("deit_tiny_patch16_224")
@@ -121,7 +123,16 @@ def test_measured_table(tiny_vit, backend, tmp_path):
     took = _target.measure_latency(
         tiny_vit, slimvit.SPViT((0.5,), stages=(2,)), table, seconds=0.01
     )
-    assert took > 0
+    assert all(ms > 0 for ms in took)
+
+
+def test_latency_is_told_at_the_pace_of_the_table(tiny_vit, monkeypatch):
+    table = replace(made(models.spec(tiny_vit)), dense_ms=10.0, batch=4)
+    # Rounds of an ever slower machine: the slimmed model takes half of what the dense one does.
+    rates = [[[800.0, 400.0, 200.0], [400.0, 200.0, 100.0]]]
+    monkeypatch.setattr(_target, "measure", lambda *_, **__: Measured(rates))
+    took = _target.measure_latency(tiny_vit, slimvit.SPViT((0.5,), stages=(2,)), table)
+    assert took == (10.0, 20.0, 5.0)
 
 
 def test_blocks_are_timed_through_the_back_end(tiny_vit, monkeypatch):

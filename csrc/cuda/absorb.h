@@ -13,6 +13,17 @@ __device__ inline float score_of(float importance, float nearest) {
 // Where no patch is more important.
 constexpr float kFarthest = -1.0f;
 
+// The score of a token that is no candidate.
+__device__ inline float never_pruned() { return __int_as_float(0x7f800000); }
+
+// Whether another patch is ahead of a token in importance; NaN is least.
+__device__ inline bool is_ahead(float theirs, float mine, bool earlier) {
+  const float least = -never_pruned();
+  theirs = theirs == theirs ? theirs : least;
+  mine = mine == mine ? mine : least;
+  return theirs > mine || (theirs == mine && earlier);
+}
+
 // How much a token counts in the mean that it goes into: a mean needs a weight.
 __device__ inline float weight_of(float importance) { return fmaxf(importance, 1e-20f); }
 

@@ -3,7 +3,8 @@
 //   cosine_ij = cosine of LN(x)_i and LN(x)_j
 //   score_i   = importance_i · (1 - max cosine_ij)
 //
-// over the patches j ahead of i in importance, among equals the earlier.
+// over the patches j ahead of i in importance, among equals the earlier. Only so many patches of
+// least importance are candidates: the score of any other token is infinite, so that it is kept.
 //
 // Two launches: that of absorb_importance.cu, then some rows of the cosines a block, with all
 // columns.
@@ -29,7 +30,8 @@ struct Shape {
   static constexpr int kLines = kM + kN;  // rows of x in shared memory
 
   static int shared_bytes(int m) {
-    const int fixed = 2 * kLines * kStride * 2 + (kThreads / 32 * 16 * kPatch + kAcross * kM) * 4;
+    const int fixed =
+        2 * kLines * kStride * 2 + (kThreads / 32 * 16 * kPatch + 2 * kAcross * kM) * 4;
     return fixed + 2 * ceil_div(m * 4, 32) * 32;
   }
 };
@@ -88,8 +90,11 @@ struct Cosines {
   using S = Shape<kM>;
 
   typename M::C c[S::kSide][S::kSide];
-  float nearest[S::kSide][8];  // of rows 2 i + lane / 16, among the columns of this lane
-  int row, column;             // of the warp in a tile
+  // Of rows 2 i + lane / 16, among the columns of this lane: the greatest cosine, and how many
+  // patches are ahead.
+  float nearest[S::kSide][8];
+  int ahead[S::kSide][8] = {};
+  int row, column;  // of the warp in a tile
 
   __device__ Cosines() {
     const int warp = threadIdx.x / 32;
@@ -143,11 +148,10 @@ struct Cosines {
           const int at = 2 * r + lane / 16, i = first_row + row + 16 * s + at;
           if (i >= p.m || j >= p.m) continue;
           const float value = patch[at * kPatch + lane % 16] * (shrink[i] * by);
-          cosine[std::int64_t(i) * p.m + j] = value;
-          const bool ahead = theirs > importance[i] || (theirs == importance[i] && j < i);
-          if (j >= p.prefix && ahead) {
-            nearest[s][r] = fmaxf(nearest[s][r], value);
-          }
+          const bool counts = j >= p.prefix && is_ahead(theirs, importance[i], j < i);
+          cosine[std::int64_t(i) * p.m + j] = counts ? value : kFarthest;
+          if (counts) nearest[s][r] = fmaxf(nearest[s][r], value);
+          ahead[s][r] += counts;
         }
         __syncwarp();
       }
@@ -155,18 +159,23 @@ struct Cosines {
     clear();
   }
 
-  // The greatest of each row among this warp's columns.
-  __device__ void reduce(Shared<float> greatest) {
+  // The greatest cosine of each row among this warp's columns, and the patches ahead.
+  __device__ void reduce(Shared<float> greatest, Shared<int> rank) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int s = 0; s < S::kSide; ++s) {
 #pragma unroll
       for (int r = 0; r < 8; ++r) {
         float value = nearest[s][r];
+        int count = ahead[s][r];
         for (int far = 8; far > 0; far /= 2) {
           value = fmaxf(value, __shfl_xor_sync(~0u, value, far));
+          count += __shfl_xor_sync(~0u, count, far);
         }
-        if (lane % 16 == 0) greatest[row + 16 * s + 2 * r + lane / 16] = value;
+        if (lane % 16 == 0) {
+          greatest[row + 16 * s + 2 * r + lane / 16] = value;
+          rank[row + 16 * s + 2 * r + lane / 16] = count;
+        }
       }
     }
   }
@@ -192,6 +201,7 @@ __global__ void __launch_bounds__(Shape<kM>::kThreads) absorb_scores_kernel(Abso
     Shared<T> tiles = carve<T>(memory, 2 * S::kLines * kStride);
     Shared<float> patches = carve<float>(memory, S::kThreads / 32 * 16 * kPatch);
     Shared<float> greatest = carve<float>(memory, S::kAcross * kM);
+    Shared<int> ranks = carve<int>(memory, S::kAcross * kM);
     Shared<float> importance = carve<float>(memory, p.m), shrink = carve<float>(memory, p.m);
     const std::int64_t image = blockIdx.y;
     const int warp = threadIdx.x / 32, first_row = blockIdx.x * kM;
@@ -221,15 +231,20 @@ __global__ void __launch_bounds__(Shape<kM>::kThreads) absorb_scores_kernel(Abso
       chunk = next_chunk;
       first_column = next_column;
     }
-    cosines.reduce(greatest + warp % S::kAcross * kM);
+    cosines.reduce(greatest + warp % S::kAcross * kM, ranks + warp % S::kAcross * kM);
     __syncthreads();
     for (int row = threadIdx.x; row < min(kM, p.m - first_row); row += S::kThreads) {
       float nearest = greatest[row];
-      for (int i = 1; i < S::kAcross; ++i) nearest = fmaxf(nearest, greatest[i * kM + row]);
+      int rank = ranks[row];
+      for (int i = 1; i < S::kAcross; ++i) {
+        nearest = fmaxf(nearest, greatest[i * kM + row]);
+        rank += ranks[i * kM + row];
+      }
       const std::int64_t at = image * p.m + first_row + row;
       const float mine = importance[first_row + row];
       p.importance[at] = mine;
-      p.score[at] = score_of(mine, nearest);
+      const bool candidate = rank >= p.m - p.prefix - p.candidates;
+      p.score[at] = candidate ? score_of(mine, nearest) : never_pruned();
     }
   }
 }

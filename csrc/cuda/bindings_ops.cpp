@@ -210,6 +210,7 @@ void bind_absorb_scores(const py::kwargs& kwargs) {
   p.heads = given.number("heads");
   p.d = given.number("d");
   p.prefix = given.number("prefix");
+  p.candidates = given.number("candidates");
   p.scale = given.real("scale");
   p.eps = given.real("eps");
   absorb_scores(p, given.type(), given.stream());

@@ -117,9 +117,10 @@ struct AbsorbScores {
   float* shrink;             // scratch: one by the norms of those rows, [batch, m]
   float* of_heads;           // scratch: importances in each head, [batch, heads, m]
   float* importance;         // [batch, m]
-  float* score;              // [batch, m]
-  float* cosine;             // [batch, m, m]
+  float* score;              // [batch, m]; infinite for tokens that may not be pruned
+  float* cosine;             // [batch, m, m]; kFarthest where the column is not ahead of the row
   int batch, m, width, x_parts, tokens, heads, d, prefix;
+  int candidates;  // patches of least importance that may be pruned
   float scale, eps;
 };
 void absorb_importance(const AbsorbScores& p, Type type, void* stream);  // the scratch alone

@@ -22,6 +22,7 @@ def absorb_scores(
     kv: Tensor,
     heads: int,
     prefix: int,
+    candidates: int,
     norm_weight: Tensor,
     norm_bias: Tensor,
     *,
@@ -62,6 +63,7 @@ def absorb_scores(
         heads=heads,
         d=d,
         prefix=prefix,
+        candidates=candidates,
         scale=d**-0.5,
         eps=eps,
     )

@@ -45,6 +45,7 @@ def absorb_block(
     heads: int,
     prefix: int,
     head_tokens: int,
+    candidates: int,
     activation: str,
     eps: list[float],
     tf32: bool = False,
@@ -63,6 +64,7 @@ def absorb_block(
         heads: H.
         prefix: leading tokens that are always kept and absorb nothing.
         head_tokens: leading tokens whose attention counts.
+        candidates: patches of least importance that may be pruned, m - n at least.
         activation: of the MLP.
         eps: of the two norms.
         tf32: whether float32 products may be in TF32.
@@ -80,6 +82,8 @@ def absorb_block(
     check(backend, x, stats, part, n, None, key_bias)
     (batch, m, width), inner = x.shape, part.proj.shape[1]
     _check_choice(backend, n, m, prefix)
+    rule = f"candidates must be from m - n = {m - n} to the {m - prefix} patches"
+    require(backend, m - n <= candidates <= m - prefix, rule, candidates)
     rule = f"size must be [B, m] = [{batch}, {m}], float32, contiguous"
     for tensor in sizes:
         fits = tensor.shape == (batch, m) and tensor.dtype == torch.float32
@@ -96,7 +100,7 @@ def absorb_block(
             precision=precision,
         )
         importance, score, cosine = kernels.absorb_scores(
-            *(x, stats, head_q, kv, heads, prefix, *norm),
+            *(x, stats, head_q, kv, heads, prefix, candidates, *norm),
             eps=eps[0],
             key_bias=key_bias,
             precision=precision,

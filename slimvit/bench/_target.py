@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import nn
 
-from slimvit.bench._latency import LatencyTable, falls, time_calls
+from slimvit.bench._latency import LatencyTable, falls
+from slimvit.bench._rounds import measure
+from slimvit.bench._run import _threads as cpu_threads
 from slimvit.dynamic import SPViT
 from slimvit.errors import PlanError
 from slimvit.export import sample_images
@@ -81,7 +85,8 @@ def plan_for_latency(
         seconds: length of a turn of timing.
 
     Returns:
-        The plan, untrained, and what it took, in milliseconds: the nearest of those measured.
+        The plan, untrained, and what it took, in milliseconds at the table's pace: the nearest of
+        those measured.
 
     Raises:
         PlanError: the target is out of reach.
@@ -89,7 +94,7 @@ def plan_for_latency(
     shape, found, aim = spec(model), [], target_ms
     plan = keep_for_latency(table, shape, target_ms, stages)
     for _ in range(tries):
-        took = measure_latency(model, plan, table, seconds=seconds)
+        took = measure_latency(model, plan, table, seconds=seconds).at_pace_ms
         found.append((plan, took))
         if abs(took / target_ms - 1) <= within:
             break
@@ -101,10 +106,26 @@ def plan_for_latency(
     return min(found, key=lambda pair: abs(pair[1] - target_ms))
 
 
+class Latency(NamedTuple):
+    """What a slimmed model takes for a batch, in milliseconds.
+
+    Attributes:
+        ms: as measured, the median of the rounds.
+        dense_ms: the unpruned model, in turn with it.
+        at_pace_ms: the share of the unpruned model's that it takes, times the table's: what it
+            takes while the device runs as fast as it did for the table. Neighbours and clocks move
+            both models alike.
+    """
+
+    ms: float
+    dense_ms: float
+    at_pace_ms: float
+
+
 def measure_latency(
     model: nn.Module, plan: SPViT, table: LatencyTable, *, seconds: float = 0.3
-) -> float:
-    """Milliseconds of a batch through the accelerated model, as the table was measured.
+) -> Latency:
+    """What a batch takes through the accelerated model, as the table was measured.
 
     Args:
         model: the dense model; weights make no difference.
@@ -112,9 +133,14 @@ def measure_latency(
         table: says how: device, back end, precision, batch, threads and rounds.
         seconds: length of a turn.
     """
-    fast = accelerate(model, plan, backend=table.backend, precision=table.precision)
+    options = {"backend": table.backend, "precision": table.precision}
+    fast = [accelerate(model, each, **options) for each in (plan, SPViT((1.0,)))]
     shape = spec(model)
     device = next(model.parameters()).device
     images = sample_images((shape.in_chans, *shape.image_size), table.batch).to(device)
-    options = {"rounds": table.rounds, "seconds": seconds, "threads": table.threads}
-    return time_calls([fast], images, **options)[0]
+    with cpu_threads(table.threads):
+        found = measure([fast], images, rounds=table.rounds, seconds=seconds, threads=table.threads)
+    slim, dense = found.rates[0]
+    share = statistics.median(d / s for s, d in zip(slim, dense, strict=True))
+    took = (1000 * table.batch / statistics.median(rates) for rates in (slim, dense))
+    return Latency(*took, share * table.dense_ms)

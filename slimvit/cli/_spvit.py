@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from slimvit.bench import LatencyTable
 
 
-class Latency(NamedTuple):
-    """A target, and the table by which it is met."""
+class Target(NamedTuple):
+    """A target latency, and the table by which it is met."""
 
     target_ms: float
     table: LatencyTable
@@ -32,12 +32,16 @@ class Latency(NamedTuple):
 
         took, target, table = measure_latency(model, plan, self.table), *self
         common.say(
-            f"latency {took:.3f} ms, target {target:.3f} ms ({took / target - 1:+.1%}), unpruned "
-            f"{table.dense_ms:.3f} ms: {table.backend}, {table.precision}, batch {table.batch}"
+            f"latency {took.ms:.3f} ms beside {took.dense_ms:.3f} ms unpruned; at the pace of the "
+            f"table, {table.dense_ms:.3f} ms unpruned, {took.at_pace_ms:.3f} ms, target "
+            f"{target:.3f} ms ({took.at_pace_ms / target - 1:+.1%}): {table.backend}, "
+            f"{table.precision}, batch {table.batch}"
         )
         return {
             "target_ms": target,
-            "measured_ms": took,
+            "measured_ms": took.ms,
+            "measured_dense_ms": took.dense_ms,
+            "at_pace_ms": took.at_pace_ms,
             "predicted_ms": table.predict(plan),
             "table": table.to_json(),
         }
@@ -102,7 +106,7 @@ def check(args: argparse.Namespace, world: int) -> None:
 
 def make_plan(
     args: argparse.Namespace, dense: nn.Module, world: int
-) -> tuple[SPViT, Latency | None]:
+) -> tuple[SPViT, Target | None]:
     """The plan of --spvit, bound to the model, and the target if there is one."""
     shape = spec(dense)
     if args.target_latency is None:
@@ -116,7 +120,7 @@ def make_plan(
         common.say("measuring the latency of blocks …")
         options = {"backend": args.backend or "auto", "precision": args.precision or "float32"}
         table = latency_table(dense, **options)
-    latency = Latency(args.target_latency, table)
+    latency = Target(args.target_latency, table)
     unfinished = resume_path(args.output).exists() and not args.restart
     if unfinished and plan_path(args.output).exists():
         # The run goes on with the shares that it began with, whatever is measured now.

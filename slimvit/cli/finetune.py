@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _kept(
     args: argparse.Namespace, dense: nn.Module, world: int
-) -> tuple[Masks | Planner, _spvit.Latency | None]:
+) -> tuple[Masks | Planner, _spvit.Target | None]:
     """What --masks, --absorb or --spvit says, for the model, and the target of the latter."""
     if args.spvit is not None:
         return _spvit.make_plan(args, dense, world)
@@ -146,7 +146,7 @@ def _settings(args: argparse.Namespace, kept: Masks | Planner, world: int) -> di
 
 
 def _measure(
-    latency: _spvit.Latency | None, dense: nn.Module, result: Result
+    latency: _spvit.Target | None, dense: nn.Module, result: Result
 ) -> dict[str, Any] | None:
     if latency is None:
         return None

@@ -12,7 +12,7 @@ from torch import Tensor
 from slimvit.dynamic.planner import Planner
 from slimvit.dynamic.schedule import check_cut, counts_for_cut
 from slimvit.models import Spec
-from slimvit.ops import AbsorbParts, Choice, View, complement, rows_of, top
+from slimvit.ops import AbsorbParts, Choice, View, candidates, complement, rows_of, top
 
 _LEAST = 1e-20  # importance: an average needs a weight
 
@@ -25,8 +25,10 @@ class Absorb(Planner):
         importance_i = Σ_h A^h[class, i] · ‖V^h_i‖
         score_i = importance_i · (1 − max cos(y_i, y_j)),  j ahead of i in importance,  y = LN1(x)
 
-    A pruned token goes into the kept patch of the greatest cosine, which becomes the average of
-    both, weighted by importance, of their average length; it counts for √cos of its size more.
+    The lowest scores go, of the patches of least importance: three of them are candidates for each
+    that goes, since a score of the others would hardly be low. A pruned token goes into the kept
+    patch ahead of it of the greatest cosine, which becomes the average of both, weighted by
+    importance, of their average length; it counts for √cos of its size more.
 
     Args:
         cut: share of the dense model's multiply–accumulates to save, in (0, 1); or
@@ -48,11 +50,11 @@ class Absorb(Planner):
         prefix, m = view.prefix, view.alive.x.shape[0]
         importance = (view.class_attention() * view.values.float().norm(dim=-1)).sum(1)  # [B, m]
         y = F.normalize(view.y.transpose(0, 1).float(), dim=-1)  # [B, m, D]
-        cosine = y @ y.transpose(1, 2)
-        patch = torch.arange(m, device=y.device) >= prefix  # nothing goes into a prefix token
-        cosine = torch.where(patch, cosine, -1.0)
-        score = importance * (1 - _nearest_above(cosine, importance))
-        index = top(score, n, prefix)
+        ahead = _ahead(importance, prefix)
+        cosine = torch.where(ahead, y @ y.transpose(1, 2), -1.0)
+        score = importance * (1 - cosine.amax(2))
+        candidate = ahead.sum(2) >= m - prefix - candidates(m, n, prefix)
+        index = top(torch.where(candidate, score, torch.inf), n, prefix)
         rows = rows_of(cosine, complement(index, m)).transpose(1, 2)  # [B, m, m - n]
         nearest = rows_of(rows, index).max(1)
         gain = view.size.gather(1, complement(index, m)) * nearest.values.clamp(min=0).sqrt()
@@ -75,21 +77,23 @@ class Absorb(Planner):
         return {"cut": self.cut} if self.counts is None else super().settings()
 
     def macs(self, spec: Spec) -> int:
-        """Class attention, and the cosine of every pair, in each block that prunes."""
-        return sum(
-            m * spec.heads * spec.head_dim * spec.head_tokens + m * (m - 1) // 2 * spec.width
-            for m, n in zip(self.alive, self.counts)
-            if spec.prefix < n < m
-        )
+        """Class attention, and the candidates' cosines, in each block that prunes."""
+        total = 0
+        for m, n in zip(self.alive, self.counts):
+            if spec.prefix < n < m:
+                patches, some = m - spec.prefix, candidates(m, n, spec.prefix)
+                cosines = some * patches - some * (some + 1) // 2
+                total += m * spec.heads * spec.head_dim * spec.head_tokens + cosines * spec.width
+        return total
 
 
-def _nearest_above(cosine: Tensor, importance: Tensor) -> Tensor:
-    """Greatest cosine of each token [B, m] to one ahead of it in importance; -1 for the first.
+def _ahead(importance: Tensor, prefix: int) -> Tensor:
+    """Which patches are ahead of each token in importance [B, m]: bool [B, m, m].
 
-    Among equals the earlier is ahead, so that of two alike one stands for the other.
+    Among equals the earlier is ahead, so that of two alike one stands for the other; NaN is least.
     """
+    importance = torch.where(importance.isnan(), -torch.inf, importance)
     theirs, mine = importance[:, None, :], importance[:, :, None]
     position = torch.arange(importance.shape[1], device=importance.device)
-    earlier = position < position[:, None]
-    above = (theirs > mine) | ((theirs == mine) & earlier)
-    return cosine.masked_fill(~above, -1.0).amax(2)
+    ahead = (theirs > mine) | ((theirs == mine) & (position < position[:, None]))
+    return ahead & (position >= prefix)

@@ -5,6 +5,7 @@ from slimvit.ops.choosers import (
     ChooserParts,
     PredictorParts,
     SelectorParts,
+    candidates,
     why_not_chosen,
 )
 from slimvit.ops.dynamic_block import (
@@ -57,6 +58,7 @@ __all__ = [
     "NetworkParts",
     "PackedNetwork",
     "attention_probabilities",
+    "candidates",
     "pack_block",
     "project_qkv",
     "rows_of",

@@ -9,12 +9,22 @@ from torch import nn
 
 from slimvit.ops.network import activation_name, layer_norm_of
 
+REACH = 3
+"""Patches that absorb looks at for each that goes, those of least importance."""
+
+
+def candidates(m: int, n: int, prefix: int) -> int:
+    """How many patches absorb looks at when n of m tokens are kept, the first `prefix` always."""
+    return min(m - prefix, REACH * (m - n))
+
 
 class AbsorbParts(NamedTuple):
     """Tokens that are attended to and that no other stands for are kept, the others go into them.
 
         importance_i = Σ_h A^h[head tokens, i] · ‖V^h_i‖
         score_i = importance_i · (1 − max cos(y_i, y_j)),  j ahead of i in importance,  y = LN1(x)
+
+    Only the `candidates` may be pruned; `slimvit.Absorb` says the whole rule.
 
     Attributes:
         head_tokens: leading tokens that the head reads.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimvit.backends import fused_dynamic
 from slimvit.backends.fused_checks import BlockWeights
-from slimvit.ops.choosers import AbsorbParts, ChooserParts, PredictorParts
+from slimvit.ops.choosers import AbsorbParts, ChooserParts, PredictorParts, candidates
 from slimvit.ops.fused_block import row_statistics
 from slimvit.ops.fused_vit import FusedBlock, FusedNetwork, fold_norm
 from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of
@@ -18,8 +18,8 @@ from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of
 _library = torch.library.Library("slimvit", "FRAGMENT")
 _library.define(
     "absorb_block(Tensor x, Tensor? stats, Tensor[] sizes, Tensor[] weights, Tensor[] norm, int n,"
-    " int heads, int prefix, int head_tokens, str activation, float[] eps, bool tf32=False,"
-    " str backend='triton') -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " int heads, int prefix, int head_tokens, int candidates, str activation, float[] eps,"
+    " bool tf32=False, str backend='triton') -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "predicted_tokens(Tensor x, Tensor? stats, Tensor[] weights, int n, int prefix,"
@@ -42,6 +42,7 @@ def _absorb_block(
     heads: int,
     prefix: int,
     head_tokens: int,
+    candidates: int,
     activation: str,
     eps: list[float],
     tf32: bool = False,
@@ -95,6 +96,7 @@ class _Absorbing(nn.Module):
             block.heads,
             prefix,
             self.head_tokens,
+            candidates(x.shape[1], n, prefix),
             block.activation,
             block.eps,
             block.tf32,
