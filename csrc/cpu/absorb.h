@@ -8,9 +8,9 @@
 namespace slimvit {
 namespace {
 
-// Vectors across a panel of what patches are compared by: in a triangle narrow ones waste less.
+// Vectors across a panel of what patches are compared by: narrow ones waste less at the end.
 template <class S>
-constexpr int kAbsorbVecs = static_cast<int>(least(kMaxLanes / S::kLanes, S::kVecs));
+constexpr int kAbsorbVecs = static_cast<int>(least(2, S::kVecs));
 
 // What is kept: tokens that the head's tokens read and that none of more importance stands for.
 inline float absorb_score(float importance, float cosine) { return importance * (1.0f - cosine); }
@@ -35,16 +35,13 @@ struct Tokens {
   long depth;
 };
 
-// Where the columns of a vector stand; `before`, at kMaxLanes + c - row: 0 in those before the row.
+// Where the columns of a vector stand.
 struct Places {
-  float number[kMaxLanes], before[2 * kMaxLanes];
+  float number[kMaxLanes];
 };
 constexpr Places make_places() {
   Places places{};
-  for (long i = 0; i < kMaxLanes; ++i) {
-    places.number[i] = static_cast<float>(i);
-    places.before[kMaxLanes + i] = kMinusInfinity;
-  }
+  for (long i = 0; i < kMaxLanes; ++i) places.number[i] = static_cast<float>(i);
   return places;
 }
 constexpr Places kPlaces = make_places();
@@ -120,49 +117,70 @@ class Absorb {
                       nullptr, shared_.packed + first * tokens_.depth);
   }
 
-  // The worker's rows of the triangle of products, by turns; what is beyond the diagonal of a tile
-  // that crosses it is computed as well.
-  void multiply(int rank, int size) const {
-    constexpr long kRows = S::rows(kAbsorbVecs<S>), kPanel = kAbsorbVecs<S> * S::kLanes;
-    for (long row = rank * kRows; row < patches(); row += size * kRows) {
-      const long rows = least(kRows, patches() - row);
-      compare(patch(row), rows, least(columns(), round_up(row + rows, kPanel)), products(row));
+  // own_.candidate: the patches of least importance, of equals the later, ascending; and
+  // own_.standing: what patches are compared by, least where there is none.
+  void find_candidates(long candidates) const {
+    const float* importance = own_.importance + tokens_.prefix;
+    for (long i = 0; i < patches(); ++i) own_.key[i] = ordered(importance[i]);
+    part_highest(own_.key, patches(), patches() - candidates, 0, own_.index, own_.candidate);
+    for (long c = 0; c < columns(); ++c)
+      own_.standing[c] =
+          c < patches() && importance[c] == importance[c] ? importance[c] : kMinusInfinity;
+  }
+
+  // The worker's candidates, by turns: shared_.score, one for each, and shared_.cosines with those
+  // ahead of it; -1 with all others.
+  void score(long candidates, int rank, int size) const {
+    invert(shared_.square);
+    for (long first = rank * kChoiceRows; first < candidates; first += size * kChoiceRows) {
+      const std::int32_t* candidate = own_.candidate + first;
+      const long rows = least(kChoiceRows, candidates - first);
+      compare(candidate, rows, cosines(first));
+      for (long i = 0; i < rows; ++i) {
+        const float cosine = look_ahead(candidate[i], cosines(first + i));
+        shared_.score[first + i] =
+            absorb_score(own_.importance[tokens_.prefix + candidate[i]], cosine);
+      }
     }
   }
 
-  // own_.score, from the triangle: each product is of use to whichever of the two patches is of
-  // less importance. Among equals the earlier is ahead.
-  void score() const {
-    invert(shared_.products, columns() + 1);
-    for (long c = 0; c < columns(); c += S::kLanes) S::store(own_.best + c, S::set(kMinusInfinity));
-    long row = 0;
-    for (; row + 4 <= patches(); row += 4) look_back<4>(row);
-    for (; row < patches(); ++row) look_back<1>(row);
-    for (long i = 0; i < patches(); ++i) {
-      float* score = own_.score + tokens_.prefix + i;
-      const float cosine = most(*score, own_.best[i]) * own_.inverse[i];
-      *score = absorb_score(own_.importance[tokens_.prefix + i], most(cosine, -1.0f));
+  // Candidates by their scores, for all patches: see part_highest. The others are never pruned.
+  void rank_candidates(long candidates) const {
+    for (long i = 0; i < patches(); ++i) own_.key[i] = INT32_MAX;
+    for (long i = 0; i < candidates; ++i) {
+      own_.key[own_.candidate[i]] = ordered(shared_.score[i]);
+      own_.row[own_.candidate[i]] = static_cast<std::int32_t>(i);
     }
   }
 
-  // Pruned tokens [begin, end) of own_.pruned: which of the n kept ones each goes into, the kept
-  // patch of the greatest cosine, and what it adds to that one's size: all that it has, or
-  // `by_cosine`, which takes the triangle.
-  void find_nearest(long n, long begin, long end, bool by_cosine) const {
-    if (!by_cosine) invert(shared_.square, 1);
+  // Pruned tokens [begin, end) of own_.pruned: which of the n kept ones each goes into, the patch
+  // ahead of it of the greatest cosine, and what it adds to that one's size.
+  void find_nearest(long n, long begin, long end) const {
     open_kept(n);
+    for (long i = begin; i < end; ++i) {
+      const long token = own_.pruned[i];
+      const float cosine = find_open(cosines(own_.row[token - tokens_.prefix]), shared_.into[i]);
+      shared_.gain[i] = absorb_gain(tokens_.size[token], cosine);
+    }
+  }
+
+  // The same for tokens that were pruned by other scores: any kept patch, and all of the size.
+  void find_alike(long n, long begin, long end) const {
+    invert(shared_.square);
+    open_kept(n);
+    std::int32_t patch[kChoiceRows];
     for (long first = begin; first < end; first += kChoiceRows) {
       const std::int32_t* pruned = own_.pruned + first;
-      const long rows = least(kChoiceRows, end - first);
-      if (by_cosine)
-        look_up(pruned, rows);
-      else
-        multiply_pruned(pruned, rows);
+      const long rows = least(kChoiceRows, end - first), ld = columns();
+      for (long i = 0; i < rows; ++i)
+        patch[i] = pruned[i] - static_cast<std::int32_t>(tokens_.prefix);
+      compare(patch, rows, own_.rows);
       for (long i = 0; i < rows; ++i) {
-        const float size = tokens_.size[pruned[i]];
-        const float greatest = find_open(own_.rows + i * columns(), shared_.into[first + i]);
-        const float cosine = greatest * own_.inverse[pruned[i] - tokens_.prefix];
-        shared_.gain[first + i] = by_cosine ? absorb_gain(size, cosine) : size;
+        float* row = own_.rows + i * ld;
+        for (long c = 0; c < ld; c += S::kLanes)
+          S::store(row + c, S::mul(S::load(row + c), S::load(own_.inverse + c)));
+        find_open(row, shared_.into[first + i]);
+        shared_.gain[first + i] = tokens_.size[pruned[i]];
       }
     }
   }
@@ -172,7 +190,7 @@ class Absorb {
   long columns() const { return Panels<S, T>::columns(patches()); }
   long padded() const { return round_up(tokens_.m, kMaxLanes); }
   const T* patch(long i) const { return tokens_.like + (tokens_.prefix + i) * tokens_.depth; }
-  float* products(long row) const { return shared_.products + row * columns(); }
+  float* cosines(long row) const { return shared_.cosines + row * columns(); }
 
   static float most(float a, float b) { return a > b ? a : b; }
 
@@ -190,48 +208,47 @@ class Absorb {
     return S::sum(sum);
   }
 
-  // out = products of `rows` rows of x with the first `ahead` patches.
-  void compare(const T* x, long rows, long ahead, float* out) const {
+  // out [rows, columns]: products of some patches with all.
+  void compare(const std::int32_t* some, long rows, float* out) const {
     const long depth = tokens_.depth;
+    for (long i = 0; i < rows; ++i)
+      __builtin_memcpy(own_.taken + i * depth, patch(some[i]), depth * sizeof(T));
     Store<S, float> store{{nullptr}, out, columns()};
-    gemm(x, depth, rows, Panels<S, T>{shared_.packed, ahead, depth, kAbsorbVecs<S>}, store);
+    gemm(own_.taken, depth, rows, Panels<S, T>{shared_.packed, columns(), depth, kAbsorbVecs<S>},
+         store);
   }
 
-  // own_.inverse, of squares of norms that are `step` apart.
-  void invert(const float* square, long step) const {
+  // own_.inverse, of squares of norms.
+  void invert(const float* square) const {
     for (long c = 0; c < columns(); ++c)
-      own_.inverse[c] = c < patches() ? most(square[c * step], 1e-24f) : 1.0f;
+      own_.inverse[c] = c < patches() ? most(square[c], 1e-24f) : 1.0f;
     for (long c = 0; c < columns(); c += S::kLanes)
       S::store(own_.inverse + c, S::div(S::set(1.0f), S::sqrt(S::load(own_.inverse + c))));
   }
 
-  // For each of some rows, as own_.score: the greatest cosine · ‖its patch‖ over the patches before
-  // it that are ahead of it. Those that it is ahead of have theirs in own_.best.
-  template <int kRows>
-  void look_back(long row) const {
-    const float* importance = own_.importance + tokens_.prefix;
-    const auto none = S::set(kMinusInfinity);
-    typename S::F mine[kRows], inverse[kRows], best[kRows];
-    for (int i = 0; i < kRows; ++i) {
-      mine[i] = S::set(importance[row + i]);
-      inverse[i] = S::set(own_.inverse[row + i]);
-      best[i] = none;
-    }
-    const auto look = [&](long c, bool all) {
-      const auto theirs = S::load(importance + c), their_inverse = S::load(own_.inverse + c);
-      auto their_best = S::load(own_.best + c);
-      for (int i = 0; i < kRows; ++i) {
-        auto x = S::load(products(row + i) + c);
-        if (!all) x = S::add(x, S::load(kPlaces.before + kMaxLanes + c - (row + i)));
-        best[i] = S::max(S::above(mine[i], theirs, none, S::mul(x, their_inverse)), best[i]);
-        their_best = S::max(S::above(mine[i], theirs, S::mul(x, inverse[i]), none), their_best);
-      }
-      S::store(own_.best + c, their_best);
+  // Products of a patch as cosines, and the greatest: -1 with the patches that are not ahead of it.
+  // Of equal ones those before it are.
+  float look_ahead(long self, float* product) const {
+    const auto mine = S::set(own_.standing[self]), none = S::set(-1.0f);
+    const auto inverse = S::set(own_.inverse[self]);
+    auto best = none;
+    const auto look = [&](long c, auto choose) {
+      const auto scale = S::mul(S::load(own_.inverse + c), inverse);
+      const auto x = S::mul(S::load(product + c), scale);
+      const auto cosine = choose(S::load(own_.standing + c), x);
+      S::store(product + c, cosine);
+      best = S::max(cosine, best);
     };
-    const long whole = row / S::kLanes * S::kLanes;  // vectors hold whole groups of rows
-    for (long c = 0; c < whole; c += S::kLanes) look(c, true);
-    look(whole, false);
-    for (int i = 0; i < kRows; ++i) own_.score[tokens_.prefix + row + i] = S::largest(best[i]);
+    const auto before = [&](auto theirs, auto x) { return S::above(mine, theirs, none, x); };
+    const auto after = [&](auto theirs, auto x) { return S::above(theirs, mine, x, none); };
+    const long whole = self / S::kLanes * S::kLanes;
+    const auto at = S::set(static_cast<float>(self - whole)), place = S::load(kPlaces.number);
+    for (long c = 0; c < whole; c += S::kLanes) look(c, before);
+    look(whole, [&](auto theirs, auto x) {
+      return S::above(at, place, before(theirs, x), after(theirs, x));
+    });
+    for (long c = whole + S::kLanes; c < columns(); c += S::kLanes) look(c, after);
+    return S::largest(best);
   }
 
   void add_importance(const float* p, float scale, const float* value_square) const {
@@ -250,34 +267,12 @@ class Absorb {
     }
   }
 
-  // own_.rows = products of pruned patches with all others: rows of the triangle, then columns.
-  void look_up(const std::int32_t* pruned, long rows) const {
-    const auto at = [&](long i) { return pruned[i] - tokens_.prefix; };
-    for (long i = 0; i < rows; ++i)
-      __builtin_memcpy(own_.rows + i * columns(), products(at(i)), at(i) * sizeof(float));
-    long before = 0;  // how many of the pruned, which ascend, are before the row
-    for (long row = at(0); row < patches(); ++row) {
-      for (long i = 0; i < before; ++i) own_.rows[i * columns() + row] = products(row)[at(i)];
-      before += before < rows && at(before) == row;
-    }
-  }
-
-  // The same where there is no triangle.
-  void multiply_pruned(const std::int32_t* pruned, long rows) const {
-    for (long i = 0; i < rows; ++i)
-      __builtin_memcpy(own_.taken + i * tokens_.depth, patch(pruned[i] - tokens_.prefix),
-                       tokens_.depth * sizeof(T));
-    compare(own_.taken, rows, columns(), own_.rows);
-  }
-
-  // The greatest product · inverse of an open patch; `kept`: which token that is, of equal ones the
-  // first.
-  float find_open(const float* product, std::int32_t& kept) const {
+  // The greatest of an open patch; `kept`: which token that is, of equal ones the first.
+  float find_open(const float* cosine, std::int32_t& kept) const {
     const auto none = S::set(kMinusInfinity), step = S::set(static_cast<float>(S::kLanes));
     auto greatest = none, column = S::load(kPlaces.number), first = column;
     for (long c = 0; c < columns(); c += S::kLanes, column = S::add(column, step)) {
-      const auto x =
-          S::fma(S::load(product + c), S::load(own_.inverse + c), S::load(own_.open + c));
+      const auto x = S::add(S::load(cosine + c), S::load(own_.open + c));
       first = S::above(x, greatest, column, first);
       greatest = S::max(x, greatest);
     }

@@ -68,12 +68,13 @@ class Chooser : protected BlockParts<S, T> {
       const long begin = share(m - n, rank, size), end = share(m - n, rank + 1, size);
       if (by_keys) {
         predict_scores(image, absorb);
-        select(shared_.choice.score);
-        if (how.absorb != 0) absorb.find_nearest(n, begin, end, false);
+        select_by(shared_.choice.score + choosing.prefix);
+        if (how.absorb != 0) absorb.find_alike(n, begin, end);
       } else {
         attend_scores(image, absorb);
-        select(own_.choice.score);
-        absorb.find_nearest(n, begin, end, true);
+        absorb.rank_candidates(candidates());
+        select();
+        absorb.find_nearest(n, begin, end);
       }
       if (how.absorb != 0) team_.sync();
       if (choosing.into != nullptr && rank == 0)
@@ -93,21 +94,29 @@ class Chooser : protected BlockParts<S, T> {
     Gather<S, T, BlockPack>(of, pack_, own_.choice, into, shared_.choice.gain).run(first, last);
   }
 
-  // own_.choice.score, and products of all patches.
+  // How many patches absorb looks at: slimvit/ops/choosers.py.
+  long candidates() const {
+    const long reach = kept_.choosing->pack->shape.reach;
+    return least(kept_.m - kept_.choosing->prefix, reach * (kept_.m - kept_.n));
+  }
+
+  // Candidates, their scores, and their cosines, once all workers are done.
   void attend_scores(long image, const Absorb<S, T>& absorb) {
     const long m = kept_.m, row = image * m, head_tokens = kept_.choosing->pack->shape.head_tokens;
-    absorb.measure_values(share(m, team_.rank, team_.size), share(m, team_.rank + 1, team_.size));
+    const long patches = m - kept_.choosing->prefix, rank = team_.rank, size = team_.size;
+    absorb.measure_values(share(m, rank, size), share(m, rank + 1, size));
+    absorb.measure(share(patches, rank, size), share(patches, rank + 1, size));
     absorb.pack(team_.rank, team_.size);
     if (team_.rank ==
         0)  // again with all the others' later: the head's tokens are kept as they are
       ask(shared_.y + row * width(), image * kept_.n, head_tokens);
     team_.sync();
-    absorb.multiply(team_.rank, team_.size);
     logit_bias(image, m);
     absorb.weigh(own_.bias, own_.attention);
     absorb.weigh_by_importance();
+    absorb.find_candidates(candidates());
+    absorb.score(candidates(), team_.rank, team_.size);
     team_.sync();
-    absorb.score();
   }
 
   // shared_.choice.score, and what patches are compared by, once all workers are done.
@@ -127,12 +136,17 @@ class Chooser : protected BlockParts<S, T> {
     team_.sync();
   }
 
-  // The prefix tokens and the highest scores.
-  void select(const float* scores) {
+  // The prefix tokens and the patches of the highest scores.
+  void select_by(const float* score) {
+    for (long i = 0; i < kept_.m - kept_.choosing->prefix; ++i)
+      own_.choice.key[i] = ordered(score[i]);
+    select();
+  }
+
+  // The prefix tokens and the patches of the highest keys.
+  void select() {
     const long prefix = kept_.choosing->prefix, patches = kept_.m - prefix;
     const OwnChoice<S, T>& own = own_.choice;
-    const float* score = scores + prefix;
-    for (long i = 0; i < patches; ++i) own.key[i] = ordered(score[i]);
     for (long k = 0; k < prefix; ++k) own.index[k] = static_cast<std::int32_t>(k);
     part_highest(own.key, patches, kept_.n - prefix, static_cast<std::int32_t>(prefix),
                  own.index + prefix, own.pruned);

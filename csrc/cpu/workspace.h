@@ -23,9 +23,9 @@ struct SharedChoice {
   T* key;               // [m, d], sums over the heads
   T* packed;            // what patches are compared by, as columns of a product
   float* square;        // [m], squares of the norms of that
-  float* products;      // [m, columns] of patches with those before them
+  float* cosines;       // [m, columns] of candidates with the patches ahead of them
   float* value_square;  // [H, columns], ‖value‖²
-  float* score;         // [m], of a predictor
+  float* score;         // [m], of a predictor; or of candidates
   std::int32_t* into;   // [m], for pruned token after pruned token
   float* gain;          // [m], what each adds to the size of that one
 
@@ -35,7 +35,7 @@ struct SharedChoice {
     shared.key = parts.take<T>(m * shape.head_dim);
     shared.packed = parts.take<T>(columns * compared(shape));
     shared.square = parts.take<float>(m);
-    shared.products = parts.take<float>(m * columns);
+    shared.cosines = parts.take<float>(m * columns);
     shared.value_square = parts.take<float>(shape.heads * columns);
     shared.score = parts.take<float>(m);
     shared.into = parts.take<std::int32_t>(m);
@@ -82,8 +82,9 @@ struct OwnChoice {
   float* weight;                 // [m], of a token in an average
   std::int32_t* key;             // [columns]: see `ordered`
   float* inverse;                // [columns], 1 / norm of what patches are compared by
-  float* best;                   // [columns], greatest cosine of each patch · its norm
-  float* score;                  // [m], by attention
+  float* standing;               // [columns], importance of patches, least where there is none
+  std::int32_t* candidate;       // [m], patches that may be pruned
+  std::int32_t* row;             // [m], which candidate a patch is
   float* open;                   // [columns]: 0 where a token may go into the patch, else -∞
   T* taken;                      // [kChoiceRows], of what tokens are compared by
   float* rows;                   // [kChoiceRows, columns], products of these
@@ -98,8 +99,9 @@ struct OwnChoice {
     own.weight = parts.take<float>(m);
     own.key = parts.take<std::int32_t>(columns);
     own.inverse = parts.take<float>(columns);
-    own.best = parts.take<float>(columns);
-    own.score = parts.take<float>(m);
+    own.standing = parts.take<float>(columns);
+    own.candidate = parts.take<std::int32_t>(m);
+    own.row = parts.take<std::int32_t>(m);
     own.open = parts.take<float>(columns);
     own.taken = parts.take<T>(kChoiceRows * compared(shape));
     own.rows = parts.take<float>(kChoiceRows * columns);
