@@ -272,6 +272,28 @@ class TestOrder:
             rest = [i for i in range(2, 63) if i not in places][:34]
             assert index[b].tolist() == sorted([0, 1, *places, *rest])
 
+    def test_of_equal_tokens_the_earlier_are_kept(self, dtype):
+        """And the others go into the first, as all are equally near."""
+        case = self.case()._replace(scores="attention")
+        x, _ = input_of(case, dtype)
+        _, index, into, _ = call(case, dtype, x=x[:1].expand(63, -1, -1))
+        assert torch.equal(index, torch.arange(40).expand(2, -1))
+        assert (into == 2).all()
+
+    @pytest.mark.parametrize("which", [2, 9, 20, 31])
+    def test_of_two_alike_the_later_goes_into_the_earlier(self, dtype, which):
+        case = self.case()._replace(scores="attention")
+        x, _ = input_of(case, dtype)
+        _, index, _, _ = call(case, dtype, x=x, n=42)  # any patch may go
+        for b, one in enumerate(index[:, which]):
+            x[62 - b, b] = x[one, b]
+        _, twins, into, _ = call(case, dtype, x=x, n=42)
+        for b, one in enumerate(index[:, which].tolist()):
+            kept = twins[b].tolist()
+            assert one in kept and 62 - b not in kept
+            pruned = [i for i in range(63) if i not in kept]
+            assert kept[into[b][pruned.index(62 - b)]] == one
+
     def test_nan_is_the_lowest(self, dtype):
         case = self.case()
         x, _ = input_of(case, dtype)

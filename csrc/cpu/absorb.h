@@ -8,7 +8,7 @@
 namespace slimvit {
 namespace {
 
-// Vectors across a panel of what tokens are compared by: in a triangle narrow ones waste less.
+// Vectors across a panel of what patches are compared by: narrow ones waste less at the end.
 template <class S>
 constexpr int kAbsorbVecs = static_cast<int>(least(2, S::kVecs));
 
@@ -35,55 +35,16 @@ struct Tokens {
   long depth;
 };
 
-// best = max(best, cosine · ‖row's key‖) over the columns that are ahead of the row.
-template <class S>
-struct Nearest : FromBias<S> {
-  static constexpr int kMaxVecs = kAbsorbVecs<S>;
-  const float* inverse;  // [columns]
-  const float* stairs;   // at [kStairs + c - r]: 0 where column c is ahead of row r, else -∞
-  long first;
-  float* best;  // [rows, lanes]
-
-  static constexpr long kStairs = 64;  // more than a tile's rows and columns are apart
-
-  template <int MR, int NV>
-  SLIMVIT_INLINE void end(typename S::F (&acc)[MR][NV], long row, long column) const {
-    const bool all = column + NV * S::kLanes <= first + row;
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      auto top = S::load(best + (row + i) * S::kLanes);
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) {
-        const long c = column + j * S::kLanes;
-        auto x = S::mul(acc[i][j], S::load(inverse + c));
-        if (!all) x = S::add(x, S::load(stairs + kStairs + c - (first + row + i)));
-        top = S::max(x, top);
-      }
-      S::store(best + (row + i) * S::kLanes, top);
-    }
-  }
+// Where the columns of a vector stand.
+struct Places {
+  float number[kMaxLanes];
 };
-
-// out = cosine · ‖row's key‖, -∞ in columns that are not open.
-template <class S>
-struct Cosines : FromBias<S> {
-  static constexpr int kMaxVecs = kAbsorbVecs<S>;
-  const float *inverse, *open;  // [columns]
-  float* out;
-  long ld;
-
-  template <int MR, int NV>
-  SLIMVIT_INLINE void end(typename S::F (&acc)[MR][NV], long row, long column) const {
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) {
-        const long c = column + j * S::kLanes;
-        S::store(out + (row + i) * ld + c,
-                 S::fma(acc[i][j], S::load(inverse + c), S::load(open + c)));
-      }
-  }
-};
+constexpr Places make_places() {
+  Places places{};
+  for (long i = 0; i < kMaxLanes; ++i) places.number[i] = static_cast<float>(i);
+  return places;
+}
+constexpr Places kPlaces = make_places();
 
 template <class S, typename T>
 class Absorb {
@@ -92,11 +53,10 @@ class Absorb {
          const OwnChoice<S, T>& own)
       : tokens_(tokens), shape_(shape), shared_(shared), own_(own) {}
 
-  // Squares of norms of tokens [begin, end), for all workers. Norms are those of numbers as rounded
-  // to T, so that a token is as near to itself as can be.
+  // Squares of norms of patches [begin, end), for all workers. Norms are those of numbers as
+  // rounded to T, so that a token is as near to itself as can be.
   void measure(long begin, long end) const {
-    for (long i = begin; i < end; ++i)
-      shared_.square[i] = square(tokens_.like + i * tokens_.depth, tokens_.depth);
+    for (long i = begin; i < end; ++i) shared_.square[i] = square(patch(i), tokens_.depth);
   }
 
   // Keys are alike where their sums over the heads are.
@@ -141,72 +101,86 @@ class Absorb {
     }
   }
 
-  // Patches in order of importance, so that those a patch is compared with are ahead of it.
-  void order_by_importance() const {
+  // Pruned tokens weigh in averages by their importance, or by their size.
+  void weigh_by_importance() const {
     for (long i = 0; i < tokens_.m; ++i) own_.weight[i] = absorb_weight(own_.importance[i]);
-    for (long i = 0; i < patches(); ++i) own_.key[i] = ordered(own_.importance[tokens_.prefix + i]);
-    sort_descending<S>(own_.key, patches(), own_.order);
-    invert();
   }
-
-  // Every patch in its own place, of the weight of its size.
-  void order_by_place() const {
+  void weigh_by_size() const {
     for (long i = 0; i < tokens_.m; ++i) own_.weight[i] = tokens_.size[i];
-    for (long i = 0; i < patches(); ++i) own_.order[i] = static_cast<std::int32_t>(i);
-    invert();
   }
 
   // The worker's panels of what patches are compared by.
   void pack(int rank, int size) const {
     constexpr long kPanel = kAbsorbVecs<S> * S::kLanes;
-    for (long first = rank * kPanel; first < patches(); first += size * kPanel) {
-      const long count = least(kPanel, patches() - first);
-      for (long c = 0; c < count; ++c) take(tokens_.prefix + own_.order[first + c], c);
-      pack_keys<S, T>(own_.taken, tokens_.depth, count, tokens_.depth, nullptr,
-                      shared_.packed + first * tokens_.depth);
+    for (long first = rank * kPanel; first < patches(); first += size * kPanel)
+      pack_keys<S, T>(patch(first), tokens_.depth, least(kPanel, patches() - first), tokens_.depth,
+                      nullptr, shared_.packed + first * tokens_.depth);
+  }
+
+  // own_.candidate: the patches of least importance, of equals the later, ascending; and
+  // own_.standing: what patches are compared by, least where there is none.
+  void find_candidates(long candidates) const {
+    const float* importance = own_.importance + tokens_.prefix;
+    for (long i = 0; i < patches(); ++i) own_.key[i] = ordered(importance[i]);
+    part_highest(own_.key, patches(), patches() - candidates, 0, own_.index, own_.candidate);
+    for (long c = 0; c < columns(); ++c)
+      own_.standing[c] =
+          c < patches() && importance[c] == importance[c] ? importance[c] : kMinusInfinity;
+  }
+
+  // The worker's candidates, by turns: shared_.score, one for each, and shared_.cosines with those
+  // ahead of it; -1 with all others.
+  void score(long candidates, int rank, int size) const {
+    invert(shared_.square);
+    for (long first = rank * kChoiceRows; first < candidates; first += size * kChoiceRows) {
+      const std::int32_t* candidate = own_.candidate + first;
+      const long rows = least(kChoiceRows, candidates - first);
+      compare(candidate, rows, cosines(first));
+      for (long i = 0; i < rows; ++i) {
+        const float cosine = look_ahead(candidate[i], cosines(first + i));
+        shared_.score[first + i] =
+            absorb_score(own_.importance[tokens_.prefix + candidate[i]], cosine);
+      }
     }
   }
 
-  // The worker's part of the scores: rows of a triangle, so that workers take them by turns.
-  void score(int rank, int size) const {
-    constexpr long kRows = S::rows(kAbsorbVecs<S>), kPanel = kAbsorbVecs<S> * S::kLanes;
-    alignas(64) float stairs[2 * Nearest<S>::kStairs];
-    for (long i = 0; i < 2 * Nearest<S>::kStairs; ++i)
-      stairs[i] = i < Nearest<S>::kStairs ? 0.0f : kMinusInfinity;
-    alignas(64) float best[kRows * S::kLanes];
-    for (long row = rank * kRows; row < patches(); row += size * kRows) {
-      const long rows = least(kRows, patches() - row);
-      for (long i = 0; i < rows; ++i) {
-        S::store(best + i * S::kLanes, S::set(kMinusInfinity));
-        take(tokens_.prefix + own_.order[row + i], i);
-      }
-      Nearest<S> nearest{{nullptr}, own_.inverse, stairs, row, best};
-      compare(rows, least(columns(), round_up(row + rows, kPanel)), nearest);
-      for (long i = 0; i < rows; ++i) {
-        const long token = tokens_.prefix + own_.order[row + i];
-        const float cosine = S::largest(S::load(best + i * S::kLanes)) * own_.inverse[row + i];
-        shared_.score[token] =
-            absorb_score(own_.importance[token], cosine > -1.0f ? cosine : -1.0f);
-      }
+  // Candidates by their scores, for all patches: see part_highest. The others are never pruned.
+  void rank_candidates(long candidates) const {
+    for (long i = 0; i < patches(); ++i) own_.key[i] = INT32_MAX;
+    for (long i = 0; i < candidates; ++i) {
+      own_.key[own_.candidate[i]] = ordered(shared_.score[i]);
+      own_.row[own_.candidate[i]] = static_cast<std::int32_t>(i);
     }
   }
 
-  // Pruned tokens [begin, end) of own_.pruned: which of the n kept ones each goes into, the kept
-  // patch of the greatest cosine, and what it adds to that one's size.
-  void find_nearest(long n, long begin, long end, bool by_cosine) const {
+  // Pruned tokens [begin, end) of own_.pruned: which of the n kept ones each goes into, the patch
+  // ahead of it of the greatest cosine, and what it adds to that one's size.
+  void find_nearest(long n, long begin, long end) const {
     open_kept(n);
+    for (long i = begin; i < end; ++i) {
+      const long token = own_.pruned[i];
+      const float cosine = find_open(cosines(own_.row[token - tokens_.prefix]), shared_.into[i]);
+      shared_.gain[i] = absorb_gain(tokens_.size[token], cosine);
+    }
+  }
+
+  // The same for tokens that were pruned by other scores: any kept patch, and all of the size.
+  void find_alike(long n, long begin, long end) const {
+    invert(shared_.square);
+    open_kept(n);
+    std::int32_t patch[kChoiceRows];
     for (long first = begin; first < end; first += kChoiceRows) {
-      const long rows = least(kChoiceRows, end - first);
-      for (long i = 0; i < rows; ++i) take(own_.pruned[first + i], i);
-      Cosines<S> cosines{{nullptr}, own_.inverse, own_.open, own_.rows, columns()};
-      compare(rows, columns(), cosines);
+      const std::int32_t* pruned = own_.pruned + first;
+      const long rows = least(kChoiceRows, end - first), ld = columns();
+      for (long i = 0; i < rows; ++i)
+        patch[i] = pruned[i] - static_cast<std::int32_t>(tokens_.prefix);
+      compare(patch, rows, own_.rows);
       for (long i = 0; i < rows; ++i) {
-        const long token = own_.pruned[first + i];
-        float cosine;
-        shared_.into[first + i] = greatest(own_.rows + i * columns(), cosine);
-        cosine /= __builtin_sqrtf(shared_.square[token]);
-        shared_.gain[first + i] =
-            by_cosine ? absorb_gain(tokens_.size[token], cosine) : tokens_.size[token];
+        float* row = own_.rows + i * ld;
+        for (long c = 0; c < ld; c += S::kLanes)
+          S::store(row + c, S::mul(S::load(row + c), S::load(own_.inverse + c)));
+        find_open(row, shared_.into[first + i]);
+        shared_.gain[first + i] = tokens_.size[pruned[i]];
       }
     }
   }
@@ -215,36 +189,66 @@ class Absorb {
   long patches() const { return tokens_.m - tokens_.prefix; }
   long columns() const { return Panels<S, T>::columns(patches()); }
   long padded() const { return round_up(tokens_.m, kMaxLanes); }
+  const T* patch(long i) const { return tokens_.like + (tokens_.prefix + i) * tokens_.depth; }
+  float* cosines(long row) const { return shared_.cosines + row * columns(); }
+
+  static float most(float a, float b) { return a > b ? a : b; }
 
   float square(const T* x, long count) const {
     auto sum = S::zero();
-    for (long c = 0; c < count; c += S::kLanes) {
+    long c = 0;
+    for (; c + S::kLanes * kStep<T> <= count; c += S::kLanes * kStep<T>) {
+      const auto part = S::operand(x + c);
+      sum = S::dot(sum, part, part);
+    }
+    for (; c < count; c += S::kLanes) {
       const auto part = S::load(x + c);
       sum = S::fma(part, part, sum);
     }
-    return most(S::sum(sum), 1e-24f);
-  }
-  static float most(float a, float b) { return a > b ? a : b; }
-
-  // A token's row as row `i` of own_.taken.
-  void take(long token, long i) const {
-    __builtin_memcpy(own_.taken + i * tokens_.depth, tokens_.like + token * tokens_.depth,
-                     tokens_.depth * sizeof(T));
+    return S::sum(sum);
   }
 
-  // Rows of own_.taken with the first `ahead` columns.
-  template <class Epilogue>
-  void compare(long rows, long ahead, Epilogue& epilogue) const {
+  // out [rows, columns]: products of some patches with all.
+  void compare(const std::int32_t* some, long rows, float* out) const {
     const long depth = tokens_.depth;
-    gemm(own_.taken, depth, rows, Panels<S, T>{shared_.packed, ahead, depth, kAbsorbVecs<S>},
-         epilogue);
+    for (long i = 0; i < rows; ++i)
+      __builtin_memcpy(own_.taken + i * depth, patch(some[i]), depth * sizeof(T));
+    Store<S, float> store{{nullptr}, out, columns()};
+    gemm(own_.taken, depth, rows, Panels<S, T>{shared_.packed, columns(), depth, kAbsorbVecs<S>},
+         store);
   }
 
-  void invert() const {
+  // own_.inverse, of squares of norms.
+  void invert(const float* square) const {
     for (long c = 0; c < columns(); ++c)
-      own_.inverse[c] = c < patches() ? shared_.square[tokens_.prefix + own_.order[c]] : 1.0f;
+      own_.inverse[c] = c < patches() ? most(square[c], 1e-24f) : 1.0f;
     for (long c = 0; c < columns(); c += S::kLanes)
       S::store(own_.inverse + c, S::div(S::set(1.0f), S::sqrt(S::load(own_.inverse + c))));
+  }
+
+  // Products of a patch as cosines, and the greatest: -1 with the patches that are not ahead of it.
+  // Of equal ones those before it are.
+  float look_ahead(long self, float* product) const {
+    const auto mine = S::set(own_.standing[self]), none = S::set(-1.0f);
+    const auto inverse = S::set(own_.inverse[self]);
+    auto best = none;
+    const auto look = [&](long c, auto choose) {
+      const auto scale = S::mul(S::load(own_.inverse + c), inverse);
+      const auto x = S::mul(S::load(product + c), scale);
+      const auto cosine = choose(S::load(own_.standing + c), x);
+      S::store(product + c, cosine);
+      best = S::max(cosine, best);
+    };
+    const auto before = [&](auto theirs, auto x) { return S::above(mine, theirs, none, x); };
+    const auto after = [&](auto theirs, auto x) { return S::above(theirs, mine, x, none); };
+    const long whole = self / S::kLanes * S::kLanes;
+    const auto at = S::set(static_cast<float>(self - whole)), place = S::load(kPlaces.number);
+    for (long c = 0; c < whole; c += S::kLanes) look(c, before);
+    look(whole, [&](auto theirs, auto x) {
+      return S::above(at, place, before(theirs, x), after(theirs, x));
+    });
+    for (long c = whole + S::kLanes; c < columns(); c += S::kLanes) look(c, after);
+    return S::largest(best);
   }
 
   void add_importance(const float* p, float scale, const float* value_square) const {
@@ -254,30 +258,30 @@ class Absorb {
     }
   }
 
-  // own_.key: where each patch stands among the kept tokens.
+  // own_.key: where each patch stands among the kept tokens; own_.open: 0 there, else -∞.
   void open_kept(long n) const {
-    for (long i = 0; i < patches(); ++i) own_.key[i] = -1;
-    for (long k = tokens_.prefix; k < n; ++k)
+    for (long c = 0; c < columns(); c += S::kLanes) S::store(own_.open + c, S::set(kMinusInfinity));
+    for (long k = tokens_.prefix; k < n; ++k) {
       own_.key[own_.index[k] - tokens_.prefix] = static_cast<std::int32_t>(k);
-    for (long c = 0; c < columns(); ++c) {
-      if (c < patches()) own_.order[c] = own_.key[own_.order[c]];
-      const bool kept = c < patches() && own_.order[c] >= 0;
-      own_.open[c] = kept ? 0.0f : kMinusInfinity;
+      own_.open[own_.index[k] - tokens_.prefix] = 0.0f;
     }
   }
 
-  // Of equal cosines that of the first token; own_.order has its number among the kept ones.
-  std::int32_t greatest(const float* cosine, float& top) const {
-    auto greatest = S::load(cosine);
-    for (long c = S::kLanes; c < columns(); c += S::kLanes)
-      greatest = S::max(S::load(cosine + c), greatest);
-    top = S::largest(greatest);
-    std::int32_t into = INT32_MAX;
-    for (long c = 0; c < patches(); ++c) {
-      const std::int32_t mine = cosine[c] == top && own_.order[c] >= 0 ? own_.order[c] : INT32_MAX;
-      into = mine < into ? mine : into;
+  // The greatest of an open patch; `kept`: which token that is, of equal ones the first.
+  float find_open(const float* cosine, std::int32_t& kept) const {
+    const auto none = S::set(kMinusInfinity), step = S::set(static_cast<float>(S::kLanes));
+    auto greatest = none, column = S::load(kPlaces.number), first = column;
+    for (long c = 0; c < columns(); c += S::kLanes, column = S::add(column, step)) {
+      const auto x = S::add(S::load(cosine + c), S::load(own_.open + c));
+      first = S::above(x, greatest, column, first);
+      greatest = S::max(x, greatest);
     }
-    return into == INT32_MAX ? static_cast<std::int32_t>(tokens_.prefix) : into;  // of NaN
+    const float top = S::largest(greatest);
+    const auto place = S::above(S::set(top), greatest, none, S::sub(S::zero(), first));
+    const bool found = top > kMinusInfinity;  // not of NaN
+    kept = static_cast<std::int32_t>(found ? own_.key[static_cast<long>(-S::largest(place))]
+                                           : tokens_.prefix);
+    return top;
   }
 
   const Tokens<T>& tokens_;

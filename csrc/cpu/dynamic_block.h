@@ -65,16 +65,18 @@ class Chooser : protected BlockParts<S, T> {
     const Absorb<S, T> absorb(tokens, shape_, shared_.choice, own_.choice);
     {
       const Stopwatch stopwatch(Phase::choosing);
-      if (by_keys)
+      const long begin = share(m - n, rank, size), end = share(m - n, rank + 1, size);
+      if (by_keys) {
         predict_scores(image, absorb);
-      else
+        select_by(shared_.choice.score + choosing.prefix);
+        if (how.absorb != 0) absorb.find_alike(n, begin, end);
+      } else {
         attend_scores(image, absorb);
-      team_.sync();
-      select();
-      if (how.absorb != 0) {
-        absorb.find_nearest(n, share(m - n, rank, size), share(m - n, rank + 1, size), !by_keys);
-        team_.sync();
+        absorb.rank_candidates(candidates());
+        select();
+        absorb.find_nearest(n, begin, end);
       }
+      if (how.absorb != 0) team_.sync();
       if (choosing.into != nullptr && rank == 0)
         for (long i = 0; i < m - n; ++i) choosing.into[i] = shared_.choice.into[i];
     }
@@ -92,44 +94,59 @@ class Chooser : protected BlockParts<S, T> {
     Gather<S, T, BlockPack>(of, pack_, own_.choice, into, shared_.choice.gain).run(first, last);
   }
 
-  // shared_.choice.score, and what tokens are compared by, once all workers are done.
+  // How many patches absorb looks at: slimvit/ops/choosers.py.
+  long candidates() const {
+    const long reach = kept_.choosing->pack->shape.reach;
+    return least(kept_.m - kept_.choosing->prefix, reach * (kept_.m - kept_.n));
+  }
+
+  // Candidates, their scores, and their cosines, once all workers are done.
   void attend_scores(long image, const Absorb<S, T>& absorb) {
     const long m = kept_.m, row = image * m, head_tokens = kept_.choosing->pack->shape.head_tokens;
-    const long begin = share(m, team_.rank, team_.size), end = share(m, team_.rank + 1, team_.size);
-    absorb.measure(begin, end);
-    absorb.measure_values(begin, end);
+    const long patches = m - kept_.choosing->prefix, rank = team_.rank, size = team_.size;
+    absorb.measure_values(share(m, rank, size), share(m, rank + 1, size));
+    absorb.measure(share(patches, rank, size), share(patches, rank + 1, size));
+    absorb.pack(team_.rank, team_.size);
     if (team_.rank ==
         0)  // again with all the others' later: the head's tokens are kept as they are
       ask(shared_.y + row * width(), image * kept_.n, head_tokens);
     team_.sync();
     logit_bias(image, m);
     absorb.weigh(own_.bias, own_.attention);
-    absorb.order_by_importance();
-    absorb.pack(team_.rank, team_.size);
+    absorb.weigh_by_importance();
+    absorb.find_candidates(candidates());
+    absorb.score(candidates(), team_.rank, team_.size);
     team_.sync();
-    absorb.score(team_.rank, team_.size);
   }
 
+  // shared_.choice.score, and what patches are compared by, once all workers are done.
   void predict_scores(long image, const Absorb<S, T>& absorb) {
-    const long m = kept_.m, row = image * m * width();
+    const long m = kept_.m, row = image * m * width(), patches = m - kept_.choosing->prefix;
     const long begin = share(m, team_.rank, team_.size), end = share(m, team_.rank + 1, team_.size);
     const ChooserPack& pack = *kept_.choosing->pack;
     predict<S, T>(pack, shared_.x + row, begin, end, shared_.y_kept + row, own_.attention.largest,
                   shared_.choice.score);
-    if (pack.shape.absorb == 0) return;
-    absorb.add_keys(shared_.choice.key, begin, end);
-    absorb.measure(begin, end);
+    if (pack.shape.absorb != 0) absorb.add_keys(shared_.choice.key, begin, end);
     team_.sync();
-    absorb.order_by_place();
+    if (pack.shape.absorb == 0) return;
+    absorb.measure(share(patches, team_.rank, team_.size),
+                   share(patches, team_.rank + 1, team_.size));
+    absorb.weigh_by_size();
     absorb.pack(team_.rank, team_.size);
+    team_.sync();
   }
 
-  // The prefix tokens and the highest scores.
+  // The prefix tokens and the patches of the highest scores.
+  void select_by(const float* score) {
+    for (long i = 0; i < kept_.m - kept_.choosing->prefix; ++i)
+      own_.choice.key[i] = ordered(score[i]);
+    select();
+  }
+
+  // The prefix tokens and the patches of the highest keys.
   void select() {
     const long prefix = kept_.choosing->prefix, patches = kept_.m - prefix;
     const OwnChoice<S, T>& own = own_.choice;
-    const float* score = shared_.choice.score + prefix;
-    for (long i = 0; i < patches; ++i) own.key[i] = ordered(score[i]);
     for (long k = 0; k < prefix; ++k) own.index[k] = static_cast<std::int32_t>(k);
     part_highest(own.key, patches, kept_.n - prefix, static_cast<std::int32_t>(prefix),
                  own.index + prefix, own.pruned);

@@ -37,8 +37,13 @@ class Gather {
     for (long k = begin; k < end; ++k) keep(k);
     for (long i = 0; i < pruned; ++i)
       if (begin <= into_[i] && into_[i] < end) average(into_[i], own_.pruned[i]);
-    for (long k = begin; k < end; ++k)
-      if (own_.grows[k] != 0) finish(k);
+    long first = -1;  // two at a time, so that the sums across their lanes overlap
+    for (long k = begin; k < end; ++k) {
+      if (own_.grows[k] == 0) continue;
+      if (first >= 0) finish<2>(first, k - first);
+      first = first < 0 ? k : -1;
+    }
+    if (first >= 0) finish<1>(first, 0);
   }
 
  private:
@@ -87,20 +92,30 @@ class Gather {
     own_.length[k] += share * __builtin_sqrtf(S::sum(square));
   }
 
-  void finish(long k) const {
+  // Kept rows first, first + step, … that others went into.
+  template <int kRows>
+  void finish(long first, long step) const {
     const long width = of_.width;
-    float* x = of_.x_kept + k * width;
-    auto square = S::zero();
-    for (long c = 0; c < width; c += S::kLanes) {
-      const auto part = S::load(x + c);
-      square = S::fma(part, part, square);
+    float* x = of_.x_kept + first * width;
+    typename S::F square[kRows], factor[kRows];
+    for (int r = 0; r < kRows; ++r) square[r] = S::zero();
+    for (long c = 0; c < width; c += S::kLanes)
+      for (int r = 0; r < kRows; ++r) {
+        const auto part = S::load(x + r * step * width + c);
+        square[r] = S::fma(part, part, square[r]);
+      }
+    for (int r = 0; r < kRows; ++r) {
+      const float norm = __builtin_sqrtf(S::sum(square[r]));
+      factor[r] = S::set(own_.length[first + r * step] / (norm > 1e-37f ? norm : 1e-37f));
     }
-    const float norm = __builtin_sqrtf(S::sum(square));
-    const auto factor = S::set(own_.length[k] / (norm > 1e-37f ? norm : 1e-37f));
-    for (long c = 0; c < width; c += S::kLanes) S::store(x + c, S::mul(S::load(x + c), factor));
-    layer_norm<S>(x, width, 1, width, section<float>(pack_, pack_.norm1.weight),
-                  section<float>(pack_, pack_.norm1.bias), pack_.norm1.eps, of_.y_kept + k * width,
-                  width);
+    for (long c = 0; c < width; c += S::kLanes)
+      for (int r = 0; r < kRows; ++r) {
+        float* part = x + r * step * width + c;
+        S::store(part, S::mul(S::load(part), factor[r]));
+      }
+    layer_norm_rows<S, kRows>(x, step * width, width, section<float>(pack_, pack_.norm1.weight),
+                              section<float>(pack_, pack_.norm1.bias), pack_.norm1.eps,
+                              of_.y_kept + first * width, step * width);
   }
 
   const Gathering<T>& of_;

@@ -111,6 +111,7 @@ struct ChooserShape {
   std::int32_t absorb;  // whether pruned tokens go into the kept ones
   std::int32_t width;
   std::int32_t head_tokens;  // of `attention`
+  std::int32_t reach;        // there, patches that are looked at for each that goes
   std::int32_t hidden;       // of `predictor`
   Activation activation;
   float eps;

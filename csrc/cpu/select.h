@@ -2,7 +2,7 @@
 
 #include "cpu/numbers.h"
 
-// The highest of some scores without sorting them, and their order where it is wanted.
+// The highest of some scores without sorting them.
 
 namespace slimvit {
 namespace {
@@ -48,27 +48,6 @@ inline void part_highest(const std::int32_t* key, long count, long wanted, std::
     highest[taken] = others[left] = first + static_cast<std::int32_t>(i);
     taken += take;
     left += !take;
-  }
-}
-
-// Places of the keys in descending order, of equals the earlier first. `key` may be read up to the
-// next whole vector.
-template <class S>
-void sort_descending(const std::int32_t* key, long count, std::int32_t* order) {
-  using I = typename S::I;
-  I lanes;
-  for (int lane = 0; lane < S::kLanes; ++lane) lanes[lane] = lane;
-  for (long first = 0; first < count; first += S::kLanes) {
-    I mine, rank{};
-    __builtin_memcpy(&mine, key + first, sizeof(mine));
-    const long end = least(count, first + S::kLanes);
-    for (long j = 0; j < first; ++j) rank -= (I{} + key[j]) >= mine;
-    for (long j = first; j < end; ++j) {
-      const I other = I{} + key[j], after = lanes > I{} + static_cast<std::int32_t>(j - first);
-      rank -= (other > mine) | ((other == mine) & after);
-    }
-    for (long j = end; j < count; ++j) rank -= (I{} + key[j]) > mine;
-    for (long i = first; i < end; ++i) order[rank[i - first]] = static_cast<std::int32_t>(i);
   }
 }
 

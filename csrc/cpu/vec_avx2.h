@@ -17,7 +17,6 @@ struct Avx2 {
   static constexpr int rows(int vecs) { return vecs == 1 ? 8 : 6; }
 
   using F = __m256;
-  typedef std::int32_t I __attribute__((vector_size(32)));
 
   static SLIMVIT_INLINE F zero() { return _mm256_setzero_ps(); }
   static SLIMVIT_INLINE F set(float x) { return _mm256_set1_ps(x); }
@@ -31,6 +30,9 @@ struct Avx2 {
   static SLIMVIT_INLINE F sqrt(F x) { return _mm256_sqrt_ps(x); }
   static SLIMVIT_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
   static SLIMVIT_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static SLIMVIT_INLINE F above(F a, F b, F x, F y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+  }
   static SLIMVIT_INLINE F round(F x) {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }

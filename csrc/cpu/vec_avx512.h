@@ -18,7 +18,6 @@ struct Avx512 {
   static constexpr int rows(int vecs) { return vecs == 4 ? 6 : 8; }
 
   using F = __m512;
-  typedef std::int32_t I __attribute__((vector_size(64)));
 
   static SLIMVIT_INLINE F zero() { return _mm512_setzero_ps(); }
   static SLIMVIT_INLINE F set(float x) { return _mm512_set1_ps(x); }
@@ -33,6 +32,10 @@ struct Avx512 {
   // Where `b` is NaN so is the result.
   static SLIMVIT_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
   static SLIMVIT_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  // x where a > b, else y.
+  static SLIMVIT_INLINE F above(F a, F b, F x, F y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
+  }
   static SLIMVIT_INLINE F round(F x) { return _mm512_roundscale_ps(x, 8); }
   static SLIMVIT_INLINE F scale(F x, F n) { return _mm512_scalef_ps(x, n); }  // x 2^n
   static SLIMVIT_INLINE float sum(F x) { return _mm512_reduce_add_ps(x); }

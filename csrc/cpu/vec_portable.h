@@ -34,6 +34,7 @@ struct Portable {
   }
   static SLIMVIT_INLINE F min(F a, F b) { return a < b ? a : b; }
   static SLIMVIT_INLINE F max(F a, F b) { return a > b ? a : b; }
+  static SLIMVIT_INLINE F above(F a, F b, F x, F y) { return a > b ? x : y; }
   static SLIMVIT_INLINE F round(F x) {  // |x| < 2^22; NaN stays
     const F magic = set(12582912.0f);   // 1.5 · 2^23: its last bit counts ones
     return (x + magic) - magic;

@@ -23,8 +23,9 @@ struct SharedChoice {
   T* key;               // [m, d], sums over the heads
   T* packed;            // what patches are compared by, as columns of a product
   float* square;        // [m], squares of the norms of that
+  float* cosines;       // [m, columns] of candidates with the patches ahead of them
   float* value_square;  // [H, columns], ‖value‖²
-  float* score;         // [m]
+  float* score;         // [m], of a predictor; or of candidates
   std::int32_t* into;   // [m], for pruned token after pruned token
   float* gain;          // [m], what each adds to the size of that one
 
@@ -34,6 +35,7 @@ struct SharedChoice {
     shared.key = parts.take<T>(m * shape.head_dim);
     shared.packed = parts.take<T>(columns * compared(shape));
     shared.square = parts.take<float>(m);
+    shared.cosines = parts.take<float>(m * columns);
     shared.value_square = parts.take<float>(shape.heads * columns);
     shared.score = parts.take<float>(m);
     shared.into = parts.take<std::int32_t>(m);
@@ -79,11 +81,13 @@ struct OwnChoice {
   float* importance;             // [columns]
   float* weight;                 // [m], of a token in an average
   std::int32_t* key;             // [columns]: see `ordered`
-  std::int32_t* order;           // [columns]: which patch is which column of the products
-  float* inverse;                // [columns], 1 / norm of what they are compared by
+  float* inverse;                // [columns], 1 / norm of what patches are compared by
+  float* standing;               // [columns], importance of patches, least where there is none
+  std::int32_t* candidate;       // [m], patches that may be pruned
+  std::int32_t* row;             // [m], which candidate a patch is
   float* open;                   // [columns]: 0 where a token may go into the patch, else -∞
-  T* taken;                      // rows of one product
-  float* rows;                   // [kChoiceRows, columns], of its result
+  T* taken;                      // [kChoiceRows], of what tokens are compared by
+  float* rows;                   // [kChoiceRows, columns], products of these
   std::int32_t *index, *pruned;  // [m]: the kept tokens, and the others
   float *total, *size, *length;  // [m], of the kept after the others went into them
   std::int32_t* grows;           // [m], whether any did
@@ -94,10 +98,12 @@ struct OwnChoice {
     own.importance = parts.take<float>(columns);
     own.weight = parts.take<float>(m);
     own.key = parts.take<std::int32_t>(columns);
-    own.order = parts.take<std::int32_t>(columns);
     own.inverse = parts.take<float>(columns);
+    own.standing = parts.take<float>(columns);
+    own.candidate = parts.take<std::int32_t>(m);
+    own.row = parts.take<std::int32_t>(m);
     own.open = parts.take<float>(columns);
-    own.taken = parts.take<T>(most(kChoiceRows, S::kVecs * S::kLanes) * compared(shape));
+    own.taken = parts.take<T>(kChoiceRows * compared(shape));
     own.rows = parts.take<float>(kChoiceRows * columns);
     own.index = parts.take<std::int32_t>(m);
     own.pruned = parts.take<std::int32_t>(m);

@@ -19,18 +19,20 @@ from slimvit.backends.cpu_module import (
 )
 
 
-def pack_attention(width: int, head_tokens: int, dtype: torch.dtype) -> Tensor:
+def pack_attention(width: int, head_tokens: int, reach: int, dtype: torch.dtype) -> Tensor:
     """Scores by attention and redundancy, and absorption, as the kernels read it.
 
     Args:
         width: D.
         head_tokens: leading tokens that the head reads.
+        reach: patches that are looked at for each that goes.
         dtype: what the block computes in, float32 or bfloat16.
 
     Returns:
         uint8, one-dimensional.
     """
-    return _pack("attention", (None,) * 5, width, dtype, absorb=True, head_tokens=head_tokens)
+    options = {"absorb": True, "head_tokens": head_tokens, "reach": reach}
+    return _pack("attention", (None,) * 5, width, dtype, **options)
 
 
 def pack_predictor(
@@ -70,6 +72,7 @@ def _pack(
     *,
     absorb: bool,
     head_tokens: int = 0,
+    reach: int = 0,
     hidden: int = 0,
     activation: str = "gelu",
     eps: float = 0.0,
@@ -79,6 +82,7 @@ def _pack(
         "absorb": absorb,
         "width": width,
         "head_tokens": head_tokens,
+        "reach": reach,
         "hidden": hidden,
         "activation": activation,
         "eps": eps,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimvit.backends import cpu_dynamic
-from slimvit.ops.choosers import AbsorbParts, ChooserParts
+from slimvit.ops.choosers import REACH, AbsorbParts, ChooserParts
 from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of
 from slimvit.ops.slim_vit import PackedNetwork
 
@@ -70,7 +70,7 @@ def pack_chooser(parts: ChooserParts, width: int, dtype: torch.dtype = torch.flo
         uint8, one-dimensional; for the instruction set that `slimvit doctor` names.
     """
     if isinstance(parts, AbsorbParts):
-        return cpu_dynamic.pack_attention(width, parts.head_tokens, dtype)
+        return cpu_dynamic.pack_attention(width, parts.head_tokens, REACH, dtype)
     weight, bias, eps = layer_norm_of(parts.norm)
     return cpu_dynamic.pack_predictor(
         (weight, bias, parts.down.weight, parts.down.bias, parts.out.weight),
