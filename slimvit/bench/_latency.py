@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -22,8 +23,9 @@ from slimvit.dynamic import Alive, SPViT
 from slimvit.errors import UsageError
 from slimvit.export import sample_images
 from slimvit.models import Spec, spec
+from slimvit.ops import pack_chooser
 from slimvit.runtime import AcceleratedViT, accelerate
-from slimvit.runtime.blockwise import BlockwiseViT
+from slimvit.runtime.packed_dynamic import PackedDynamicViT
 
 FORMAT, VERSION = "slimvit-latency", 1
 RATIOS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -203,10 +205,12 @@ def _pieces(
     probe: AcceleratedViT, tokens: int, batch: int, shape: Spec
 ) -> list[Callable[[Tensor], object]]:
     """Blocks in turn, the last block, and a selector, on that many tokens; images are ignored."""
-    block = probe.block if isinstance(probe, BlockwiseViT) else probe.network.block
+    packed = isinstance(probe, PackedDynamicViT)
+    block = functools.partial(_packed_block, probe) if packed else probe.network.block
     parameter = next(probe.plan.parameters())
     generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, batch, shape.width, generator=generator).to(parameter)
+    x = torch.randn(tokens, batch, shape.width, generator=generator)
+    x = x if packed else x.to(parameter)
     alive = Alive(x, torch.arange(tokens, device=x.device).expand(batch, -1))
 
     def chain(_: Tensor) -> None:
@@ -215,11 +219,29 @@ def _pieces(
         for layer in range(1, shape.depth - 1):
             left = block(layer, left)
 
+    kept = max(1, min(round(0.7 * (tokens - shape.prefix)), tokens - shape.prefix - 1))
+
     def selector(_: Tensor) -> Alive:
-        kept = max(1, min(round(0.7 * (tokens - shape.prefix)), tokens - shape.prefix - 1))
         return probe.plan.prune(0, alive, kept)
 
+    if packed:
+        selector = _packed_selector(probe, alive, kept)
     return [chain, lambda _: block(shape.depth - 1, alive), selector]
+
+
+def _packed_block(probe: PackedDynamicViT, layer: int, alive: Alive) -> Alive:
+    n = probe.plan.count(layer, alive.x.shape[0])
+    pack = probe.packed.get_buffer(f"block_{layer}")
+    return Alive(torch.ops.slimvit.slim_block(alive.x, pack, n), alive.place[:, :n])
+
+
+def _packed_selector(
+    probe: PackedDynamicViT, alive: Alive, kept: int
+) -> Callable[[Tensor], object]:
+    parts = probe.plan.parts(0)._replace(patches=kept)
+    pack = pack_chooser(parts, probe.packed.width, probe.packed.dtype)
+    prefix = probe.plan.prefix
+    return lambda _: torch.ops.slimvit.select_tokens(alive.x, pack, prefix + kept + 1, prefix)
 
 
 def falls(shape: Spec) -> range:

@@ -160,12 +160,17 @@ class SPViT(Planner):
         return self.prune(layer, alive, None if self.argmax else stage.patches)
 
     def parts(self, layer: int) -> SelectorParts | None:
-        """The selector before block `layer`, as compiled kernels read it; None where none is."""
-        stage = self._stage_at.get(layer)
-        if stage is None:
+        """The selector before block `layer`, as compiled kernels read it; None where none is.
+
+        None also for a subclass that prunes in another way.
+        """
+        stage, mine = self._stage_at.get(layer), type(self)
+        if stage is None or mine.before is not SPViT.before or mine.prune is not SPViT.prune:
             return None
-        patches = None if self.argmax else stage.patches
-        return SelectorParts(self.selectors[str(layer)], patches, stage.packages)
+        selector = self.selectors[str(layer)]
+        if type(selector) is not Selector:
+            return None
+        return SelectorParts(selector, None if self.argmax else stage.patches, stage.packages)
 
     def prune(self, layer: int, alive: Alive, patches: int | None) -> Alive:
         """Let the selector before block `layer` choose among the alive patches.

@@ -69,7 +69,11 @@ ChooserParts = AbsorbParts | PredictorParts | SelectorParts
 def why_not_chosen(choosers: Sequence[ChooserParts | None], backend: str) -> str | None:
     """Why the kernels of a back end do not choose tokens like this, or None if they do."""
     for number, parts in enumerate(choosers, 1):
-        reason = _why_not(parts, backend) if isinstance(parts, PredictorParts) else None
+        reason = None
+        if isinstance(parts, PredictorParts):
+            reason = _why_not(parts, backend)
+        elif isinstance(parts, SelectorParts):
+            reason = _why_not_selected(parts, backend)
         if reason is not None:
             return f"block {number}: {reason}"
     return None
@@ -85,4 +89,13 @@ def _why_not(parts: PredictorParts, backend: str) -> str | None:
         return absorbs if parts.absorb else None
     if parts.down.out_features % 16:
         return f"its predictor's channels must be a multiple of 16, got {parts.down.out_features}"
+    return None
+
+
+def _why_not_selected(parts: SelectorParts, backend: str) -> str | None:
+    if backend != "cpu":
+        return "a selector stands before it"
+    channels = parts.selector.norm_weight.shape[-1]
+    if channels % 16:
+        return f"the channels of its selector's heads must be a multiple of 16, got {channels}"
     return None

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from slimvit.dynamic import Planner
-from slimvit.ops import ChooserParts, why_not_chosen
+from slimvit.ops import ChooserParts, SelectorParts, why_not_chosen
 
 
 def choosers_of(plan: Planner, backend: str) -> list[ChooserParts | None] | str:
-    """How each block of a bound plan chooses, None where it keeps the first; or why no kernel does.
+    """How each block of a bound plan chooses, or the selector before it; or why no kernel does.
+
+    None stands for a block that keeps the first of its tokens.
 
     Args:
         plan: a bound plan.
         backend: "cpu", "triton" or "cuda".
     """
     reason = f"{backend} has no kernels for the planner {plan.kind or type(plan).__name__} yet"
-    if plan.acts_before:
+    if plan.acts_before and backend != "cpu":
         return reason
     found: list[ChooserParts | None] = []
     for layer, (m, n) in enumerate(zip(plan.alive, plan.counts, strict=True)):
-        chooses = plan.prefix < n < m
-        found.append(plan.parts(layer) if chooses else None)
-        if chooses and found[-1] is None:
+        chooses, selects = plan.prefix < n < m, layer in plan.acts_before
+        parts = plan.parts(layer) if chooses or selects else None
+        if selects != isinstance(parts, SelectorParts) or (chooses and (selects or parts is None)):
             return reason
+        found.append(parts)
     return why_not_chosen(found, backend) or found
