@@ -182,6 +182,7 @@ void slim_vit(Address embedding_address, std::int64_t embedding_bytes,
             "tokens must be [" + std::to_string(rows_out) + ", " + std::to_string(in.width) + "]");
   std::vector<const ChooserPack*> choosers(chooser_addresses.size());
   std::vector<const SelectorPack*> selectors(chooser_addresses.size());
+  std::int32_t packages = 0;
   bool ragged = false;
   require(choosers.empty() || (choosers.size() == depth && chooser_bytes.size() == depth && !idle),
           "every block must have a chooser, or an empty one");
@@ -190,7 +191,12 @@ void slim_vit(Address embedding_address, std::int64_t embedding_bytes,
     if (is_selector(chooser_addresses[i], chooser_bytes[i])) {
       selectors[i] = selector_at(chooser_addresses[i], chooser_bytes[i]);
       alike(selectors[i]->head, selectors[i]->shape.width);
+      require(selectors[i]->shape.packages == packages,
+              "the selector before block " + std::to_string(i + 1) + " expects " +
+                  std::to_string(selectors[i]->shape.packages) + " packages, there are " +
+                  std::to_string(packages));
       alive = left_by(selectors[i]->shape, alive, in.prefix);
+      ++packages;
       ragged = ragged || selectors[i]->shape.patches == 0;
     } else if (chooser_bytes[i] != 0) {
       choosers[i] = chooser_at(chooser_addresses[i], chooser_bytes[i], *blocks[i], in.prefix);

@@ -13,7 +13,7 @@ from slimvit.backends import choose
 from slimvit.dynamic import Planner
 from slimvit.errors import UsageError
 from slimvit.masks import Masks
-from slimvit.ops import NetworkParts, why_not_fused, why_not_packed
+from slimvit.ops import why_not_fused, why_not_packed
 from slimvit.runtime.accelerated import AcceleratedViT, dtype_name
 from slimvit.runtime.apply_masks import apply_masks
 from slimvit.runtime.choosers import choosers_of
