@@ -58,7 +58,7 @@ const ChooserPack* chooser_at(Address address, std::int64_t bytes, const BlockPa
 }
 
 bool is_selector(Address address, std::int64_t bytes) {
-  return bytes >= static_cast<std::int64_t>(sizeof(PackHead)) &&
+  return bytes >= static_cast<std::int64_t>(sizeof(PackHead)) && address % kAlignment == 0 &&
          at<const PackHead>(address)->kind == PackHead::Kind::selector;
 }
 

@@ -137,13 +137,10 @@ class DynamicNetwork(PackedNetwork):
         """Tokens after the final norm, [B, n_L, D], and the places that each block kept, [B, n].
 
         Both in the order of the tokens; places count from 0 in the order of the embedding, those of
-        packages from N. Where images keep numbers of their own, -1 fills up the shorter ones.
+        packages from N. Where images keep numbers of their own, -1 fills up those of fewer.
         """
         out, places = self._run(images, self.counts[-1], self.width)
-        kept = list(places.split(self.counts, dim=1))
-        if self.ragged:
-            kept = [row[:, (row >= 0).any(0)] for row in kept]
-        return out, kept
+        return out, list(places.split(self.counts, dim=1))
 
     def _call(self, images: Tensor, rows: int, columns: int) -> Tensor:
         return self._run(images, rows, columns)[0]

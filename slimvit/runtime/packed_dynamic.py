@@ -61,4 +61,7 @@ class PackedDynamicViT(PackedViT):
         N and more are package tokens, which stand nowhere. Where each image keeps a number of its
         own, -1 fills up those of fewer.
         """
-        return self.packed.kept(self._cast_images(images))[1]
+        kept = self.packed.kept(self._cast_images(images))[1]
+        if not self.packed.ragged:
+            return kept
+        return [places[:, (places >= 0).any(0)] for places in kept]
