@@ -23,6 +23,8 @@ TESTS = [
     "test_slim_vit.py",
     "test_cpu_choice.py",
     "test_dynamic_vit.py",
+    "test_cpu_selector.py",
+    "test_cpu_spvit.py",
     "-k",
     "not memory_does_not_grow",
 ]

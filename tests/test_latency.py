@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 import slimvit
 from slimvit import backends, bench, cli, models
 from slimvit.bench import LatencyTable, _target, keep_for_latency, latency_table, plan_for_latency
-from slimvit.bench._latency import Row, _pieces
+from slimvit.bench._latency import Row
+from slimvit.bench._pieces import pieces
 from slimvit.bench._rounds import Measured
 from slimvit.errors import PlanError, SlimvitError, UsageError
 
@@ -160,7 +161,7 @@ def test_blocks_are_timed_through_fused_kernels(tiny_vit, monkeypatch):
         return real(x, stats, weights, n, *rest)
 
     monkeypatch.setattr(torch.ops.slimvit, "fused_block", counted)
-    chain, last, selector = _pieces(probe, 5, 2, models.spec(tiny_vit))
+    chain, last, selector = pieces(probe, 5, 2, models.spec(tiny_vit))
     chain(None)
     assert seen == [(2, 5, 5)] * 4
     last(None)

@@ -12,6 +12,7 @@ from slimvit import _extensions
 BLOCK = "errs_no_more_than_torch and (quick_gelu or many or twice) or TestRefused"
 NETWORK = "test_float32 and (deit_distilled or oblong)"
 CHOICE = "by_its_choice and (5to3 or 63to62) or nothing_but_nan"
+SELECTION = "packages_the_others and 257 or favours and avx2 and deep"
 OVERRUN = """
 import torch
 from slimvit import _extensions
@@ -33,8 +34,9 @@ def watched() -> None:
 
 @pytest.mark.usefixtures("watched")
 def test_kernels():
-    files = ["test_cpu_block.py", "test_cpu_vit.py", "test_cpu_choice.py"]
-    tests = [*files, "-k", f"{BLOCK} or {NETWORK} or {CHOICE}"]
+    names = ("block", "vit", "choice", "selector", "spvit")
+    files = [f"test_cpu_{name}.py" for name in names]
+    tests = [*files, "-k", f"{BLOCK} or {NETWORK} or {CHOICE} or {SELECTION}"]
     done = run(sanitized.command(tests))
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

@@ -48,6 +48,8 @@ inline const char* kind_name(PackHead::Kind kind) {
       return "head";
     case PackHead::Kind::chooser:
       return "chooser";
+    case PackHead::Kind::selector:
+      return "selector";
   }
   return "unknown";
 }

@@ -57,6 +57,52 @@ const ChooserPack* chooser_at(Address address, std::int64_t bytes, const BlockPa
   return chooser;
 }
 
+bool is_selector(Address address, std::int64_t bytes) {
+  return bytes >= static_cast<std::int64_t>(sizeof(PackHead)) && address % kAlignment == 0 &&
+         at<const PackHead>(address)->kind == PackHead::Kind::selector;
+}
+
+const SelectorPack* selector_at(Address address, std::int64_t bytes) {
+  return pack_at<SelectorPack>(address, bytes, PackHead::Kind::selector);
+}
+
+// Of `alive` tokens, at most.
+std::int32_t left_by(const SelectorShape& shape, std::int32_t alive, long prefix) {
+  const long patches = alive - prefix - shape.packages;
+  require(prefix >= 0 && patches >= 2 && shape.patches < patches,
+          "a selector must keep fewer patches than the " + std::to_string(patches) +
+              " that reach it, got " + std::to_string(shape.patches));
+  const long kept = shape.patches == 0 ? patches - 1 : shape.patches;
+  return static_cast<std::int32_t>(prefix + kept + shape.packages + 1);
+}
+
+void select_tokens(Address pack_address, std::int64_t pack_bytes, Address x, long x_image,
+                   long x_token, Address out, long out_image, long out_token, Address place,
+                   long width, long batch, long m, long n, long prefix, int threads) {
+  const SelectorPack* pack = selector_at(pack_address, pack_bytes);
+  require_positive_threads(threads);
+  require(width == pack->shape.width, "x must be [m, B, " + std::to_string(pack->shape.width) +
+                                          "], got [" + join({m, batch, width}) + "]");
+  require(pack->shape.patches > 0, "a selector alone must keep a fixed number of patches");
+  require(n == left_by(pack->shape, static_cast<std::int32_t>(m), prefix),
+          "n must be what the selector leaves, got " + std::to_string(n));
+  SelectCall call{};
+  call.pack = pack;
+  call.x = at<const float>(x);
+  call.x_image = x_image;
+  call.x_token = x_token;
+  call.out = at<float>(out);
+  call.out_image = out_image;
+  call.out_token = out_token;
+  call.place = at<std::int64_t>(place);
+  call.batch = batch;
+  call.m = m;
+  call.n = n;
+  call.prefix = prefix;
+  const py::gil_scoped_release release;
+  run(call, threads);
+}
+
 void dynamic_block(Address pack_address, std::int64_t pack_bytes, Address chooser_address,
                    std::int64_t chooser_bytes, Address x, long x_image, long x_token, Address out,
                    long out_image, long out_token, Address size, Address kept, Address into,
@@ -135,19 +181,37 @@ void slim_vit(Address embedding_address, std::int64_t embedding_bytes,
     require(rows == rows_out && columns == in.width,
             "tokens must be [" + std::to_string(rows_out) + ", " + std::to_string(in.width) + "]");
   std::vector<const ChooserPack*> choosers(chooser_addresses.size());
+  std::vector<const SelectorPack*> selectors(chooser_addresses.size());
+  std::int32_t packages = 0;
+  bool ragged = false;
   require(choosers.empty() || (choosers.size() == depth && chooser_bytes.size() == depth && !idle),
           "every block must have a chooser, or an empty one");
   alive = in.tokens;
   for (std::size_t i = 0; i < choosers.size(); ++i) {
-    if (chooser_bytes[i] != 0)
+    if (is_selector(chooser_addresses[i], chooser_bytes[i])) {
+      selectors[i] = selector_at(chooser_addresses[i], chooser_bytes[i]);
+      alike(selectors[i]->head, selectors[i]->shape.width);
+      require(selectors[i]->shape.packages == packages,
+              "the selector before block " + std::to_string(i + 1) + " expects " +
+                  std::to_string(selectors[i]->shape.packages) + " packages, there are " +
+                  std::to_string(packages));
+      alive = left_by(selectors[i]->shape, alive, in.prefix);
+      ++packages;
+      ragged = ragged || selectors[i]->shape.patches == 0;
+    } else if (chooser_bytes[i] != 0) {
       choosers[i] = chooser_at(chooser_addresses[i], chooser_bytes[i], *blocks[i], in.prefix);
+    }
     require(choosers[i] != nullptr || counts[i] == alive || counts[i] <= in.prefix,
             "block " + std::to_string(i + 1) + " keeps " + std::to_string(counts[i]) + " of " +
                 std::to_string(alive) + " tokens, it needs a chooser");
     alive = counts[i];
   }
+  require(!ragged || alive <= in.prefix,
+          "where images keep numbers of their own, the last block must keep prefix tokens alone");
   NetworkCall call{};
   call.choosers = choosers.empty() ? nullptr : choosers.data();
+  call.selectors = choosers.empty() ? nullptr : selectors.data();
+  call.ragged = ragged;
   call.kept = at<std::int64_t>(kept);
   call.embedding = embedding;
   call.blocks = blocks.data();
@@ -185,6 +249,11 @@ void bind_calls(py::module_& m) {
         py::arg("kept"), py::arg("into"), py::arg("size_out"), py::arg("width"), py::arg("batch"),
         py::arg("m"), py::arg("n"), py::arg("prefix"), py::arg("threads"),
         "Images through one block that chooses n of its m tokens for each of them.");
+  m.def("select_tokens", &select_tokens, py::arg("pack"), py::arg("pack_bytes"), py::arg("x"),
+        py::arg("x_image"), py::arg("x_token"), py::arg("out"), py::arg("out_image"),
+        py::arg("out_token"), py::arg("place"), py::arg("width"), py::arg("batch"), py::arg("m"),
+        py::arg("n"), py::arg("prefix"), py::arg("threads"),
+        "Images' tokens through one selector: the n that are left of m, the package last.");
 }
 
 }  // namespace slimvit

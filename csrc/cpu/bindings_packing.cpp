@@ -96,6 +96,22 @@ ChooserWeights chooser_weights(const std::vector<Address>& a) {
   return {f(0), f(1), f(2), f(3), f(4)};
 }
 
+SelectorShape selector_shape(int width, int heads, int patches, int packages, float eps) {
+  require_multiple("width", width);
+  require(heads > 0 && width % heads == 0,
+          "heads must divide the width, got " + std::to_string(heads));
+  require_multiple("channels of a selector's head", width / heads);
+  require(patches >= 0, "patches must not be negative, got " + std::to_string(patches));
+  require(packages >= 0, "packages must not be negative, got " + std::to_string(packages));
+  return {width, heads, patches, packages, eps};
+}
+
+SelectorWeights selector_weights(const std::vector<Address>& a) {
+  require(a.size() == 14, "a selector has 14 arrays, got " + std::to_string(a.size()));
+  const auto f = [&](int i) { return at<const float>(a[i]); };
+  return {f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13)};
+}
+
 // The same call first tells the size and then, given memory, fills it.
 template <class Shape, class Weights>
 std::int64_t pack(std::int64_t (*packer)(const Shape&, const Weights&, void*), const Shape& shape,
@@ -163,6 +179,17 @@ void bind_packing(py::module_& m) {
       py::arg("weights"), py::arg("dtype"), py::arg("out"),
       "Lay out how a block chooses its tokens; returns the bytes that takes, and only that where "
       "out is 0.");
+  m.def(
+      "pack_selector",
+      [](int width, int heads, int patches, int packages, float eps,
+         const std::vector<Address>& weights, const std::string& dtype, Address out) {
+        return pack(kernels_for(dtype).pack_selector,
+                    selector_shape(width, heads, patches, packages, eps), selector_weights(weights),
+                    out);
+      },
+      py::kw_only(), py::arg("width"), py::arg("heads"), py::arg("patches"), py::arg("packages"),
+      py::arg("eps"), py::arg("weights"), py::arg("dtype"), py::arg("out"),
+      "Lay out a selector; returns the bytes that takes, and only that where out is 0.");
 }
 
 }  // namespace slimvit

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cpu/block_op.h"
+#include "cpu/select_op.h"
 #include "cpu/slim_vit.h"
 
 #if defined(__aarch64__)
@@ -40,11 +41,20 @@ double peak(long rounds) {
 
 template <class S, typename T>
 constexpr Kernels make_kernels() {
-  return {&pack_block<S, T>,     &pack_embedding<S, T>,
-          &pack_head<S, T>,      &pack_chooser<S, T>,
-          &block_memory<S, T>,   &block<S, T>,
-          &network_memory<S, T>, &network<S, T>,
-          &own_memory<S, T>,     &peak<S, T>};
+  return {&pack_block<S, T>,
+          &pack_embedding<S, T>,
+          &pack_head<S, T>,
+          &pack_chooser<S, T>,
+          &pack_selector<S, T>,
+          &block_memory<S, T>,
+          &block<S, T>,
+          &network_memory<S, T>,
+          &network<S, T>,
+          &select_memory<S, T>,
+          &select_own_memory<S, T>,
+          &select<S, T>,
+          &own_memory<S, T>,
+          &peak<S, T>};
 }
 
 }  // namespace

@@ -64,8 +64,21 @@ struct NetworkCall {
   long batch;
   long chunk;  // images that a worker takes through the depth together, at most
   // Where each image's kept tokens are chosen; else null.
-  const ChooserPack* const* choosers;  // of each block; null keeps the first n
-  std::int64_t* kept;                  // [B, Σ n]: places of the kept tokens, block after block
+  const ChooserPack* const* choosers;    // of each block; null keeps the first n
+  const SelectorPack* const* selectors;  // ahead of each block; null is none
+  bool ragged;         // each image keeps a number of its own: `counts` is how many at most
+  std::int64_t* kept;  // [B, Σ n]: places of the kept tokens, block after block, then -1
+};
+
+// Some images' tokens through one selector.
+struct SelectCall {
+  const SelectorPack* pack;
+  const float* x;  // token t of image b at x + b · x_image + t · x_token
+  long x_image, x_token;
+  float* out;  // the same of the n that are left
+  long out_image, out_token;
+  std::int64_t* place;  // [B, n]: which of the m tokens each is, m for the package
+  long batch, m, n, prefix;
 };
 
 // Workers call with their share [first, first + count) and memory of their team and of their own.
@@ -74,11 +87,15 @@ struct Kernels {
   std::int64_t (*pack_embedding)(const EmbeddingShape&, const EmbeddingWeights&, void* out);
   std::int64_t (*pack_head)(const HeadShape&, const HeadWeights&, void* out);
   std::int64_t (*pack_chooser)(const ChooserShape&, const ChooserWeights&, void* out);
+  std::int64_t (*pack_selector)(const SelectorShape&, const SelectorWeights&, void* out);
 
   std::int64_t (*block_memory)(const BlockCall&);
   void (*block)(const BlockCall&, long first, long count, const Team&, char* shared, char* own);
   std::int64_t (*network_memory)(const NetworkCall&);
   void (*network)(const NetworkCall&, long first, long count, const Team&, char* shared, char* own);
+  std::int64_t (*select_memory)(const SelectCall&);
+  std::int64_t (*select_own_memory)(const SelectCall&);
+  void (*select)(const SelectCall&, long first, long count, const Team&, char* shared, char* own);
   // `choosing`: the blocks, if they choose among the tokens, else null.
   std::int64_t (*own_memory)(long tokens, const BlockShape* choosing);
 

@@ -174,5 +174,75 @@ std::int64_t pack_chooser(const ChooserShape& shape, const ChooserWeights& w, vo
   return sections.used();
 }
 
+// Layers for every head, one head after the other.
+template <class S, typename T>
+Linear take_heads(Sections& sections, long heads, long n, long k) {
+  return {sections.take<T>(heads * Panels<S, T>::size(n, k)),
+          sections.take<float>(heads * Panels<S, T>::columns(n))};
+}
+
+// Outputs [first, first + n) and inputs [0, k) of weights [H, inputs, outputs].
+template <class S, typename T>
+void pack_heads(void* pack, const Linear& to, const float* weight, const float* bias, long heads,
+                long inputs, long outputs, long first, long n, long k) {
+  const long columns = Panels<S, T>::columns(n);
+  for (long head = 0; head < heads; ++head) {
+    pack_columns<S, T>(weight + head * inputs * outputs + first, 1, outputs, n, k, S::kVecs, 1.0f,
+                       section<T>(pack, to.weight) + head * Panels<S, T>::size(n, k));
+    copy_floats(bias + head * outputs + first, n, section<float>(pack, to.bias) + head * columns);
+  }
+}
+
+template <class S, typename T>
+std::int64_t pack_selector(const SelectorShape& shape, const SelectorWeights& w, void* out) {
+  const long width = shape.width, heads = shape.heads, c = shape.channels();
+  const long half = shape.half(), quarter = shape.quarter(), hidden = shape.hidden();
+  const long half_columns = Panels<S, T>::columns(half);
+  const long quarter_columns = Panels<S, T>::columns(quarter);
+  Sections sections(sizeof(SelectorPack));
+  SelectorPack pack{};
+  pack.shape = shape;
+  pack.norm = take_norm<S>(sections, w.norm_weight, width, shape.eps);
+  pack.local = take_heads<S, T>(sections, heads, half, c);
+  pack.global = take_heads<S, T>(sections, heads, half, c);
+  pack.judge1 = take_heads<S, T>(sections, heads, half, half);
+  pack.of_mean = sections.take<float>(heads * half * half_columns);
+  pack.judge2 = take_heads<S, T>(sections, heads, quarter, half);
+  pack.judge3 = sections.take<float>(heads * quarter_columns);
+  pack.judge3_bias = sections.take<float>(heads);
+  pack.weigh1 = sections.take<float>(hidden * heads);
+  pack.weigh1_bias = sections.take<float>(hidden);
+  pack.weigh2 = sections.take<float>(heads * hidden);
+  pack.weigh2_bias = sections.take<float>(heads);
+  pack.head = pack_head_of<S, T>(PackHead::Kind::selector, sections.used());
+  if (out == nullptr) return sections.used();
+
+  __builtin_memset(out, 0, sections.used());
+  __builtin_memcpy(out, &pack, sizeof(pack));
+  pack_norm(out, pack.norm, w.norm_weight, w.norm_bias, width);
+  pack_heads<S, T>(out, pack.local, w.embed, w.embed_bias, heads, c, c, 0, half, c);
+  pack_heads<S, T>(out, pack.global, w.embed, w.embed_bias, heads, c, c, half, half, c);
+  pack_heads<S, T>(out, pack.judge1, w.judge1, w.judge1_bias, heads, c, half, 0, half, half);
+  pack_heads<S, T>(out, pack.judge2, w.judge2, w.judge2_bias, heads, half, quarter, 0, quarter,
+                   half);
+  float* of_mean = section<float>(out, pack.of_mean);
+  float* judge3 = section<float>(out, pack.judge3);
+  for (long head = 0; head < heads; ++head) {
+    for (long i = 0; i < half; ++i)
+      copy_floats(w.judge1 + (head * c + half + i) * half, half,
+                  of_mean + (head * half + i) * half_columns);
+    const float* both = w.judge3 + head * quarter * 2;
+    for (long i = 0; i < quarter; ++i)
+      judge3[head * quarter_columns + i] = both[2 * i] - both[2 * i + 1];
+    section<float>(out, pack.judge3_bias)[head] =
+        w.judge3_bias[2 * head] - w.judge3_bias[2 * head + 1];
+  }
+  copy_floats(w.weigh1, hidden * heads, section<float>(out, pack.weigh1));
+  copy_floats(w.weigh1_bias, hidden, section<float>(out, pack.weigh1_bias));
+  copy_floats(w.weigh2, heads * hidden, section<float>(out, pack.weigh2));
+  copy_floats(w.weigh2_bias, heads, section<float>(out, pack.weigh2_bias));
+  return sections.used();
+}
+
 }  // namespace
 }  // namespace slimvit

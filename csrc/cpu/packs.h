@@ -16,7 +16,7 @@ enum class Scores : std::int32_t { attention, predictor };
 inline constexpr std::int64_t kAlignment = 64;
 
 struct PackHead {
-  enum class Kind : std::int32_t { block = 1, embedding, head, chooser };
+  enum class Kind : std::int32_t { block = 1, embedding, head, chooser, selector };
   static constexpr std::uint32_t kMagic = 0x54565353;
 
   std::uint32_t magic;
@@ -129,6 +129,42 @@ struct ChooserPack {
   Norm norm;
   Linear down;
   std::int64_t out;  // float32 [hidden], padded
+};
+
+// A selector, whose heads judge their own channels of the patches: slimvit/dynamic/selector.py.
+struct SelectorShape {
+  std::int32_t width, heads;
+  std::int32_t patches;   // to keep; 0 for as many as it favours
+  std::int32_t packages;  // of earlier selectors
+  float eps;
+
+  long channels() const { return width / heads; }
+  long half() const { return channels() / 2; }
+  long quarter() const { return channels() / 4; }
+  long hidden() const { return heads > 1 ? heads / 2 : 1; }
+};
+
+// Weights in float32. Those of a layer for every head are [H, in, out], biases [H, out].
+struct SelectorWeights {
+  const float *norm_weight, *norm_bias;  // [D]
+  const float *embed, *embed_bias;       // c to c
+  const float *judge1, *judge1_bias;     // c to c / 2
+  const float *judge2, *judge2_bias;     // c / 2 to c / 4
+  const float *judge3, *judge3_bias;     // c / 4 to 2
+  const float *weigh1, *weigh1_bias;     // [hidden, H], [hidden]
+  const float *weigh2, *weigh2_bias;     // [H, hidden], [H]
+};
+
+struct SelectorPack {
+  PackHead head;
+  SelectorShape shape;
+  Norm norm;
+  Linear local, global;  // every head's embedding: its halves
+  Linear judge1;         // of the local half
+  std::int64_t of_mean;  // float32 [H, c / 2, c / 2 padded]: the same of the mean's half
+  Linear judge2;
+  std::int64_t judge3, judge3_bias;  // float32 [H, c / 4 padded], [H]: keep less prune
+  std::int64_t weigh1, weigh1_bias, weigh2, weigh2_bias;  // float32, as they come
 };
 
 }  // namespace slimvit

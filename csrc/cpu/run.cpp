@@ -138,6 +138,15 @@ void run(const BlockCall& call, int threads) {
          });
 }
 
+void run(const SelectCall& call, int threads) {
+  const PackHead& head = call.pack->head;
+  const Kernels& k = kernels(head.isa, head.dtype);
+  divide(call, threads, k.select_own_memory(call), k.select_memory(call),
+         [&](long first, long count, const Team& team, char* shared, char* own) {
+           k.select(call, first, count, team, shared, own);
+         });
+}
+
 void run(NetworkCall call, int threads) {
   call.chunk = std::clamp<long>(call.batch / threads, 1, kChunk);
   const PackHead& head = call.embedding->head;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cpu/selector.h"
 #include "cpu/slim_block.h"
 
 // A whole network: patch embedding, blocks, final norm and head, one group of images at a time.
@@ -36,13 +37,17 @@ class Network {
   long alive(long layer) const {
     return layer == 0 || call_.idle ? in_.tokens : call_.counts[layer - 1];
   }
+  const SelectorPack* selector(long layer) const {
+    return chooses() ? call_.selectors[layer] : nullptr;
+  }
   // Rows that an image has after the blocks.
   long rows_out() const { return call_.idle ? in_.tokens : call_.counts[call_.depth - 1]; }
 
   // Images that go through a block together: one, until their kept rows are too few to be worth
-  // reading the weights for. Never shrinks from block to block, since kept rows never grow.
+  // reading the weights for. Never shrinks from block to block, since kept rows never grow. One
+  // throughout where images keep numbers of their own.
   long group(long layer, long count) const {
-    if (call_.idle || team_.size > 1) return 1;
+    if (call_.idle || call_.ragged || team_.size > 1) return 1;
     return most(1, least(count, kGroupRows / call_.counts[layer]));
   }
 
@@ -81,6 +86,7 @@ class Network {
           embed(first + image, images);
         else
           move(chunk_ + image * m * width(), shared_.x, images * m);
+        rows_ = m;
         for (long l = layer; l < end; ++l) block(l, first, image, images);
         move(shared_.x, chunk_ + image * n * width(), images * n);
       }
@@ -91,7 +97,9 @@ class Network {
 
   // Images of the chunk through a block; those of the call start at `first`.
   void block(long layer, long first, long image, long images) {
-    Kept kept{images, alive(layer), call_.counts[layer], nullptr, nullptr, 0, nullptr};
+    if (selector(layer) != nullptr) select(*selector(layer), alive_[layer % 2].of(image), images);
+    const long n = least(rows_, call_.counts[layer]);
+    Kept kept{images, rows_, n, nullptr, nullptr, 0, nullptr};
     Choosing choosing{};
     if (chooses()) {
       long total = 0, before = 0;
@@ -110,8 +118,31 @@ class Network {
       kept.bias = choosing.before.bias;
       kept.bias_image = choosing.before.ld;
       kept.choosing = &choosing;
+      for (long i = n; call_.ragged && team_.rank == 0 && i < call_.counts[layer]; ++i)
+        choosing.kept[i] = -1;
     }
     Block<S, T>(*call_.blocks[layer], kept, team_, shared_, own_).run();
+    if (!call_.idle) rows_ = n;
+  }
+
+  // What a selector leaves of the images' rows, whose tokens are `alive`.
+  void select(const SelectorPack& pack, const Alive& alive, long images) {
+    const auto package = static_cast<std::int32_t>(in_.tokens) + pack.shape.packages;
+    long left = 0;
+    for (long image = 0; image < images; ++image) {
+      const Selecting of{rows_,
+                         in_.prefix,
+                         package,
+                         shared_.x + image * rows_ * width(),
+                         shared_.gathered + image * left * width(),
+                         alive.of(image)};
+      left = Selection<S, T>(pack, of, team_, shared_.selection, own_.selection).run();
+    }
+    team_.sync();
+    float* old = shared_.x;
+    shared_.x = shared_.gathered;
+    shared_.gathered = old;
+    rows_ = left;
   }
 
   // Before the first block every token stands for itself, in its own place.
@@ -243,6 +274,7 @@ class Network {
   Alive alive_[2] = {};  // of the images of a chunk
   Shared<T> shared_;
   Own<S, T> own_;
+  long rows_ = 0;  // of each of the images that are going through a block
   std::int64_t used_ = 0;
 };
 

@@ -44,6 +44,32 @@ struct SharedChoice {
   }
 };
 
+// Patches that a selector judges together: in sums their order is the same whoever takes them, and
+// they are lanes of vectors.
+constexpr long kSelectorRows = kMaxLanes;
+
+constexpr long selector_rows(long m) { return round_up(m, kSelectorRows); }
+
+// What a team needs to select among the m tokens of an image. A head's half of its channels, padded
+// to whole vectors, is no more than all of them.
+template <typename T>
+struct SharedSelection {
+  T* local;        // [m, D]: what the heads judge of each patch
+  float* sums;     // [groups of patches, D]: sums of what they judge of all
+  float* weights;  // [groups, H, kSelectorRows]
+  float* score;    // [m]
+
+  static SharedSelection make(Parts& parts, long m, long width) {
+    const long groups = selector_rows(m) / kSelectorRows;
+    SharedSelection shared;
+    shared.local = parts.take<T>(m * width);
+    shared.sums = parts.take<float>(groups * width);
+    shared.weights = parts.take<float>(groups * width);
+    shared.score = parts.take<float>(m);
+    return shared;
+  }
+};
+
 // What one group of images needs, shared by the workers of its team.
 template <typename T>
 struct Shared {
@@ -53,6 +79,7 @@ struct Shared {
   T* kv;                // [rows, 2 · H · d]
   T *keys, *values;     // packed, by image and head
   SharedChoice<T> choice;
+  SharedSelection<T> selection;
 
   // `keys`: all images' keys, the extra ones too, each image's padded to whole vectors; `choice`:
   // an image's tokens where blocks choose among them, else 0.
@@ -69,7 +96,11 @@ struct Shared {
     shared.keys = parts.take<T>(packed);
     shared.values = parts.take<T>(packed);
     shared.choice = {};
-    if (choice > 0) shared.choice = SharedChoice<T>::make(parts, choice, shape);
+    shared.selection = {};
+    if (choice > 0) {
+      shared.choice = SharedChoice<T>::make(parts, choice, shape);
+      shared.selection = SharedSelection<T>::make(parts, choice, shape.width);
+    }
     return shared;
   }
 };
@@ -115,6 +146,34 @@ struct OwnChoice {
   }
 };
 
+// What a worker needs for itself to select; `sums` to `pruned` are the same in all of a team.
+template <class S, typename T>
+struct OwnSelection {
+  T *normed, *judged;            // [kSelectorRows, D], of one head
+  float *means, *weighed;        // [H, kSelectorRows]
+  float* lanes;                  // [kSelectorRows, lanes]
+  float *sums, *of_mean;         // [D]
+  std::int32_t* key;             // [m]: see `ordered`
+  float* weight;                 // [m], of the pruned patches in their package
+  std::int32_t *index, *pruned;  // [m]: the kept patches, and the others
+
+  static OwnSelection make(Parts& parts, long m, long width) {
+    OwnSelection own;
+    own.normed = parts.take<T>(kSelectorRows * width);
+    own.judged = parts.take<T>(kSelectorRows * width);
+    own.means = parts.take<float>(width);
+    own.weighed = parts.take<float>(width);
+    own.lanes = parts.take<float>(kSelectorRows * S::kLanes);
+    own.sums = parts.take<float>(width);
+    own.of_mean = parts.take<float>(width);
+    own.key = parts.take<std::int32_t>(m);
+    own.weight = parts.take<float>(selector_rows(m));
+    own.index = parts.take<std::int32_t>(m);
+    own.pruned = parts.take<std::int32_t>(m);
+    return own;
+  }
+};
+
 // What a worker needs for itself.
 template <class S, typename T>
 struct Own {
@@ -122,6 +181,7 @@ struct Own {
   float* bias;  // [columns]
   T* hidden;    // [kMlpRows, kMlpColumns]
   OwnChoice<S, T> choice;
+  OwnSelection<S, T> selection;
 
   // `choosing`: the blocks, if they choose among the tokens, else null.
   static Own make(Parts& parts, long tokens, const BlockShape* choosing) {
@@ -134,7 +194,11 @@ struct Own {
     own.bias = parts.take<float>(columns);
     own.hidden = parts.take<T>(kMlpRows * kMlpColumns);
     own.choice = {};
-    if (choosing != nullptr) own.choice = OwnChoice<S, T>::make(parts, tokens, *choosing);
+    own.selection = {};
+    if (choosing != nullptr) {
+      own.choice = OwnChoice<S, T>::make(parts, tokens, *choosing);
+      own.selection = OwnSelection<S, T>::make(parts, tokens, choosing->width);
+    }
     return own;
   }
 };

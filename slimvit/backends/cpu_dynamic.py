@@ -90,6 +90,67 @@ def _pack(
     return make_pack(module().pack_chooser, options, weights, dtype)
 
 
+def pack_selector(
+    weights: Sequence[Tensor],
+    dtype: torch.dtype,
+    *,
+    heads: int,
+    patches: int | None,
+    packages: int,
+    eps: float,
+) -> Tensor:
+    """A selector, as the kernels read it.
+
+    Args:
+        weights: weight and bias of the norm [D], of the layers of every head [H, in, out] and
+            [H, out], c to c, c to c / 2, c / 2 to c / 4 and c / 4 to 2, and of the layers that
+            weigh the heads, [H / 2, H] and [H, H / 2].
+        dtype: what it computes in, float32 or bfloat16.
+        heads: H.
+        patches: how many it keeps; None for as many as it favours.
+        packages: of earlier selectors.
+        eps: of the norm.
+
+    Returns:
+        uint8, one-dimensional.
+
+    Raises:
+        SlimvitError: the channels of a head, c, are no multiple of 16.
+    """
+    options = {
+        "width": weights[0].numel(),
+        "heads": heads,
+        "patches": patches or 0,
+        "packages": packages,
+        "eps": eps,
+    }
+    return make_pack(module().pack_selector, options, weights, dtype)
+
+
+def select_tokens(x: Tensor, pack: Tensor, n: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """A packed selector of the tokens x [m, B, D] of each image; float32.
+
+    Returns:
+        The n tokens that are left, [n, B, D]: prefix, kept patches, packages of earlier selectors,
+        the new one; which of the m each is, [B, n], int64, m for the new package.
+    """
+    rule = "x must be [m, B, D], float32"
+    require(x.dim() == 3 and x.dtype == torch.float32 and on_cpu(x), rule, x)
+    m, batch, width = x.shape
+    require(0 < n <= m, f"n must be in [1, m] = [1, {m}]", n)
+    x = x if x.stride(2) == 1 else x.contiguous()
+    out = x.new_empty(n, batch, width)
+    place = torch.empty(batch, n, dtype=torch.int64)
+    call(
+        module().select_tokens,
+        *pack_bytes("pack", pack),
+        *(address(x), x.stride(1), x.stride(0)),
+        *(address(out), out.stride(1), out.stride(0)),
+        *(address(place), width, batch, m, n, prefix, torch.get_num_threads()),
+    )
+    return out, place
+
+
 def dynamic_block(
     x: Tensor, pack: Tensor, chooser: Tensor, n: int, prefix: int, size: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,9 +200,11 @@ def dynamic_vit(
 ) -> tuple[Tensor, Tensor]:
     """Images [B, C, H, W], float32 or bfloat16, through a packed network that chooses for each.
 
-    `choosers` tell how each block chooses, empty where it keeps the first n of `counts`. Returns
-    logits [B, columns] where `rows` is 0, else tokens after the final norm, [B, rows, columns],
-    float32, and the places of the tokens that each block kept, block after block, [B, Σ n], int64.
+    `choosers` tell how each block chooses, or the selector ahead of it; empty where it keeps the
+    first n of `counts`. Returns logits [B, columns] where `rows` is 0, else tokens after the final
+    norm, [B, rows, columns], float32, and the places of the tokens that each block kept, block
+    after block, [B, Σ n], int64: N and more for packages, and -1 after the last where each image
+    keeps a number of its own and `counts` are how many at most.
     """
     kept = torch.empty(images.shape[0], sum(counts), dtype=torch.int64)
     require(

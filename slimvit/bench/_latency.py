@@ -16,15 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from slimvit.bench import _machine
+from slimvit.bench._pieces import pieces
 from slimvit.bench._rounds import measure
 from slimvit.bench._run import _threads
-from slimvit.dynamic import Alive, SPViT
+from slimvit.dynamic import SPViT
 from slimvit.errors import UsageError
 from slimvit.export import sample_images
 from slimvit.models import Spec, spec
-from slimvit.runtime import AcceleratedViT, accelerate
-from slimvit.runtime.blockwise import BlockwiseViT
-from slimvit.runtime.fused_dynamic import FusedDynamicViT
+from slimvit.runtime import accelerate
 
 FORMAT, VERSION = "slimvit-latency", 1
 RATIOS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -173,7 +172,7 @@ def latency_table(
     device = next(model.parameters()).device
     images = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
     tokens = list(dict.fromkeys(shape.prefix + max(2, round(r * shape.patches)) for r in ratios))
-    runs = [run for n in tokens for run in _pieces(probe, n, batch, shape)] + whole
+    runs = [run for n in tokens for run in pieces(probe, n, batch, shape)] + whole
     times = time_calls(runs, images, rounds=rounds, seconds=seconds, threads=threads)
     rows = []
     for i, n in enumerate(tokens):
@@ -198,55 +197,6 @@ def latency_table(
     )
     rests = [t - table.predict(fast.plan) for t, fast in zip(times[-2:], whole)]
     return dataclasses.replace(table, rest_ms=statistics.mean(rests))
-
-
-def _pieces(
-    probe: AcceleratedViT, tokens: int, batch: int, shape: Spec
-) -> list[Callable[[Tensor], object]]:
-    """Blocks in turn, the last block, and a selector, on that many tokens; images are ignored."""
-    if isinstance(probe, FusedDynamicViT):
-        return _fused_pieces(probe, tokens, batch, shape)
-    block = probe.block if isinstance(probe, BlockwiseViT) else probe.network.block
-    parameter = next(probe.plan.parameters())
-    generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, batch, shape.width, generator=generator).to(parameter)
-    alive = Alive(x, torch.arange(tokens, device=x.device).expand(batch, -1))
-
-    def chain(_: Tensor) -> None:
-        left = alive
-        # One block alone would find its weights in cache, as it does not in a model.
-        for layer in range(1, shape.depth - 1):
-            left = block(layer, left)
-
-    def selector(_: Tensor) -> Alive:
-        return probe.plan.prune(0, alive, _kept(tokens - shape.prefix))
-
-    return [chain, lambda _: block(shape.depth - 1, alive), selector]
-
-
-def _fused_pieces(
-    probe: FusedDynamicViT, tokens: int, batch: int, shape: Spec
-) -> list[Callable[[Tensor], object]]:
-    network = probe.fused
-    generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(batch, tokens, shape.width, generator=generator)
-    x = x.to(network.table.device, network.dtype)
-    selecting, *blocks, last = network.blocks
-
-    def chain(_: Tensor) -> None:
-        left, stats = x, None
-        for block in blocks:
-            left, stats = block(left, tokens, stats)
-
-    def selector(_: Tensor) -> Tensor:
-        return selecting.select(x, _kept(tokens - shape.prefix), shape.prefix)[0]
-
-    return [chain, lambda _: last(x, shape.head_tokens), selector]
-
-
-def _kept(patches: int) -> int:
-    """How many a selector keeps that is timed: seven in ten, neither all nor none."""
-    return max(1, min(round(0.7 * patches), patches - 1))
 
 
 def falls(shape: Spec) -> range:

@@ -26,6 +26,8 @@ class Selector(nn.Module):
     Source: SPViT (Kong et al., ECCV 2022), sections 3.2 and 3.3.
     """
 
+    eps = 1e-6
+
     def __init__(self, width: int, heads: int, keep: float = 0.5) -> None:
         super().__init__()
         self.heads, c = heads, width // heads
@@ -52,7 +54,7 @@ class Selector(nn.Module):
         p, batch, width = x.shape
         # One product for each head: [H, B · p, c].
         by_head = x.view(p, batch, self.heads, -1).permute(2, 1, 0, 3).flatten(1, 2)
-        y = F.layer_norm(by_head, by_head.shape[-1:], eps=1e-6)
+        y = F.layer_norm(by_head, by_head.shape[-1:], eps=self.eps)
         y = F.gelu(self.embed(y * self.norm_weight + self.norm_bias))
         local = (y.shape[-1] + 1) // 2
         shared = y.view(self.heads, batch, p, -1)[..., local:]

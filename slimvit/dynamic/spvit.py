@@ -53,7 +53,8 @@ class SPViT(Planner):
             nothing, being 1 or too near the one before, is left out.
         stages: the blocks that they stand before, counted from 0, rising, the last block excluded;
             None spreads them evenly: 3, 6, 9 of 12.
-        argmax: keep each patch that P favours, instead of a fixed number; for one image a call.
+        argmax: keep each patch that P favours, instead of a fixed number; for one image a call,
+            but for back end `cpu`, in which each image of a batch keeps a number of its own.
         temperature: of the Gumbel-softmax in training.
 
     Raises:

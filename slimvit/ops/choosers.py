@@ -107,9 +107,13 @@ def _why_not(parts: PredictorParts, backend: str) -> str | None:
 
 
 def _why_no_selector(parts: SelectorParts, backend: str) -> str | None:
+    channels = parts.selector.norm_weight.shape[-1]
+    if backend == "cpu":
+        if channels % 16:
+            return f"the channels of its selector's heads must be a multiple of 16, got {channels}"
+        return None
     if parts.patches is None:
         return "its selector keeps as many patches as it favours, not a fixed number"
-    channels = parts.selector.embed.weight.shape[1]
-    if backend != "cpu" and channels > WIDEST_SELECTOR:
+    if channels > WIDEST_SELECTOR:
         return f"its selector's heads must have at most {WIDEST_SELECTOR} channels, got {channels}"
     return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimvit.backends import cpu_dynamic
-from slimvit.ops.choosers import REACH, AbsorbParts, ChooserParts
+from slimvit.ops.choosers import REACH, AbsorbParts, ChooserParts, SelectorParts
 from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of
 from slimvit.ops.slim_vit import PackedNetwork
 
@@ -21,7 +21,10 @@ _library.define(
     "dynamic_vit(Tensor images, Tensor embedding, Tensor[] blocks, Tensor[] choosers, Tensor head,"
     " int[] counts, int rows, int columns) -> (Tensor out, Tensor kept)"
 )
-for _name in ("dynamic_block", "dynamic_vit"):
+_library.define(
+    "select_tokens(Tensor x, Tensor pack, SymInt n, int prefix) -> (Tensor out, Tensor place)"
+)
+for _name in ("dynamic_block", "dynamic_vit", "select_tokens"):
     _library.impl(_name, getattr(cpu_dynamic, _name), "CPU")
     # For inference: answers need no gradient.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
@@ -58,6 +61,12 @@ def _dynamic_vit(
     return out, images.new_empty(batch, sum(counts), dtype=torch.int64)
 
 
+@torch.library.register_fake("slimvit::select_tokens", lib=_library)
+def _select_tokens(x: Tensor, pack: Tensor, n: int, prefix: int) -> tuple[Tensor, Tensor]:
+    _, batch, width = x.shape
+    return x.new_empty(n, batch, width), x.new_empty(batch, n, dtype=torch.int64)
+
+
 def pack_chooser(parts: ChooserParts, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """What the ops take for how a block chooses.
 
@@ -71,6 +80,8 @@ def pack_chooser(parts: ChooserParts, width: int, dtype: torch.dtype = torch.flo
     """
     if isinstance(parts, AbsorbParts):
         return cpu_dynamic.pack_attention(width, parts.head_tokens, REACH, dtype)
+    if isinstance(parts, SelectorParts):
+        return _pack_selector(parts, dtype)
     weight, bias, eps = layer_norm_of(parts.norm)
     return cpu_dynamic.pack_predictor(
         (weight, bias, parts.down.weight, parts.down.bias, parts.out.weight),
@@ -81,19 +92,42 @@ def pack_chooser(parts: ChooserParts, width: int, dtype: torch.dtype = torch.flo
     )
 
 
+def _pack_selector(parts: SelectorParts, dtype: torch.dtype) -> Tensor:
+    it = parts.selector
+    layers = (it.embed, it.judge1, it.judge2, it.judge3, it.weigh1, it.weigh2)
+    weights = [it.norm_weight, it.norm_bias]
+    weights += [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    return cpu_dynamic.pack_selector(
+        weights,
+        dtype,
+        heads=it.heads,
+        patches=parts.patches,
+        packages=parts.packages,
+        eps=it.eps,
+    )
+
+
 class DynamicNetwork(PackedNetwork):
     """A network packed for the C++ kernels that chooses, for each image, what each block keeps.
 
     Args:
         parts: the network, its tokens in the model's own order; `counts` are those of the plan.
-        choosers: how each block chooses; None where the first tokens are kept.
+        choosers: how each block chooses, or the selector ahead of it; None where the first tokens
+            are kept.
         dtype: what it computes in: float32, or bfloat16 accumulated in float32.
+
+    Attributes:
+        ragged: whether each image keeps a number of tokens of its own; `counts` is how many at
+            most.
     """
 
     def __init__(
         self, parts: NetworkParts, choosers: Sequence[ChooserParts | None], dtype: torch.dtype
     ) -> None:
         super().__init__(parts, dtype)
+        self.ragged = any(isinstance(c, SelectorParts) and c.patches is None for c in choosers)
+        if self.ragged:
+            self.counts[:-1] = [self.tokens] * (len(self.counts) - 1)
         empty = torch.empty(0, dtype=torch.uint8)
         for i, chooser in enumerate(choosers):
             pack = empty if chooser is None else pack_chooser(chooser, self.width, dtype)
@@ -102,7 +136,8 @@ class DynamicNetwork(PackedNetwork):
     def kept(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Tokens after the final norm, [B, n_L, D], and the places that each block kept, [B, n].
 
-        Both in the order of the tokens; places count from 0 in the order of the embedding.
+        Both in the order of the tokens; places count from 0 in the order of the embedding, those of
+        packages from N. Where images keep numbers of their own, -1 fills up those of fewer.
         """
         out, places = self._run(images, self.counts[-1], self.width)
         return out, list(places.split(self.counts, dim=1))

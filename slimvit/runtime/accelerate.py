@@ -13,10 +13,9 @@ from slimvit.backends import choose
 from slimvit.dynamic import Planner
 from slimvit.errors import UsageError
 from slimvit.masks import Masks
-from slimvit.ops import NetworkParts, why_not_fused, why_not_packed
+from slimvit.ops import why_not_fused, why_not_packed
 from slimvit.runtime.accelerated import AcceleratedViT, dtype_name
 from slimvit.runtime.apply_masks import apply_masks
-from slimvit.runtime.blockwise import BlockwiseViT
 from slimvit.runtime.choosers import choosers_of
 from slimvit.runtime.fused import FusedViT
 from slimvit.runtime.fused_dynamic import FusedDynamicViT
@@ -95,8 +94,10 @@ def accelerate(
     shape = (spec.in_chans, *spec.image_size)
     if backend == "torch":
         fast = AcceleratedViT(slim.to(dtype), backend, shape)
+    elif backend == "cpu" and plan is None:
+        fast = PackedViT(folded, parts, dtype, shape)
     elif backend == "cpu":
-        fast = _packed(slim, folded, parts, dtype, shape)
+        fast = PackedDynamicViT(folded, plan, choosers_of(plan, "cpu"), parts, dtype, shape)
     elif plan is None:
         fast = FusedViT(folded, parts, dtype, backend, shape)
     else:
@@ -110,25 +111,8 @@ def accelerate(
 
 def why_not_dynamic(plan: Planner, backend: str) -> str | None:
     """Why the kernels of a back end do not choose tokens as a plan does, or None if they do."""
-    if backend == "cpu" and not plan.chooses:
-        return None  # what acts between blocks alone needs no kernels of its own
     choosers = choosers_of(plan, backend)
     return choosers if isinstance(choosers, str) else None
-
-
-def _packed(
-    slim: nn.Module,
-    folded: nn.Module,
-    parts: NetworkParts,
-    dtype: torch.dtype,
-    shape: tuple[int, int, int],
-) -> AcceleratedViT:
-    plan = getattr(slim, "plan", None)
-    if plan is None:
-        return PackedViT(folded, parts, dtype, shape)
-    if not plan.chooses:
-        return BlockwiseViT(slim, parts, dtype, shape)
-    return PackedDynamicViT(folded, plan, choosers_of(plan, "cpu"), parts, dtype, shape)
 
 
 def _dense(spec: models.Spec) -> Masks:
