@@ -14,13 +14,14 @@ import argparse
 import csv
 import datetime
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slimvit import Absorb, Masks, Planner, __version__, apply_masks, macs, models
+from slimvit import Absorb, Masks, Planner, SPViT, __version__, apply_masks, macs, models
 from slimvit.bench._machine import commit
 from slimvit.data import ImageFolder, image_transform, loader
+from slimvit.dynamic.schedule import share_for_cut
 from slimvit.evaluate import evaluate
 from slimvit.finetune import finetune
 from slimvit.search import Result, search, train_dps
@@ -30,7 +31,16 @@ COLUMNS = (
     *("kept", "cut", "images", "top1", "dense_top1", "agreement"),
     *("search_seconds", "finetune_seconds", "samples", "slimvit", "commit", "date"),
 )
+NONE = {"epochs": 0}
 FINETUNE = {"epochs": 4, "lr": 1e-5}
+SPVIT = {
+    "epochs": 20,
+    "frozen_epochs": 10,
+    "lr": 2e-3,
+    "backbone_rate": 0.01,
+    "class_weight": 5.0,
+    "keep_weight": 30.0,
+}
 CUTS = (0.41, 0.47, 0.54)
 
 
@@ -54,9 +64,10 @@ class Experiments:
     def images(
         self, subset: str, samples: int | None = None, training: bool = False
     ) -> ImageFolder:
+        """Photographs; without labels where a model learns from the dense one."""
         return ImageFolder(
             self.args.data_dir,
-            class_map=self.args.class_map,
+            class_map=None if training else self.args.class_map,
             subset=subset,
             samples=samples,
             transform=image_transform(self.model, training=training),
@@ -86,19 +97,26 @@ class Experiments:
         self,
         method: str,
         find: Callable[[], tuple[Result | Planned, float]],
-        epochs: int = 0,
+        training: Mapping[str, object] = NONE,
         **about: object,
     ) -> Masks | None:
-        """Run one experiment unless its row is there; the masks, if it ran."""
-        about = {"method": method, "finetune_epochs": epochs, **about}
+        """Run one experiment unless its row is there; the masks, if it ran.
+
+        Args:
+            method: its name in the CSV.
+            find: how masks or a plan are found.
+            training: settings of `finetune`; none leaves the model as it is.
+            about: other columns that tell it from other experiments.
+        """
+        about = {"method": method, "finetune_epochs": training["epochs"], **about}
         if any(_same(row, self.args.model, about) for row in self.rows):
             return None
         result, seconds = find()
         slim = apply_masks(result.model or self.model, result.masks)
         start = time.perf_counter()
-        if epochs:
+        if training["epochs"]:
             train = loader(self.images(self.args.calibrate, training=True), 32, shuffle_seed=0)
-            slim = finetune(slim, self.model, train, **(FINETUNE | {"epochs": epochs})).model
+            slim = finetune(slim, self.model, train, **training).model  # type: ignore[arg-type]
         tuned = time.perf_counter() - start
         measured = evaluate(
             self.model, slim.eval(), loader(self.images(self.args.validate), 25), progress=True
@@ -115,7 +133,7 @@ class Experiments:
             "dense_top1": _percent(measured.dense_top1, "dense_top1"),
             "agreement": _percent(measured.agreement, "agreement"),
             "search_seconds": round(seconds),
-            "finetune_seconds": round(tuned) if epochs else "",
+            "finetune_seconds": round(tuned) if training["epochs"] else "",
             "samples": self.args.samples,
             "slimvit": __version__,
             "commit": commit(),
@@ -133,11 +151,21 @@ class Experiments:
         self.plans()
 
     def plans(self) -> None:
-        """Absorb at three cuts, and DPS with the counts of the first search."""
+        """Absorb at three cuts, DPS with the counts of the first search, SPViT at its cut."""
         for cut in CUTS:
             self.add(f"absorb {cut}", lambda c=cut: self.planned(Absorb(cut=c)), score="absorb")
         for seed in range(3):
             self.add(f"dps, seed {seed}", lambda s=seed: self.predicted(s), tolerance=0.02)
+        cut = float(self.first()["cut"])
+        self.add("spvit", lambda: self.planned(self.selected(cut)), training=SPVIT, score="spvit")
+
+    def selected(self, cut: float) -> SPViT:
+        """SPViT whose stages each keep the same share of what they receive."""
+
+        def plan(share: float) -> SPViT:
+            return SPViT([share**stage for stage in (1, 2, 3)])
+
+        return plan(share_for_cut(models.spec(self.model), cut, plan))
 
     def searches(self) -> None:
         """Algorithm 1, its ablations, and fine-tuning."""
@@ -161,7 +189,7 @@ class Experiments:
             self.add(
                 "search + fine-tuning",
                 lambda e=block_epochs: self.search(counts=counts, epochs=e),
-                epochs=FINETUNE["epochs"],
+                training=FINETUNE,
                 tolerance=0.02,
                 block_epochs=block_epochs,
             )

@@ -12,10 +12,11 @@ from torch import nn
 from slimvit.bench import time_calls
 from slimvit.demo import _digits
 from slimvit.dynamic import Planner, SPViT
+from slimvit.dynamic.schedule import share_for_cut
 from slimvit.evaluate import Evaluation, evaluate
 from slimvit.export import sample_images
 from slimvit.finetune import finetune, timm_weights
-from slimvit.macs import cut, gmacs
+from slimvit.macs import gmacs
 from slimvit.masks import Masks
 from slimvit.models import Spec, spec
 from slimvit.runtime import accelerate, apply_masks
@@ -56,12 +57,11 @@ def same_share(shape: Spec, wanted: float) -> SPViT:
 
     Or as many as it can: the blocks ahead of its first selector keep everything.
     """
-    low, high = 0.05, 0.999
-    for _ in range(30):
-        middle = (low + high) / 2
-        plan = SPViT([middle**i for i in (1, 2, 3)]).bind(shape)
-        low, high = (middle, high) if cut(shape, plan) > wanted else (low, middle)
-    return SPViT([high**i for i in (1, 2, 3)]).bind(shape)
+
+    def plan(share: float) -> SPViT:
+        return SPViT([share**i for i in (1, 2, 3)])
+
+    return plan(share_for_cut(shape, wanted, plan)).bind(shape)
 
 
 def train_spvit(

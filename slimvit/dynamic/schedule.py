@@ -71,6 +71,25 @@ def counts_for_cut(
     return counts(high)
 
 
+def share_for_cut(
+    spec: Spec, cut: float, planner: Callable[[float], object], least: float = 0.05
+) -> float:
+    """The share for which a planner saves `cut`, or the least if that saves less.
+
+    Args:
+        spec: the model's shape.
+        cut: share of the dense model's multiply–accumulates to save.
+        planner: makes the planner of a share, which saves the more the less the share is.
+        least: share, and more than nothing.
+    """
+    low, high = least, 0.999
+    for _ in range(30):
+        middle = (low + high) / 2
+        saved = 1 - gmacs(spec, planner(middle).bind(spec)) / gmacs(spec)
+        low, high = (middle, high) if saved > cut else (low, middle)
+    return high
+
+
 def _falling(spec: Spec, step: float, shape: Shape) -> tuple[int, ...]:
     n, counts = float(spec.tokens), []
     for layer in range(1, spec.depth):
