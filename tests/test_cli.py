@@ -430,12 +430,15 @@ def test_table():
     assert lines == ["name       x", "----  ------", "a          1", "bcd   23.5 %"]
 
 
-def test_two_processes_train_as_one_run(room, out):
+@pytest.mark.parametrize("plan", ["", "0.6,0.3"])
+def test_two_processes_train_as_one_run(room, out, plan):
     """Both processes of torchrun take part; one writes, and what it writes is whole."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "slimvit", "finetune", "--model", "test_vit", "--img-size", "64"]
     command += ["--num-classes", "10", "--checkpoint", room / "model.safetensors"]
-    command += ["--masks", room / "masks.safetensors", "--data-dir", room / "images"]
+    spvit = ["--spvit", plan, "--frozen-epochs", "0"]
+    command += spvit if plan else ["--masks", room / "masks.safetensors"]
+    command += ["--data-dir", room / "images"]
     command += ["--val-subset", "0:6", "--subset", "6:20", "-b", "4", "--epochs", "1"]
     command += ["--amp", "none", "--device", "cpu", "--output", "slim.safetensors"]
     command += ["--json", "f.json"]
@@ -445,7 +448,8 @@ def test_two_processes_train_as_one_run(room, out):
     assert done.stdout.count("epoch 1/1") == 1 and done.stdout.count("wrote") == 1
     values = json.loads((out / "f.json").read_text())
     assert [entry["epoch"] for entry in values["epochs"]] == [0, 1]
-    assert sorted(os.listdir()) == ["f.json", "slim.safetensors"]
+    written = {"f.json", "slim.safetensors"} | ({"slim.plan.safetensors"} if plan else set())
+    assert set(os.listdir()) == written
     dense = load_file(room / "model.safetensors")
     slim = load_file(out / "slim.safetensors")
     assert slim.keys() == dense.keys()
