@@ -104,7 +104,7 @@ class Absorb {
     }
   }
 
-  // Pruned tokens weigh in averages by their importance, or by their size.
+  // How much a token weighs in an average.
   void weigh_by_importance() const {
     for (long i = 0; i < tokens_.m; ++i) own_.weight[i] = absorb_weight(own_.importance[i]);
   }
@@ -112,10 +112,11 @@ class Absorb {
     for (long i = 0; i < tokens_.m; ++i) own_.weight[i] = tokens_.size[i];
   }
 
-  // The worker's panels of what patches are compared by.
+  // The worker's panels of what patches are compared by, nearly all of rows that it has computed.
   void pack(int rank, int size) const {
     constexpr long kPanel = kAbsorbVecs<S> * S::kLanes;
-    for (long first = rank * kPanel; first < patches(); first += size * kPanel)
+    const long end = share(patches(), rank + 1, size, kPanel);
+    for (long first = share(patches(), rank, size, kPanel); first < end; first += kPanel)
       pack_keys<S, T>(patch(first), tokens_.depth, least(kPanel, patches() - first), tokens_.depth,
                       nullptr, shared_.packed + first * tokens_.depth);
   }
@@ -145,24 +146,23 @@ class Absorb {
     }
   }
 
-  // Pruned tokens [begin, end) of own_.pruned: which of the n kept ones each goes into, the kept
-  // patch of the greatest cosine, and what it adds to that one's size: all that it has, or
-  // `by_cosine`, which takes the triangle.
-  void find_nearest(long n, long begin, long end, bool by_cosine) const {
+  // Which of the n kept tokens each pruned one goes into, the kept patch of the greatest cosine,
+  // and what it adds to that one's size: all that it has, or `by_cosine`, which takes the triangle.
+  void find_nearest(long n, bool by_cosine) const {
     if (!by_cosine) invert(shared_.square, 1);
     open_kept(n);
-    for (long first = begin; first < end; first += kChoiceRows) {
+    for (long first = 0; first < tokens_.m - n; first += kChoiceRows) {
       const std::int32_t* pruned = own_.pruned + first;
-      const long rows = least(kChoiceRows, end - first);
+      const long rows = least(kChoiceRows, tokens_.m - n - first);
       if (by_cosine)
         look_up(pruned, rows);
       else
         multiply_pruned(pruned, rows);
       for (long i = 0; i < rows; ++i) {
         const float size = tokens_.size[pruned[i]];
-        const float greatest = find_open(own_.rows + i * columns(), shared_.into[first + i]);
+        const float greatest = find_open(own_.rows + i * columns(), own_.into[first + i]);
         const float cosine = greatest * own_.inverse[pruned[i] - tokens_.prefix];
-        shared_.gain[first + i] = by_cosine ? absorb_gain(size, cosine) : size;
+        own_.gain[first + i] = by_cosine ? absorb_gain(size, cosine) : size;
       }
     }
   }
