@@ -101,7 +101,7 @@ class Absorb {
     }
   }
 
-  // Pruned tokens weigh in averages by their importance, or by their size.
+  // How much a token weighs in an average.
   void weigh_by_importance() const {
     for (long i = 0; i < tokens_.m; ++i) own_.weight[i] = absorb_weight(own_.importance[i]);
   }
@@ -109,10 +109,11 @@ class Absorb {
     for (long i = 0; i < tokens_.m; ++i) own_.weight[i] = tokens_.size[i];
   }
 
-  // The worker's panels of what patches are compared by.
+  // The worker's panels of what patches are compared by, nearly all of rows that it has computed.
   void pack(int rank, int size) const {
     constexpr long kPanel = kAbsorbVecs<S> * S::kLanes;
-    for (long first = rank * kPanel; first < patches(); first += size * kPanel)
+    const long end = share(patches(), rank + 1, size, kPanel);
+    for (long first = share(patches(), rank, size, kPanel); first < end; first += kPanel)
       pack_keys<S, T>(patch(first), tokens_.depth, least(kPanel, patches() - first), tokens_.depth,
                       nullptr, shared_.packed + first * tokens_.depth);
   }
@@ -153,34 +154,34 @@ class Absorb {
     }
   }
 
-  // Pruned tokens [begin, end) of own_.pruned: which of the n kept ones each goes into, the patch
-  // ahead of it of the greatest cosine, and what it adds to that one's size.
-  void find_nearest(long n, long begin, long end) const {
+  // Which of the n kept tokens each pruned one goes into, the patch ahead of it of the greatest
+  // cosine, and what it adds to that one's size.
+  void find_nearest(long n) const {
     open_kept(n);
-    for (long i = begin; i < end; ++i) {
+    for (long i = 0; i < tokens_.m - n; ++i) {
       const long token = own_.pruned[i];
-      const float cosine = find_open(cosines(own_.row[token - tokens_.prefix]), shared_.into[i]);
-      shared_.gain[i] = absorb_gain(tokens_.size[token], cosine);
+      const float cosine = find_open(cosines(own_.row[token - tokens_.prefix]), own_.into[i]);
+      own_.gain[i] = absorb_gain(tokens_.size[token], cosine);
     }
   }
 
   // The same for tokens that were pruned by other scores: any kept patch, and all of the size.
-  void find_alike(long n, long begin, long end) const {
+  void find_alike(long n) const {
     invert(shared_.square);
     open_kept(n);
+    const long pruned = tokens_.m - n, ld = columns();
     std::int32_t patch[kChoiceRows];
-    for (long first = begin; first < end; first += kChoiceRows) {
-      const std::int32_t* pruned = own_.pruned + first;
-      const long rows = least(kChoiceRows, end - first), ld = columns();
+    for (long first = 0; first < pruned; first += kChoiceRows) {
+      const long rows = least(kChoiceRows, pruned - first);
       for (long i = 0; i < rows; ++i)
-        patch[i] = pruned[i] - static_cast<std::int32_t>(tokens_.prefix);
+        patch[i] = own_.pruned[first + i] - static_cast<std::int32_t>(tokens_.prefix);
       compare(patch, rows, own_.rows);
       for (long i = 0; i < rows; ++i) {
         float* row = own_.rows + i * ld;
         for (long c = 0; c < ld; c += S::kLanes)
           S::store(row + c, S::mul(S::load(row + c), S::load(own_.inverse + c)));
-        find_open(row, shared_.into[first + i]);
-        shared_.gain[first + i] = tokens_.size[pruned[i]];
+        find_open(row, own_.into[first + i]);
+        own_.gain[first + i] = tokens_.size[own_.pruned[first + i]];
       }
     }
   }

@@ -48,9 +48,15 @@ class BlockParts {
   long packed_size() const { return Panels<S, T>::columns(kept_.m + 1) * shape_.head_dim; }
 
   // Queries of rows of y, as rows of shared_.q from `row` on.
-  void ask(const T* y, long row, long rows) {
-    Store<S, T> store{{bias_of(pack_.q)}, shared_.q + row * inner(), inner()};
-    gemm(y, width(), rows, columns_of(pack_.q, inner(), width()), store);
+  void ask(const T* y, long row, long rows) { ask(y, row, rows, 0, inner()); }
+
+  // Columns [begin, end) of them: whole panels.
+  void ask(const T* y, long row, long rows, long begin, long end) {
+    Panels<S, T> columns = columns_of(pack_.q, inner(), width());
+    columns.data += begin * columns.k;
+    columns.n = end - begin;
+    Store<S, T> store{{bias_of(pack_.q) + begin}, shared_.q + row * inner() + begin, inner()};
+    gemm(y, width(), rows, columns, store);
   }
 
   void logit_bias(long image, long keys) {

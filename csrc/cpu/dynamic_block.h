@@ -49,7 +49,7 @@ class Chooser : protected BlockParts<S, T> {
   void choose(long image, const Alive& before, const Alive& after, long first, long last) {
     const Choosing& choosing = *kept_.choosing;
     const ChooserShape& how = choosing.pack->shape;
-    const long m = kept_.m, n = kept_.n, rank = team_.rank, size = team_.size;
+    const long m = kept_.m, n = kept_.n;
     const long row = image * m, to = image * n;
     const bool by_keys = how.scores == Scores::predictor;
     const Tokens<T> tokens{m,
@@ -65,20 +65,18 @@ class Chooser : protected BlockParts<S, T> {
     const Absorb<S, T> absorb(tokens, shape_, shared_.choice, own_.choice);
     {
       const Stopwatch stopwatch(Phase::choosing);
-      const long begin = share(m - n, rank, size), end = share(m - n, rank + 1, size);
       if (by_keys) {
         predict_scores(image, absorb);
         select_by(shared_.choice.score + choosing.prefix);
-        if (how.absorb != 0) absorb.find_alike(n, begin, end);
+        if (how.absorb != 0) absorb.find_alike(n);
       } else {
         attend_scores(image, absorb);
         absorb.rank_candidates(candidates());
         select();
-        absorb.find_nearest(n, begin, end);
+        absorb.find_nearest(n);
       }
-      if (how.absorb != 0) team_.sync();
-      if (choosing.into != nullptr && rank == 0)
-        for (long i = 0; i < m - n; ++i) choosing.into[i] = shared_.choice.into[i];
+      if (choosing.into != nullptr && team_.rank == 0)
+        for (long i = 0; i < m - n; ++i) choosing.into[i] = own_.choice.into[i];
     }
     const Stopwatch stopwatch(Phase::gathering);
     const Gathering<T> of{width(),
@@ -90,8 +88,8 @@ class Chooser : protected BlockParts<S, T> {
                           shared_.y_kept + to * width(),
                           before,
                           after};
-    const std::int32_t* into = how.absorb != 0 ? shared_.choice.into : nullptr;
-    Gather<S, T, BlockPack>(of, pack_, own_.choice, into, shared_.choice.gain).run(first, last);
+    const std::int32_t* into = how.absorb != 0 ? own_.choice.into : nullptr;
+    Gather<S, T, BlockPack>(of, pack_, own_.choice, into, own_.choice.gain).run(first, last);
   }
 
   // How many patches absorb looks at: slimvit/ops/choosers.py.
@@ -107,9 +105,11 @@ class Chooser : protected BlockParts<S, T> {
     absorb.measure_values(share(m, rank, size), share(m, rank + 1, size));
     absorb.measure(share(patches, rank, size), share(patches, rank + 1, size));
     absorb.pack(team_.rank, team_.size);
-    if (team_.rank ==
-        0)  // again with all the others' later: the head's tokens are kept as they are
-      ask(shared_.y + row * width(), image * kept_.n, head_tokens);
+    // Again with all the others' later: the head's tokens are kept as they are.
+    constexpr long kPanel = S::kVecs * S::kLanes;
+    ask(shared_.y + row * width(), image * kept_.n, head_tokens,
+        share(inner(), team_.rank, team_.size, kPanel),
+        share(inner(), team_.rank + 1, team_.size, kPanel));
     team_.sync();
     logit_bias(image, m);
     absorb.weigh(own_.bias, own_.attention);

@@ -42,15 +42,16 @@ class Block : private Chooser<S, T> {
     pack_heads();
     if (kept_.choosing != nullptr) advance(begin, end);
     queries(begin, end);
-    team_.sync();
+    if (!kept_.chooses()) team_.sync();  // else all have waited for the packed heads
     if (lone())
       attend_lone(begin, end);
     else
       attend(begin, end);
     float* x = (kept_.gathers() ? shared_.gathered : shared_.x) + begin * width();
+    T* y = kept_.gathers() ? shared_.y_kept : shared_.y;  // others may still gather from shared_.y
     project(shared_.a + begin * inner(), end - begin, x);
     for (long row = begin; row < end; row += kMlpRows)
-      mlp(least(kMlpRows, end - row), x + (row - begin) * width(), shared_.y + row * width());
+      mlp(least(kMlpRows, end - row), x + (row - begin) * width(), y + row * width());
     if (kept_.gathers()) {
       float* old = shared_.x;
       shared_.x = shared_.gathered;

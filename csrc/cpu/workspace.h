@@ -26,8 +26,6 @@ struct SharedChoice {
   float* cosines;       // [m, columns] of candidates with the patches ahead of them
   float* value_square;  // [H, columns], ‖value‖²
   float* score;         // [m], of a predictor; or of candidates
-  std::int32_t* into;   // [m], for pruned token after pruned token
-  float* gain;          // [m], what each adds to the size of that one
 
   static SharedChoice make(Parts& parts, long m, const BlockShape& shape) {
     const long columns = round_up(m, kMaxLanes);
@@ -38,8 +36,6 @@ struct SharedChoice {
     shared.cosines = parts.take<float>(m * columns);
     shared.value_square = parts.take<float>(shape.heads * columns);
     shared.score = parts.take<float>(m);
-    shared.into = parts.take<std::int32_t>(m);
-    shared.gain = parts.take<float>(m);
     return shared;
   }
 };
@@ -120,6 +116,8 @@ struct OwnChoice {
   T* taken;                      // [kChoiceRows], of what tokens are compared by
   float* rows;                   // [kChoiceRows, columns], products of these
   std::int32_t *index, *pruned;  // [m]: the kept tokens, and the others
+  std::int32_t* into;            // [m], for pruned token after pruned token
+  float* gain;                   // [m], what each adds to the size of that one
   float *total, *size, *length;  // [m], of the kept after the others went into them
   std::int32_t* grows;           // [m], whether any did
 
@@ -138,6 +136,8 @@ struct OwnChoice {
     own.rows = parts.take<float>(kChoiceRows * columns);
     own.index = parts.take<std::int32_t>(m);
     own.pruned = parts.take<std::int32_t>(m);
+    own.into = parts.take<std::int32_t>(m);
+    own.gain = parts.take<float>(m);
     own.total = parts.take<float>(m);
     own.size = parts.take<float>(m);
     own.length = parts.take<float>(m);
