@@ -11,8 +11,6 @@ from slimvit.ops.choosers import SelectorParts
 from slimvit.ops.fused_block import row_statistics
 from slimvit.ops.fused_vit import FusedBlock
 
-_EPS = 1e-6  # of the selector's norm
-
 _library = torch.library.Library("slimvit", "FRAGMENT")
 _library.define(
     "selected_tokens(Tensor x, Tensor[] weights, int n, int prefix, int packages, float eps,"
@@ -50,6 +48,7 @@ class Selecting(nn.Module):
     def __init__(self, parts: SelectorParts, block: FusedBlock, dtype: torch.dtype) -> None:
         super().__init__()
         self.block, self.patches, self.packages = block, parts.patches, parts.packages
+        self.eps = parts.selector.eps
         for name, tensor in fold_selector(parts.selector, dtype)._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -81,7 +80,7 @@ class Selecting(nn.Module):
             patches,
             prefix,
             self.packages,
-            _EPS,
+            self.eps,
             self.block.tf32,
             self.block.backend,
         )
