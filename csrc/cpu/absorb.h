@@ -36,15 +36,7 @@ struct Tokens {
 };
 
 // Where the columns of a vector stand.
-struct Places {
-  float number[kMaxLanes];
-};
-constexpr Places make_places() {
-  Places places{};
-  for (long i = 0; i < kMaxLanes; ++i) places.number[i] = static_cast<float>(i);
-  return places;
-}
-constexpr Places kPlaces = make_places();
+constexpr float kPlaces[kMaxLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 template <class S, typename T>
 class Absorb {
@@ -119,7 +111,7 @@ class Absorb {
   }
 
   // own_.candidate: the patches of least importance, of equals the later, ascending; and
-  // own_.standing: what patches are compared by, least where there is none.
+  // own_.standing: the importance by which one is ahead of another, least where there is no patch.
   void find_candidates(long candidates) const {
     const float* importance = own_.importance + tokens_.prefix;
     for (long i = 0; i < patches(); ++i) own_.key[i] = ordered(importance[i]);
@@ -243,7 +235,7 @@ class Absorb {
     const auto before = [&](auto theirs, auto x) { return S::above(mine, theirs, none, x); };
     const auto after = [&](auto theirs, auto x) { return S::above(theirs, mine, x, none); };
     const long whole = self / S::kLanes * S::kLanes;
-    const auto at = S::set(static_cast<float>(self - whole)), place = S::load(kPlaces.number);
+    const auto at = S::set(static_cast<float>(self - whole)), place = S::load(kPlaces);
     for (long c = 0; c < whole; c += S::kLanes) look(c, before);
     look(whole, [&](auto theirs, auto x) {
       return S::above(at, place, before(theirs, x), after(theirs, x));
@@ -271,7 +263,7 @@ class Absorb {
   // The greatest of an open patch; `kept`: which token that is, of equal ones the first.
   float find_open(const float* cosine, std::int32_t& kept) const {
     const auto none = S::set(kMinusInfinity), step = S::set(static_cast<float>(S::kLanes));
-    auto greatest = none, column = S::load(kPlaces.number), first = column;
+    auto greatest = none, column = S::load(kPlaces), first = column;
     for (long c = 0; c < columns(); c += S::kLanes, column = S::add(column, step)) {
       const auto x = S::add(S::load(cosine + c), S::load(own_.open + c));
       first = S::above(x, greatest, column, first);
