@@ -31,7 +31,7 @@ from slimvit.ops.slim_block import project_q
 
 
 class Choosing(NamedTuple):
-    """A block, its input and how it chooses: "attention", "predictor" or "absorbing" predictor."""
+    """A block, its input and how it chooses: "attention" or "predictor"."""
 
     m: int
     n: int
@@ -67,25 +67,21 @@ CASES = [
     Choosing(257, 200, 3, prefix=2, head_tokens=2, heads=6, width=192),
     Choosing(257, 256, 1, head_dim=16, width=16),
 ]
-CASES += [
-    case._replace(scores=scores)
-    for scores in ("predictor", "absorbing")
-    for case in (CASES[0], CASES[1], CASES[3], CASES[5], CASES[6], CASES[8])
-]
+CASES += [CASES[i]._replace(scores="predictor") for i in (0, 1, 3, 5, 6, 8)]
 
 
 @functools.cache
-def predictor_of(width: int, absorb: bool) -> PredictorParts:
+def predictor_of(width: int) -> PredictorParts:
     hidden = max(16, width // 4 // 16 * 16)
     layers = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, hidden), nn.Linear(hidden, 1)
     norm, down, out = (randomise(layer, seed).double() for seed, layer in enumerate(layers))
-    return PredictorParts(norm, down, nn.GELU(), out, absorb)
+    return PredictorParts(norm, down, nn.GELU(), out)
 
 
 def chooser_of(case: Choosing) -> ChooserParts:
     if case.scores == "attention":
         return AbsorbParts(case.head_tokens)
-    return predictor_of(case.width, case.scores == "absorbing")
+    return predictor_of(case.width)
 
 
 @functools.cache
@@ -113,30 +109,25 @@ class Seen:
             logits = (q @ view.keys.transpose(-2, -1)).double() * case.head_dim**-0.5
             attention = (logits + size.double().log()[:, None, None, :]).softmax(-1).mean(2)
             self.importance = (attention * view.values.double().norm(dim=-1)).sum(1)  # [B, m]
-            like = view.y.transpose(0, 1)
+            like = F.normalize(view.y.transpose(0, 1).double(), dim=-1)
+            self.cosine = like @ like.transpose(1, 2)  # [B, m, m]
+            self.cosine[:, :, : case.prefix] = -1
+            above = self.importance[:, None, :] > self.importance[:, :, None]
+            nearest = self.cosine.masked_fill(~above, -1).amax(2)
+            self.score = self.importance * (1 - nearest)
         else:
-            parts = predictor_of(case.width, case.scores == "absorbing")
+            parts = predictor_of(case.width)
             x = view.alive.x
             norm, down, out = (layer.to(x.dtype) for layer in (parts.norm, parts.down, parts.out))
             self.score = out(F.gelu(down(norm(x)))).squeeze(-1).t()
             for layer in (parts.norm, parts.down, parts.out):
                 layer.double()
-            like = view.keys.mean(1)
-        like = F.normalize(like.double(), dim=-1)
-        self.cosine = like @ like.transpose(1, 2)  # [B, m, m]
-        self.cosine[:, :, : case.prefix] = -1
-        if case.scores == "attention":
-            above = self.importance[:, None, :] > self.importance[:, :, None]
-            nearest = self.cosine.masked_fill(~above, -1).amax(2)
-            self.score = self.importance * (1 - nearest)
         self.score = self.score.double()
 
     def choice(self, case: Choosing, index: Tensor, into: Tensor) -> Choice:
         """That choice, with weights and gains as they should be."""
         if case.scores == "predictor":
             return Choice(index)
-        if case.scores == "absorbing":
-            return Choice(index, into)
         pruned = complement(index, case.m)
         cosine = self.between(pruned, index.gather(1, into))
         gain = self.size.gather(1, pruned) * cosine.clamp(min=0).sqrt()
@@ -226,7 +217,7 @@ class TestAnswers:
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scores", ["attention", "predictor", "absorbing"])
+@pytest.mark.parametrize("scores", ["attention", "predictor"])
 def test_threads_and_batch_do_not_matter(scores, dtype):
     """The same bits, and the same choice, whoever computes them."""
     case = Choosing(63, 40, 5, prefix=2, scores=scores)
@@ -303,10 +294,9 @@ class TestOrder:
         _, wanted, _, _ = call(case, dtype, n=62)
         assert torch.equal(index[0], wanted[0])
 
-    @pytest.mark.parametrize("scores", ["attention", "absorbing"])
-    def test_nothing_but_nan(self, dtype, scores):
+    def test_nothing_but_nan(self, dtype):
         """Whatever is chosen lies among the tokens."""
-        case = self.case()._replace(scores=scores)
+        case = self.case()._replace(scores="attention")
         out, index, into, _ = call(case, dtype, x=torch.full((63, 2, 64), torch.nan))
         assert torch.equal(index, torch.arange(40).expand(2, -1))
         assert ((into >= 2) & (into < 40)).all()
@@ -362,7 +352,7 @@ class TestRefused:
         )
         block = pack_block(FoldedBlock(block_of(Choosing(63, 40), torch.float32)))
         self.refuses("the pack of the chooser is something else", chooser=block)
-        self.refuses("the pack of the block is something else", pack=pack(predictor_of(64, False)))
+        self.refuses("the pack of the block is something else", pack=pack(predictor_of(64)))
         self.refuses("the pack of the chooser is too short", chooser=block[:0])
 
     def test_an_extra_key(self):
@@ -372,6 +362,6 @@ class TestRefused:
         self.refuses("a block that chooses its tokens has no extra key", pack=pack)
 
     def test_odd_channels(self):
-        parts = predictor_of(64, False)._replace(down=nn.Linear(64, 24), out=nn.Linear(24, 1))
+        parts = predictor_of(64)._replace(down=nn.Linear(64, 24), out=nn.Linear(24, 1))
         with pytest.raises(SlimvitError, match="hidden must be a positive multiple of 16, got 24"):
             pack_chooser(parts, 64)

@@ -217,29 +217,28 @@ class TestOps:
     def test_refused(self):
         images = random_images(model_of("deit"), 2)
         given = arguments(make("deit", "twice").packed, images, False)
-        half = arguments(make("deit", "twice", torch.bfloat16).packed, images, False)
-        favours = arguments(make("deit", "argmax").packed, images, False)
-        one, two, none = given[3]
+        half = make("deit", "twice", torch.bfloat16).packed.parts()
+        favours = make("deit", "argmax").packed.parts()[-3:]
+        *network, one, two, none = make("deit", "twice").packed.parts()
         wrong = {
             "the selector before block 2 expects 0 packages, there are 1": (
                 [one, one, none],
                 [13, 13, 1],
             ),
-            "all packs must be of one model": ([half[3][0], two, none], [13, 9, 1]),
+            "all packs must be of one model": ([half[-3], two, none], [13, 9, 1]),
             "block 1 keeps 12 of 13 tokens, it needs a chooser": ([one, two, none], [12, 9, 1]),
-            "where images keep numbers of their own, the last": (favours[3], [17, 17, 17]),
+            "where images keep numbers of their own, the last": (favours, [17, 17, 17]),
         }
         for rule, (choosers, counts) in wrong.items():
             with pytest.raises(SlimvitError, match=f"back end cpu: {rule}"):
-                torch.ops.slimvit.dynamic_vit(*given[:3], choosers, given[4], counts, *given[6:])
+                packs = [*network, *choosers]
+                sizes = [pack.numel() for pack in packs]
+                torch.ops.slimvit.dynamic_vit(images, torch.cat(packs), sizes, counts, *given[4:])
 
 
 def arguments(packed: nn.Module, images: Tensor, features: bool) -> list[object]:
-    blocks, choosers = (
-        [packed.get_buffer(f"{name}_{i}") for i in range(3)] for name in ("block", "chooser")
-    )
     shape = [packed.counts[-1], packed.width] if features else [0, packed.classes]
-    return [images, packed.embedding, blocks, choosers, packed.head, packed.counts, *shape]
+    return [images, packed.packs, packed.sizes, packed.counts, *shape]
 
 
 class Mine(SPViT):

@@ -14,7 +14,7 @@ from references import random_images
 from test_fused_dynamic import BLOCKS, alive_of, arguments, model_of, plans, reference, steady
 from torch import Tensor, nn
 
-from slimvit.dynamic import DPS, SPViT
+from slimvit.dynamic import SPViT
 from slimvit.errors import SlimvitError
 from slimvit.runtime import accelerate, apply_masks
 
@@ -124,7 +124,6 @@ def test_every_image_by_itself(device, plan):
     ("plan", "message"),
     [
         (SPViT([0.7], stages=[1], argmax=True), "block 2: its selector keeps as many patches"),
-        (DPS([12, 8, 1], absorb=True), "block 1: the tokens that its predictor prunes are"),
     ],
     ids=str,
 )

@@ -16,12 +16,11 @@ from test_search_scores import every_path
 from torch import Tensor, nn
 
 from slimvit import DPS, accelerate, apply_masks, load_plan
-from slimvit.dynamic.dps import Predictor, nearest
+from slimvit.dynamic.dps import Predictor
 from slimvit.errors import DataError, MasksError, PlanError, SlimvitError, UsageError
 from slimvit.macs import gmacs
 from slimvit.masks import Masks
 from slimvit.models import block_parts, spec
-from slimvit.ops import Alive, View
 from slimvit.search import TrueScores, fit_dps, train_dps
 from slimvit.search.features import Features
 from slimvit.search.layer import score_batch
@@ -265,10 +264,9 @@ def test_pattern_spreads_what_is_kept(grid):
     assert float(beside) < 0.5 * 2 / 9
 
 
-@pytest.mark.parametrize("absorb", [False, True])
-def test_save_and_load(tiny_vit, tmp_path, absorb):
+def test_save_and_load(tiny_vit, tmp_path):
     images, file = smooth_images(3), tmp_path / "plan.safetensors"
-    plan = DPS(COUNTS, hidden=5, absorb=absorb).bind(spec(tiny_vit))
+    plan = DPS(COUNTS, hidden=5).bind(spec(tiny_vit))
     plan.save(file)
     loaded = load_plan(file)
     assert type(loaded) is DPS and loaded.settings() == plan.settings()
@@ -277,21 +275,6 @@ def test_save_and_load(tiny_vit, tmp_path, absorb):
         assert torch.equal(apply_masks(tiny_vit, file)(images), wanted)
         fast = accelerate(tiny_vit, file, backend="torch")(images)
     torch.testing.assert_close(fast, wanted, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_absorbed_patches_go_to_the_nearest_key(tiny_vit):
-    x = torch.randn(17, 2, 64)
-    block = block_parts(tiny_vit)[2]
-    view = View(Alive(x, torch.arange(17).expand(2, -1)), block, block.norm1(x), 1, 1)
-    index = torch.stack([torch.tensor([0, 2, 3, 9, 16]), torch.tensor([0, 1, 5, 6, 7])])
-    into = nearest(view, index)
-    keys = view.keys.mean(1)
-    for b in range(2):
-        pruned = [i for i in range(17) if i not in index[b].tolist()]
-        for row, i in enumerate(pruned):
-            like = [float(F.cosine_similarity(keys[b, i], keys[b, j], 0)) for j in index[b, 1:]]
-            assert into[b, row] == 1 + like.index(max(like))
 
 
 def test_what_does_not_fit_is_refused(tiny_vit, tmp_path):

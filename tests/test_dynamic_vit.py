@@ -13,14 +13,14 @@ from test_cpu_vit import PRECISIONS, mean_off, threads  # noqa: F401
 from torch import Tensor, nn
 
 from slimvit import _extensions
-from slimvit.dynamic import DPS, Absorb, Planner
+from slimvit.dynamic import DPS, Absorb, Planner, absorb
 from slimvit.errors import SlimvitError
 from slimvit.models import spec
 from slimvit.ops import Choice, View
 from slimvit.runtime import AcceleratedViT, accelerate, apply_masks
 
 MODELS = ["deit", "deit_distilled", "dinov2_reg4", "oblong", "fc_norm"]
-PLANS = ["absorb", "dps", "dps_absorb"]
+PLANS = ["absorb", "dps"]
 FLOAT32 = 1e-5
 
 
@@ -31,9 +31,7 @@ def counts_of(model: nn.Module) -> tuple[int, int, int]:
 
 
 def plan_of(name: str, counts: tuple[int, ...]) -> Planner:
-    if name == "absorb":
-        return Absorb(counts=counts)
-    return DPS(counts, absorb=name == "dps_absorb")
+    return Absorb(counts=counts) if name == "absorb" else DPS(counts)
 
 
 @functools.cache
@@ -66,15 +64,9 @@ class Replay(Planner):
 
 
 def merged(plan: Planner, view: View, index: Tensor) -> Choice:
-    """What the plan does with that index: its own choice where the scores are just that."""
-    top = view.top
-    scores = torch.zeros_like(view.alive.place, dtype=torch.float32).scatter(1, index, 1.0)
+    """What the plan does with that index."""
     if isinstance(plan, DPS):
-        from slimvit.dynamic.dps import nearest
-
-        return Choice(index, nearest(view, index)) if plan.absorb else top(scores, index.shape[1])
-    from slimvit.dynamic import absorb
-
+        return Choice(index)
     chosen, absorb.top = absorb.top, lambda _scores, _n, _prefix: index
     try:
         return plan.choose(0, view, index.shape[1])
@@ -181,11 +173,9 @@ def test_no_images():
 
 
 def arguments(fast: AcceleratedViT, images: Tensor, features: bool = False) -> list[object]:
-    packed, depth = fast.packed, len(fast.packed.counts)
-    blocks = [getattr(packed, f"block_{i}") for i in range(depth)]
-    choosers = [getattr(packed, f"chooser_{i}") for i in range(depth)]
+    packed = fast.packed
     shape = [packed.counts[-1], packed.width] if features else [0, packed.classes]
-    return [images, packed.embedding, blocks, choosers, packed.head, packed.counts, *shape]
+    return [images, packed.packs, packed.sizes, packed.counts, *shape]
 
 
 class TestOps:
@@ -199,7 +189,8 @@ class TestOps:
     def test_opcheck_of_a_block(self, sizes):
         packed = make("deit", "absorb").packed
         size = 1 + torch.rand(3, 17) if sizes else None
-        given = (torch.randn(17, 3, 48), packed.block_1, packed.chooser_1, 5, 1, size)
+        _, _, pack, _, _, _, chooser, _ = packed.parts()
+        given = (torch.randn(17, 3, 48), pack, chooser, 5, 1, size)
         torch.library.opcheck(torch.ops.slimvit.dynamic_block, given)
 
     @pytest.mark.parametrize("plan", PLANS)
@@ -214,17 +205,18 @@ class TestOps:
     def test_refused(self):
         images = random_images(build("deit"), 2)
         given = arguments(make("deit", "absorb"), images)
-        half = arguments(make("deit", "absorb", torch.bfloat16), images)
-        empty = torch.empty(0, dtype=torch.uint8)
+        half = make("deit", "absorb", torch.bfloat16).packed.parts()
+        *network, first, second, none = parts = make("deit", "absorb").packed.parts()
         wrong = {
-            "block 2 keeps 9 of 15 tokens, it needs a chooser": [given[3][0], empty, given[3][2]],
-            "choosers must be 3, one for each block, got 2": given[3][:2],
-            "all packs must be of one model": [half[3][0], *given[3][1:]],
-            "the pack of the chooser is something else": [given[2][0], *given[3][1:]],
+            "block 2 keeps 9 of 15 tokens, it needs a chooser": [*network, first, none, none],
+            "packs must be .* a chooser for each block if any chooses, got 7": parts[:-1],
+            "all packs must be of one model": [*network, half[5], second, none],
+            "the pack of the chooser is something else": [*network, parts[1], second, none],
         }
-        for message, choosers in wrong.items():
+        for message, packs in wrong.items():
+            sizes = [pack.numel() for pack in packs]
             with pytest.raises(SlimvitError, match=f"back end cpu: {message}"):
-                torch.ops.slimvit.dynamic_vit(*given[:3], choosers, *given[4:])
+                torch.ops.slimvit.dynamic_vit(given[0], torch.cat(packs), sizes, *given[3:])
 
 
 class TestModule:

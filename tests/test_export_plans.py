@@ -16,7 +16,6 @@ COUNTS = (12, 6, 1)
 PLANS = {
     "absorb": Absorb(counts=COUNTS),
     "dps": DPS(COUNTS),
-    "dps-absorb": DPS(COUNTS, absorb=True),
     "spvit": SPViT([0.6, 0.3], stages=[0, 1]),
 }
 

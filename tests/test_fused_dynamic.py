@@ -361,7 +361,6 @@ class TestRefused:
             (Before([17, 8, 1]), "triton has no kernels for the planner before yet"),
             (Pruned([0.7], stages=[1]), "triton has no kernels for the planner pruned yet"),
             (SPViT([0.7], stages=[1], argmax=True), "block 2: its selector keeps as many patches"),
-            (DPS([12, 8, 1], absorb=True), "block 1: the tokens that its predictor prunes are"),
             (Halved([17, 8, 1]), "block 2: its predictor's activation is ReLU, not GELU or"),
         ],
         ids=str,

@@ -24,13 +24,13 @@ def all_plans(model) -> dict[str, Planner]:
         "absorb": Absorb(counts=COUNTS),
         "absorb-cut": Absorb(cut=0.1),
         "dps": DPS(COUNTS),
-        "dps-absorb": DPS(COUNTS, hidden=5, absorb=True),
+        "dps-hidden": DPS(COUNTS, hidden=5),
         "spvit": SPViT([0.6, 0.3], stages=[0, 1]),
         "static": Static(masks),
     }
 
 
-KINDS = ["absorb", "absorb-cut", "dps", "dps-absorb", "spvit", "static"]
+KINDS = ["absorb", "absorb-cut", "dps", "dps-hidden", "spvit", "static"]
 
 
 def bound(kind: str) -> Planner:

@@ -29,12 +29,15 @@ def images_of(name: str = "deit3", batch: int = 3) -> Tensor:
     return random_images(build(name), batch)
 
 
+HEAD = 4  # where it stands among the packs of three blocks
+PLACES = [(0, "embedding"), (2, "block"), (HEAD, "head")]
+
+
 def arguments(fast: AcceleratedViT, images: Tensor, features: bool = False) -> list[object]:
     packed = fast.packed
-    blocks = [getattr(packed, f"block_{i}") for i in range(len(packed.counts))]
     rows = packed.tokens if packed.idle else packed.counts[-1]
     answer = [rows, packed.width] if features else [0, packed.classes]
-    return [images, packed.embedding, blocks, packed.head, packed.counts, packed.idle, *answer]
+    return [images, packed.packs, packed.sizes, packed.counts, packed.idle, *answer]
 
 
 class TestOps:
@@ -52,7 +55,7 @@ class TestOps:
             "index": torch.randint(17, (3, 5)) if "index" in options else None,
             "key_bias": torch.randn(3, 17) if "key_bias" in options else None,
         }
-        pack = make().packed.block_1
+        pack = make().packed.parts()[2]
         torch.library.opcheck(torch.ops.slimvit.slim_block, (x, pack, 5), given)
         strided = x.transpose(0, 1).contiguous().transpose(0, 1)
         torch.library.opcheck(torch.ops.slimvit.slim_block, (strided, pack, 5), given)
@@ -142,62 +145,78 @@ class TestRefused:
         for message, images in wrong.items():
             self.refuses(message, [images, *given[1:]])
 
-    @pytest.mark.parametrize(("place", "kind"), [(1, "embedding"), (2, "block"), (3, "head")])
+    @pytest.mark.parametrize(("place", "kind"), PLACES)
     def test_packs(self, place, kind):
         given = arguments(make(), images_of())
-        good = given[place][1] if place == 2 else given[place]
+        good, other = parts_of(given)[place], parts_of(given)[0 if place else HEAD]
         size = good.numel()
-        other = given[3] if place == 1 else given[1]
         wrong = {
             f"the pack of the {kind} is cut off: it has {size - 64} bytes": good[:-64],
-            f"the pack of the {kind} is too short": good[:16],
+            f"the pack of the {kind} is too short": good[:64],
             f"the pack of the {kind} is something else": other,
-            f"the pack of the {kind} must start at a multiple of 64 bytes": good[4:],
-            ".* must be one-dimensional, uint8, contiguous, on the CPU": good.view(torch.int32),
         }
         for message, pack in wrong.items():
-            self.refuses(message, self.replaced(given, place, pack))
+            self.refuses(message, replaced(given, place, pack))
 
-    @pytest.mark.parametrize(("place", "kind"), [(1, "embedding"), (2, "block"), (3, "head")])
+    def test_bytes_of_packs(self):
+        images, packs, sizes, *rest = arguments(make(), images_of())
+        shifted = torch.cat([packs[:4], packs])[4:]
+        start = "the pack of the embedding must start at a multiple of 64 bytes"
+        self.refuses(start, [images, shifted, sizes, *rest])
+        plain = "packs must be one-dimensional, uint8, contiguous, on the CPU"
+        self.refuses(plain, [images, packs.view(torch.int32), sizes, *rest])
+        told = f"packs must have the bytes that sizes tell, got {packs.numel()}"
+        for first in (sizes[0] + 64, -64, 2**62):
+            self.refuses(told, [images, packs, [first, *sizes[1:]], *rest])
+        many = "packs must be an embedding, 3 blocks, a head, and a chooser .*, got "
+        for wrong in (sizes[:-1], [*sizes, 0], []):
+            self.refuses(f"{many}{len(wrong)}", [images, packs, wrong, *rest])
+
+    @pytest.mark.parametrize(("place", "kind"), PLACES)
     def test_a_pack_for_another_processor(self, place, kind):
         given = arguments(make(), images_of())
-        pack = (given[place][1] if place == 2 else given[place]).clone()
+        pack = parts_of(given)[place].clone()
         for code in (99, -1):
             pack[ISA_AT : ISA_AT + 4].view(torch.int32).fill_(code)
             self.refuses(
                 f"the pack of the {kind} is for unknown, which this processor does not offer: "
                 "accelerate the model anew",
-                self.replaced(given, place, pack),
+                replaced(given, place, pack),
             )
 
     def test_packs_of_different_networks(self, monkeypatch):
         given = arguments(make(), images_of())
         message = "all packs must be of one model, instruction set and dtype"
         half = arguments(make(precision="bfloat16"), images_of())
-        for place in (1, 2, 3):
-            pack = half[2][1] if place == 2 else half[place]
-            self.refuses(message, self.replaced(given, place, pack))
+        for place, _ in PLACES:
+            self.refuses(message, replaced(given, place, parts_of(half)[place]))
         if len(_extensions.load("_cpu").instruction_sets()) > 1:
             monkeypatch.setenv("SLIMVIT_ISA", "portable")
-            portable = arguments(make(), images_of())
-            self.refuses(message, self.replaced(given, 3, portable[3]))
+            portable = parts_of(arguments(make(), images_of()))
+            self.refuses(message, replaced(given, HEAD, portable[HEAD]))
 
     def test_counts(self):
         given = arguments(make(), images_of())
         for counts in ([16, 12], [17, 12, 13], [18, 12, 7], [0, 0, 0], [16, -1, -1]):
-            message = "every block must have" if len(counts) < 3 else "kept sets must be nested"
-            self.refuses(message, [*given[:4], counts, *given[5:]])
+            message = "packs must be .*2 blocks" if len(counts) < 3 else "kept sets must be nested"
+            self.refuses(message, [*given[:3], counts, *given[4:]])
 
     def test_answers(self):
         given = arguments(make(), images_of())
-        self.refuses("logits must be 7 columns", [*given[:6], 0, 8])
+        self.refuses("logits must be 7 columns", [*given[:5], 0, 8])
         for rows, columns in ((7, 48), (6, 47)):
-            self.refuses(r"tokens must be \[6, 48\]", [*given[:6], rows, columns])
+            self.refuses(r"tokens must be \[6, 48\]", [*given[:5], rows, columns])
         given = arguments(make("no_classes"), images_of())
-        self.refuses("logits must be 0 columns", [*given[:6], 0, 7])
+        self.refuses("logits must be 0 columns", [*given[:5], 0, 7])
 
-    @staticmethod
-    def replaced(given: list[object], place: int, pack: Tensor) -> list[object]:
-        if place == 2:
-            pack = [given[2][0], pack, *given[2][2:]]
-        return [*given[:place], pack, *given[place + 1 :]]
+
+def parts_of(given: list[object]) -> list[Tensor]:
+    """The packs of an op's arguments."""
+    return list(given[1].split(given[2]))
+
+
+def replaced(given: list[object], place: int, pack: Tensor) -> list[object]:
+    """The arguments with another pack in that place."""
+    packs = parts_of(given)
+    packs[place] = pack
+    return [given[0], torch.cat(packs), [pack.numel() for pack in packs], *given[3:]]

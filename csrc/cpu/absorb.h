@@ -31,8 +31,7 @@ struct Tokens {
   const T* query;  // [head_tokens, H · d], scaled so that logits are logarithms to base 2
   long head_tokens;
   const float* size;  // [m]
-  const T* like;      // [m, depth]: tokens are alike as the cosine of these is great
-  long depth;
+  const T* y;         // [m, D], LN1 of the tokens, by whose cosines they are alike
 };
 
 // Where the columns of a vector stand.
@@ -48,20 +47,7 @@ class Absorb {
   // Squares of norms of patches [begin, end), for all workers. Norms are those of numbers as
   // rounded to T, so that a token is as near to itself as can be.
   void measure(long begin, long end) const {
-    for (long i = begin; i < end; ++i) shared_.square[i] = square(patch(i), tokens_.depth);
-  }
-
-  // Keys are alike where their sums over the heads are.
-  void add_keys(T* sums, long begin, long end) const {
-    const long d = shape_.head_dim;
-    for (long i = begin; i < end; ++i) {
-      const T* k = tokens_.kv + i * 2 * shape_.inner();
-      for (long c = 0; c < d; c += S::kLanes) {
-        auto x = S::load(k + c);
-        for (long h = 1; h < shape_.heads; ++h) x = S::add(x, S::load(k + h * d + c));
-        S::store(sums + i * d + c, x);
-      }
-    }
+    for (long i = begin; i < end; ++i) shared_.square[i] = square(patch(i), shape_.width);
   }
 
   void measure_values(long begin, long end) const {
@@ -74,7 +60,8 @@ class Absorb {
   }
 
   // importance_i = Σ_h A^h[head tokens, i] · ‖V^h_i‖, A averaged over the tokens that the head
-  // reads; `bias` [columns] is -∞ where the columns are padding.
+  // reads, which is also what a token weighs in an average; `bias` [columns] is -∞ where the
+  // columns are padding.
   void weigh(const float* bias, const AttentionMemory<S, T>& memory) const {
     const long columns = Panels<S, T>::columns(tokens_.m), d = shape_.head_dim;
     for (long c = 0; c < columns; c += S::kLanes) S::store(own_.importance + c, S::zero());
@@ -91,14 +78,7 @@ class Absorb {
                        shared_.value_square + h * padded());
       }
     }
-  }
-
-  // How much a token weighs in an average.
-  void weigh_by_importance() const {
     for (long i = 0; i < tokens_.m; ++i) own_.weight[i] = absorb_weight(own_.importance[i]);
-  }
-  void weigh_by_size() const {
-    for (long i = 0; i < tokens_.m; ++i) own_.weight[i] = tokens_.size[i];
   }
 
   // The worker's panels of what patches are compared by, nearly all of rows that it has computed.
@@ -106,8 +86,8 @@ class Absorb {
     constexpr long kPanel = kAbsorbVecs<S> * S::kLanes;
     const long end = share(patches(), rank + 1, size, kPanel);
     for (long first = share(patches(), rank, size, kPanel); first < end; first += kPanel)
-      pack_keys<S, T>(patch(first), tokens_.depth, least(kPanel, patches() - first), tokens_.depth,
-                      nullptr, shared_.packed + first * tokens_.depth);
+      pack_keys<S, T>(patch(first), shape_.width, least(kPanel, patches() - first), shape_.width,
+                      nullptr, shared_.packed + first * shape_.width);
   }
 
   // own_.candidate: the patches of least importance, of equals the later, ascending; and
@@ -121,13 +101,13 @@ class Absorb {
           c < patches() && importance[c] == importance[c] ? importance[c] : kMinusInfinity;
   }
 
-  // The worker's candidates, by turns: shared_.score, one for each, and shared_.cosines with those
-  // ahead of it; -1 with all others.
-  void score(long candidates, int rank, int size) const {
+  // Candidates [begin, end): shared_.score, one for each, and shared_.cosines with those ahead of
+  // it; -1 with all others.
+  void score(long begin, long end) const {
     invert(shared_.square);
-    for (long first = rank * kChoiceRows; first < candidates; first += size * kChoiceRows) {
+    for (long first = begin; first < end; first += kChoiceRows) {
       const std::int32_t* candidate = own_.candidate + first;
-      const long rows = least(kChoiceRows, candidates - first);
+      const long rows = least(kChoiceRows, end - first);
       compare(candidate, rows, cosines(first));
       for (long i = 0; i < rows; ++i) {
         const float cosine = look_ahead(candidate[i], cosines(first + i));
@@ -157,32 +137,11 @@ class Absorb {
     }
   }
 
-  // The same for tokens that were pruned by other scores: any kept patch, and all of the size.
-  void find_alike(long n) const {
-    invert(shared_.square);
-    open_kept(n);
-    const long pruned = tokens_.m - n, ld = columns();
-    std::int32_t patch[kChoiceRows];
-    for (long first = 0; first < pruned; first += kChoiceRows) {
-      const long rows = least(kChoiceRows, pruned - first);
-      for (long i = 0; i < rows; ++i)
-        patch[i] = own_.pruned[first + i] - static_cast<std::int32_t>(tokens_.prefix);
-      compare(patch, rows, own_.rows);
-      for (long i = 0; i < rows; ++i) {
-        float* row = own_.rows + i * ld;
-        for (long c = 0; c < ld; c += S::kLanes)
-          S::store(row + c, S::mul(S::load(row + c), S::load(own_.inverse + c)));
-        find_open(row, own_.into[first + i]);
-        own_.gain[first + i] = tokens_.size[own_.pruned[first + i]];
-      }
-    }
-  }
-
  private:
   long patches() const { return tokens_.m - tokens_.prefix; }
   long columns() const { return Panels<S, T>::columns(patches()); }
   long padded() const { return round_up(tokens_.m, kMaxLanes); }
-  const T* patch(long i) const { return tokens_.like + (tokens_.prefix + i) * tokens_.depth; }
+  const T* patch(long i) const { return tokens_.y + (tokens_.prefix + i) * shape_.width; }
   float* cosines(long row) const { return shared_.cosines + row * columns(); }
 
   static float most(float a, float b) { return a > b ? a : b; }
@@ -203,11 +162,11 @@ class Absorb {
 
   // out [rows, columns]: products of some patches with all.
   void compare(const std::int32_t* some, long rows, float* out) const {
-    const long depth = tokens_.depth;
+    const long width = shape_.width;
     for (long i = 0; i < rows; ++i)
-      __builtin_memcpy(own_.taken + i * depth, patch(some[i]), depth * sizeof(T));
+      __builtin_memcpy(own_.taken + i * width, patch(some[i]), width * sizeof(T));
     Store<S, float> store{{nullptr}, out, columns()};
-    gemm(own_.taken, depth, rows, Panels<S, T>{shared_.packed, columns(), depth, kAbsorbVecs<S>},
+    gemm(own_.taken, width, rows, Panels<S, T>{shared_.packed, columns(), width, kAbsorbVecs<S>},
          store);
   }
 

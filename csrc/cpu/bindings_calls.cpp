@@ -130,26 +130,48 @@ void dynamic_block(Address pack_address, std::int64_t pack_bytes, Address choose
   call.prefix = prefix;
   call.size = at<const float>(size);
   call.kept = at<std::int64_t>(kept);
-  call.into = call.chooser->shape.absorb != 0 ? at<std::int64_t>(into) : nullptr;
+  call.into = at<std::int64_t>(into);
   call.size_out = at<float>(size_out);
   const py::gil_scoped_release release;
   run(call, threads);
 }
 
-void slim_vit(Address embedding_address, std::int64_t embedding_bytes,
-              const std::vector<Address>& block_addresses,
-              const std::vector<std::int64_t>& block_bytes, Address head_address,
-              std::int64_t head_bytes, const std::vector<std::int32_t>& counts, bool idle,
-              long rows, long columns, Address images, const std::string& images_dtype,
-              const std::vector<long>& image_shape, Address out, long batch, int threads,
-              const std::vector<Address>& chooser_addresses,
-              const std::vector<std::int64_t>& chooser_bytes, Address kept) {
+// Where one pack of several lies that follow each other.
+struct Part {
+  Address address;
+  std::int64_t bytes;
+};
+
+std::vector<Part> parts_of(Address packs, std::int64_t bytes,
+                           const std::vector<std::int64_t>& sizes) {
+  std::vector<Part> parts;
+  std::int64_t end = 0;
+  for (std::int64_t size : sizes) {
+    require(size >= 0 && size <= bytes - end,
+            "packs must have the bytes that sizes tell, got " + std::to_string(bytes));
+    parts.push_back({packs + static_cast<Address>(end), size});
+    end += size;
+  }
+  return parts;
+}
+
+// `sizes`: of the packs of the embedding, the blocks and the head, and of the choosers if there are
+// any.
+void slim_vit(Address packs, std::int64_t packs_bytes, const std::vector<std::int64_t>& sizes,
+              const std::vector<std::int32_t>& counts, bool idle, long rows, long columns,
+              Address images, const std::string& images_dtype, const std::vector<long>& image_shape,
+              Address out, long batch, int threads, Address kept) {
+  const std::size_t depth = counts.size();
+  const bool chooses = depth > 0 && sizes.size() == 2 * depth + 2;
+  require(depth > 0 && (chooses || sizes.size() == depth + 2),
+          "packs must be an embedding, " + std::to_string(depth) +
+              " blocks, a head, and a chooser for each block if any chooses, got " +
+              std::to_string(sizes.size()));
+  const std::vector<Part> parts = parts_of(packs, packs_bytes, sizes);
   const auto* embedding =
-      pack_at<EmbeddingPack>(embedding_address, embedding_bytes, PackHead::Kind::embedding);
-  const auto* head = pack_at<HeadPack>(head_address, head_bytes, PackHead::Kind::head);
-  const std::size_t depth = block_addresses.size();
-  require(depth > 0 && block_bytes.size() == depth && counts.size() == depth,
-          "every block must have a pack and a count");
+      pack_at<EmbeddingPack>(parts[0].address, parts[0].bytes, PackHead::Kind::embedding);
+  const Part& last = parts[depth + 1];
+  const auto* head = pack_at<HeadPack>(last.address, last.bytes, PackHead::Kind::head);
   require_positive_threads(threads);
   const EmbeddingShape& in = embedding->shape;
   const std::vector<long> wanted{in.channels, in.image_height, in.image_width};
@@ -164,7 +186,8 @@ void slim_vit(Address embedding_address, std::int64_t embedding_bytes,
   std::vector<const BlockPack*> blocks(depth);
   std::int32_t alive = embedding->shape.tokens;
   for (std::size_t i = 0; i < depth; ++i) {
-    blocks[i] = pack_at<BlockPack>(block_addresses[i], block_bytes[i], PackHead::Kind::block);
+    const Part& part = parts[1 + i];
+    blocks[i] = pack_at<BlockPack>(part.address, part.bytes, PackHead::Kind::block);
     const BlockShape& shape = blocks[i]->shape;
     alike(blocks[i]->head, shape.width);
     require(shape.heads == blocks[0]->shape.heads && shape.head_dim == blocks[0]->shape.head_dim,
@@ -180,16 +203,16 @@ void slim_vit(Address embedding_address, std::int64_t embedding_bytes,
   else
     require(rows == rows_out && columns == in.width,
             "tokens must be [" + std::to_string(rows_out) + ", " + std::to_string(in.width) + "]");
-  std::vector<const ChooserPack*> choosers(chooser_addresses.size());
-  std::vector<const SelectorPack*> selectors(chooser_addresses.size());
+  std::vector<const ChooserPack*> choosers(chooses ? depth : 0);
+  std::vector<const SelectorPack*> selectors(choosers.size());
   std::int32_t packages = 0;
   bool ragged = false;
-  require(choosers.empty() || (choosers.size() == depth && chooser_bytes.size() == depth && !idle),
-          "every block must have a chooser, or an empty one");
+  require(!chooses || !idle, "pruned tokens cannot stay keys where they are chosen for each image");
   alive = in.tokens;
   for (std::size_t i = 0; i < choosers.size(); ++i) {
-    if (is_selector(chooser_addresses[i], chooser_bytes[i])) {
-      selectors[i] = selector_at(chooser_addresses[i], chooser_bytes[i]);
+    const Part& part = parts[2 + depth + i];
+    if (is_selector(part.address, part.bytes)) {
+      selectors[i] = selector_at(part.address, part.bytes);
       alike(selectors[i]->head, selectors[i]->shape.width);
       require(selectors[i]->shape.packages == packages,
               "the selector before block " + std::to_string(i + 1) + " expects " +
@@ -198,8 +221,8 @@ void slim_vit(Address embedding_address, std::int64_t embedding_bytes,
       alive = left_by(selectors[i]->shape, alive, in.prefix);
       ++packages;
       ragged = ragged || selectors[i]->shape.patches == 0;
-    } else if (chooser_bytes[i] != 0) {
-      choosers[i] = chooser_at(chooser_addresses[i], chooser_bytes[i], *blocks[i], in.prefix);
+    } else if (part.bytes != 0) {
+      choosers[i] = chooser_at(part.address, part.bytes, *blocks[i], in.prefix);
     }
     require(choosers[i] != nullptr || counts[i] == alive || counts[i] <= in.prefix,
             "block " + std::to_string(i + 1) + " keeps " + std::to_string(counts[i]) + " of " +
@@ -209,8 +232,8 @@ void slim_vit(Address embedding_address, std::int64_t embedding_bytes,
   require(!ragged || alive <= in.prefix,
           "where images keep numbers of their own, the last block must keep prefix tokens alone");
   NetworkCall call{};
-  call.choosers = choosers.empty() ? nullptr : choosers.data();
-  call.selectors = choosers.empty() ? nullptr : selectors.data();
+  call.choosers = chooses ? choosers.data() : nullptr;
+  call.selectors = chooses ? selectors.data() : nullptr;
   call.ragged = ragged;
   call.kept = at<std::int64_t>(kept);
   call.embedding = embedding;
@@ -236,13 +259,12 @@ void bind_calls(py::module_& m) {
         py::arg("out_token"), py::arg("index"), py::arg("key_bias"), py::arg("bias_image"),
         py::arg("width"), py::arg("batch"), py::arg("m"), py::arg("n"), py::arg("threads"),
         "Images through one block: float32 tokens, strides counted in floats.");
-  m.def("slim_vit", &slim_vit, py::arg("embedding"), py::arg("embedding_bytes"), py::arg("blocks"),
-        py::arg("block_bytes"), py::arg("head"), py::arg("head_bytes"), py::arg("counts"),
-        py::arg("idle"), py::arg("rows"), py::arg("columns"), py::arg("images"),
+  m.def("slim_vit", &slim_vit, py::arg("packs"), py::arg("packs_bytes"), py::arg("sizes"),
+        py::arg("counts"), py::arg("idle"), py::arg("rows"), py::arg("columns"), py::arg("images"),
         py::arg("images_dtype"), py::arg("image_shape"), py::arg("out"), py::arg("batch"),
-        py::arg("threads"), py::arg("choosers"), py::arg("chooser_bytes"), py::arg("kept"),
-        "Images [B, C, H, W] through a whole network, to float32 logits or tokens. Where there are "
-        "choosers, each image's kept tokens are its own.");
+        py::arg("threads"), py::arg("kept"),
+        "Images [B, C, H, W] through a whole network, to float32 logits or tokens. Where there is "
+        "room for what they keep, each image's kept tokens are its own, as choosers tell.");
   m.def("dynamic_block", &dynamic_block, py::arg("pack"), py::arg("pack_bytes"), py::arg("chooser"),
         py::arg("chooser_bytes"), py::arg("x"), py::arg("x_image"), py::arg("x_token"),
         py::arg("out"), py::arg("out_image"), py::arg("out_token"), py::arg("size"),

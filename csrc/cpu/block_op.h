@@ -74,14 +74,13 @@ class BlockOp {
   }
 
   Choosing choosing_of(long image) const {
-    const bool absorbs = call_.into != nullptr;
     return {call_.chooser,
             call_.prefix,
             alive_[0],
             alive_[1],
             call_.kept == nullptr ? nullptr : call_.kept + image * call_.n,
             0,
-            absorbs ? call_.into + image * (call_.m - call_.n) : nullptr};
+            call_.into == nullptr ? nullptr : call_.into + image * (call_.m - call_.n)};
   }
 
   const BlockCall& call_;

@@ -51,7 +51,7 @@ class Chooser : protected BlockParts<S, T> {
     const ChooserShape& how = choosing.pack->shape;
     const long m = kept_.m, n = kept_.n;
     const long row = image * m, to = image * n;
-    const bool by_keys = how.scores == Scores::predictor;
+    const bool absorbs = how.scores == Scores::attention;
     const Tokens<T> tokens{m,
                            choosing.prefix,
                            shared_.kv + row * 2 * inner(),
@@ -60,22 +60,20 @@ class Chooser : protected BlockParts<S, T> {
                            shared_.q + to * inner(),
                            how.head_tokens,
                            before.size,
-                           by_keys ? shared_.choice.key : shared_.y + row * width(),
-                           by_keys ? shape_.head_dim : width()};
+                           shared_.y + row * width()};
     const Absorb<S, T> absorb(tokens, shape_, shared_.choice, own_.choice);
     {
       const Stopwatch stopwatch(Phase::choosing);
-      if (by_keys) {
-        predict_scores(image, absorb);
-        select_by(shared_.choice.score + choosing.prefix);
-        if (how.absorb != 0) absorb.find_alike(n);
-      } else {
+      if (absorbs) {
         attend_scores(image, absorb);
         absorb.rank_candidates(candidates());
         select();
         absorb.find_nearest(n);
+      } else {
+        predict_scores(image);
+        select_by(shared_.choice.score + choosing.prefix);
       }
-      if (choosing.into != nullptr && team_.rank == 0)
+      if (absorbs && choosing.into != nullptr && team_.rank == 0)
         for (long i = 0; i < m - n; ++i) choosing.into[i] = own_.choice.into[i];
     }
     const Stopwatch stopwatch(Phase::gathering);
@@ -88,7 +86,7 @@ class Chooser : protected BlockParts<S, T> {
                           shared_.y_kept + to * width(),
                           before,
                           after};
-    const std::int32_t* into = how.absorb != 0 ? own_.choice.into : nullptr;
+    const std::int32_t* into = absorbs ? own_.choice.into : nullptr;
     Gather<S, T, BlockPack>(of, pack_, own_.choice, into, own_.choice.gain).run(first, last);
   }
 
@@ -113,26 +111,17 @@ class Chooser : protected BlockParts<S, T> {
     team_.sync();
     logit_bias(image, m);
     absorb.weigh(own_.bias, own_.attention);
-    absorb.weigh_by_importance();
     absorb.find_candidates(candidates());
-    absorb.score(candidates(), team_.rank, team_.size);
+    absorb.score(share(candidates(), rank, size), share(candidates(), rank + 1, size));
     team_.sync();
   }
 
-  // shared_.choice.score, and what patches are compared by, once all workers are done.
-  void predict_scores(long image, const Absorb<S, T>& absorb) {
-    const long m = kept_.m, row = image * m * width(), patches = m - kept_.choosing->prefix;
+  // shared_.choice.score, once all workers are done.
+  void predict_scores(long image) {
+    const long m = kept_.m, row = image * m * width();
     const long begin = share(m, team_.rank, team_.size), end = share(m, team_.rank + 1, team_.size);
-    const ChooserPack& pack = *kept_.choosing->pack;
-    predict<S, T>(pack, shared_.x + row, begin, end, shared_.y_kept + row, own_.attention.largest,
-                  shared_.choice.score);
-    if (pack.shape.absorb != 0) absorb.add_keys(shared_.choice.key, begin, end);
-    team_.sync();
-    if (pack.shape.absorb == 0) return;
-    absorb.measure(share(patches, team_.rank, team_.size),
-                   share(patches, team_.rank + 1, team_.size));
-    absorb.weigh_by_size();
-    absorb.pack(team_.rank, team_.size);
+    predict<S, T>(*kept_.choosing->pack, shared_.x + row, begin, end, shared_.y_kept + row,
+                  own_.attention.largest, shared_.choice.score);
     team_.sync();
   }
 

@@ -104,11 +104,10 @@ struct HeadPack {
   Linear linear[2];
 };
 
-// How a block chooses its tokens: by the attention of the tokens that the head reads, or by a small
-// module, score = out · act(down(LN(x))).
+// How a block chooses its tokens: by the attention of the tokens that the head reads, and the
+// pruned ones go into the kept ones, or by a small module, score = out · act(down(LN(x))).
 struct ChooserShape {
   Scores scores;
-  std::int32_t absorb;  // whether pruned tokens go into the kept ones
   std::int32_t width;
   std::int32_t head_tokens;  // of `attention`
   std::int32_t reach;        // there, patches that are looked at for each that goes

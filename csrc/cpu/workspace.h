@@ -14,14 +14,10 @@ constexpr long kMlpColumns = 768;
 constexpr long kChoiceRows = 8;  // tokens that are compared with others at a time
 constexpr long kMaxLanes = 16;   // of any instruction set
 
-// At most as many numbers as tokens are compared by.
-constexpr long compared(const BlockShape& shape) { return most(shape.width, shape.head_dim); }
-
 // What a team needs to choose among the m tokens of an image. Columns are padded to whole vectors.
 template <typename T>
 struct SharedChoice {
-  T* key;               // [m, d], sums over the heads
-  T* packed;            // what patches are compared by, as columns of a product
+  T* packed;            // LN1 of the patches, as columns of a product
   float* square;        // [m], squares of the norms of that
   float* cosines;       // [m, columns] of candidates with the patches ahead of them
   float* value_square;  // [H, columns], ‖value‖²
@@ -30,8 +26,7 @@ struct SharedChoice {
   static SharedChoice make(Parts& parts, long m, const BlockShape& shape) {
     const long columns = round_up(m, kMaxLanes);
     SharedChoice shared;
-    shared.key = parts.take<T>(m * shape.head_dim);
-    shared.packed = parts.take<T>(columns * compared(shape));
+    shared.packed = parts.take<T>(columns * shape.width);
     shared.square = parts.take<float>(m);
     shared.cosines = parts.take<float>(m * columns);
     shared.value_square = parts.take<float>(shape.heads * columns);
@@ -108,13 +103,12 @@ struct OwnChoice {
   float* importance;             // [columns]
   float* weight;                 // [m], of a token in an average
   std::int32_t* key;             // [columns]: see `ordered`
-  float* inverse;                // [columns], 1 / norm of what patches are compared by
+  float* inverse;                // [columns], 1 / norm of LN1 of patches
   float* standing;               // [columns], importance of patches, least where there is none
   std::int32_t* candidate;       // [m], patches that may be pruned
   std::int32_t* row;             // [m], which candidate a patch is
   float* open;                   // [columns]: 0 where a token may go into the patch, else -∞
-  T* taken;                      // [kChoiceRows], of what tokens are compared by
-  float* rows;                   // [kChoiceRows, columns], products of these
+  T* taken;                      // [kChoiceRows, D], LN1 of candidates
   std::int32_t *index, *pruned;  // [m]: the kept tokens, and the others
   std::int32_t* into;            // [m], for pruned token after pruned token
   float* gain;                   // [m], what each adds to the size of that one
@@ -132,8 +126,7 @@ struct OwnChoice {
     own.candidate = parts.take<std::int32_t>(m);
     own.row = parts.take<std::int32_t>(m);
     own.open = parts.take<float>(columns);
-    own.taken = parts.take<T>(kChoiceRows * compared(shape));
-    own.rows = parts.take<float>(kChoiceRows * columns);
+    own.taken = parts.take<T>(kChoiceRows * shape.width);
     own.index = parts.take<std::int32_t>(m);
     own.pruned = parts.take<std::int32_t>(m);
     own.into = parts.take<std::int32_t>(m);

@@ -161,19 +161,16 @@ def pack_head(
     return make_pack(module().pack_head, options, arrays, dtype)
 
 
-def join(packs: Sequence[Tensor]) -> list[Tensor]:
-    """The same packs as parts of one tensor, in huge pages where the system has them.
+def join(packs: Sequence[Tensor]) -> Tensor:
+    """The same packs one after the other, uint8, in huge pages where the system has them.
 
     A network reads its weights from end to end for every image, and small pages cost time.
     """
-    whole = torch.empty(sum(pack.numel() for pack in packs) + _HUGE_PAGE, dtype=torch.uint8)
-    start = -whole.data_ptr() % _HUGE_PAGE
-    module().prefer_huge_pages(address(whole), whole.numel())
-    sizes = [pack.numel() for pack in packs]
-    parts = list(whole[start : start + sum(sizes)].split(sizes))
-    for part, pack in zip(parts, packs):
-        part.copy_(pack)
-    return parts
+    size = sum(pack.numel() for pack in packs)
+    room = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
+    start = -room.data_ptr() % _HUGE_PAGE
+    module().prefer_huge_pages(address(room), room.numel())
+    return torch.cat(list(packs), out=room[start : start + size])
 
 
 def slim_block(
@@ -214,9 +211,8 @@ def slim_block(
 
 def slim_vit(
     images: Tensor,
-    embedding: Tensor,
-    blocks: Sequence[Tensor],
-    head: Tensor,
+    packs: Tensor,
+    sizes: Sequence[int],
     counts: Sequence[int],
     idle: bool,
     rows: int,
@@ -224,38 +220,32 @@ def slim_vit(
 ) -> Tensor:
     """Images [B, C, H, W], float32 or bfloat16, through a packed network, to float32.
 
-    Logits [B, columns] where `rows` is 0, else tokens after the final norm, [B, rows, columns].
+    `packs` are the embedding, the blocks and the head one after the other, of that many bytes.
+    Returns logits [B, columns] where `rows` is 0, else tokens after the final norm,
+    [B, rows, columns].
     """
-    return run_network(images, embedding, blocks, head, (counts, idle, rows, columns))
+    return run_network(images, packs, (sizes, counts, idle, rows, columns))
 
 
 def run_network(
     images: Tensor,
-    embedding: Tensor,
-    blocks: Sequence[Tensor],
-    head: Tensor,
-    shape: tuple[Sequence[int], bool, int, int],
-    choosers: Sequence[Tensor] = (),
+    packs: Tensor,
+    shape: tuple[Sequence[int], Sequence[int], bool, int, int],
     kept: Tensor | None = None,
 ) -> Tensor:
-    """`slim_vit`, and with `choosers` and room for what they keep `cpu_dynamic.dynamic_vit`."""
+    """`slim_vit`, and with room for what choosers keep `cpu_dynamic.dynamic_vit`."""
     fits = images.dim() == 4 and images.dtype in DTYPES and on_cpu(images)
     require(fits, "images must be [B, C, H, W], float32 or bfloat16", images)
     images = images.contiguous()
-    packs = [pack_bytes("blocks", block) for block in blocks]
-    chooser_packs = [pack_bytes("choosers", chooser) for chooser in choosers]
-    _, _, rows, columns = shape
+    rows, columns = shape[-2:]
     sides = (images.shape[0], rows, columns) if rows else (images.shape[0], columns)
     out = torch.empty(sides, dtype=torch.float32)
     call(
         module().slim_vit,
-        *pack_bytes("embedding", embedding),
-        *_columns(packs),
-        *pack_bytes("head", head),
+        *pack_bytes("packs", packs),
         *shape,
         *(address(images), DTYPES[images.dtype], images.shape[1:]),
         *(address(out), images.shape[0], torch.get_num_threads()),
-        *_columns(chooser_packs),
         address(kept),
     )
     return out
@@ -264,7 +254,3 @@ def run_network(
 def peak(dtype: torch.dtype) -> float:
     """Measured peak of one thread at products in `dtype`, floating-point operations per second."""
     return call(module().peak, DTYPES[dtype])
-
-
-def _columns(packs: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    return [start for start, _ in packs], [size for _, size in packs]

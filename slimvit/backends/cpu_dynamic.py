@@ -31,7 +31,7 @@ def pack_attention(width: int, head_tokens: int, reach: int, dtype: torch.dtype)
     Returns:
         uint8, one-dimensional.
     """
-    options = {"absorb": True, "head_tokens": head_tokens, "reach": reach}
+    options = {"head_tokens": head_tokens, "reach": reach}
     return _pack("attention", (None,) * 5, width, dtype, **options)
 
 
@@ -41,7 +41,6 @@ def pack_predictor(
     *,
     activation: str,
     eps: float,
-    absorb: bool,
 ) -> Tensor:
     """Scores by a small module, as the kernels read it.
 
@@ -51,7 +50,6 @@ def pack_predictor(
         dtype: what it computes in, float32 or bfloat16.
         activation: "gelu", "gelu_tanh" or "quick_gelu".
         eps: of the norm.
-        absorb: whether pruned tokens go into kept ones.
 
     Returns:
         uint8, one-dimensional.
@@ -60,7 +58,7 @@ def pack_predictor(
         SlimvitError: r is no multiple of 16.
     """
     hidden, width = weights[2].shape
-    options = {"hidden": hidden, "activation": activation, "eps": eps, "absorb": absorb}
+    options = {"hidden": hidden, "activation": activation, "eps": eps}
     return _pack("predictor", weights, width, dtype, **options)
 
 
@@ -70,7 +68,6 @@ def _pack(
     width: int,
     dtype: torch.dtype,
     *,
-    absorb: bool,
     head_tokens: int = 0,
     reach: int = 0,
     hidden: int = 0,
@@ -79,7 +76,6 @@ def _pack(
 ) -> Tensor:
     options = {
         "scores": scores,
-        "absorb": absorb,
         "width": width,
         "head_tokens": head_tokens,
         "reach": reach,
@@ -190,27 +186,20 @@ def dynamic_block(
 
 def dynamic_vit(
     images: Tensor,
-    embedding: Tensor,
-    blocks: Sequence[Tensor],
-    choosers: Sequence[Tensor],
-    head: Tensor,
+    packs: Tensor,
+    sizes: Sequence[int],
     counts: Sequence[int],
     rows: int,
     columns: int,
 ) -> tuple[Tensor, Tensor]:
     """Images [B, C, H, W], float32 or bfloat16, through a packed network that chooses for each.
 
-    `choosers` tell how each block chooses, or the selector ahead of it; empty where it keeps the
-    first n of `counts`. Returns logits [B, columns] where `rows` is 0, else tokens after the final
-    norm, [B, rows, columns], float32, and the places of the tokens that each block kept, block
-    after block, [B, Σ n], int64: N and more for packages, and -1 after the last where each image
-    keeps a number of its own and `counts` are how many at most.
+    `packs` are the embedding, the blocks, the head and a chooser for each block one after the
+    other, of that many bytes: how the block chooses, or the selector ahead of it; nothing where it
+    keeps the first n of `counts`. Returns logits [B, columns] where `rows` is 0, else tokens after
+    the final norm, [B, rows, columns], float32, and the places of the tokens that each block kept,
+    block after block, [B, Σ n], int64: N and more for packages, and -1 after the last where each
+    image keeps a number of its own and `counts` are how many at most.
     """
     kept = torch.empty(images.shape[0], sum(counts), dtype=torch.int64)
-    require(
-        len(choosers) == len(blocks),
-        f"choosers must be {len(blocks)}, one for each block",
-        len(choosers),
-    )
-    shape = (counts, False, rows, columns)
-    return run_network(images, embedding, blocks, head, shape, choosers, kept), kept
+    return run_network(images, packs, (sizes, counts, False, rows, columns), kept), kept

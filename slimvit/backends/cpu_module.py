@@ -62,8 +62,7 @@ def address(tensor: Tensor | None) -> int:
 def pack_bytes(name: str, pack: Tensor) -> tuple[int, int]:
     """Where a pack starts and how long it is: C++ reads it without knowing any more of it."""
     fits = pack.dtype == torch.uint8 and pack.dim() == 1 and pack.is_contiguous() and on_cpu(pack)
-    if not fits:  # a call hands over dozens of packs: no rule is put into words for each
-        require(fits, f"{name} must be one-dimensional, uint8, contiguous", pack)
+    require(fits, f"{name} must be one-dimensional, uint8, contiguous", pack)
     return pack.data_ptr(), pack.numel()
 
 

@@ -49,7 +49,7 @@ def pieces(probe: AcceleratedViT, tokens: int, batch: int, shape: Spec) -> list[
 
 def _packed(probe: PackedDynamicViT, x: Tensor, shape: Spec) -> list[Piece]:
     network, tokens = probe.packed, len(x)
-    packs = [network.get_buffer(f"block_{layer}") for layer in range(shape.depth)]
+    packs = network.parts()[1 : shape.depth + 1]
     kept = _kept(tokens - shape.prefix)
     selector = pack_chooser(probe.plan.parts(0)._replace(patches=kept), shape.width, network.dtype)
 

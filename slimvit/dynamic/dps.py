@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimvit.dynamic.planner import Planner
 from slimvit.errors import PlanError
 from slimvit.models import Spec
-from slimvit.ops import Choice, PredictorParts, View, complement, rows_of
+from slimvit.ops import Choice, PredictorParts, View
 
 
 class Predictor(nn.Module):
@@ -47,8 +46,6 @@ class DPS(Planner):
         counts: n_1 … n_L, tokens that each block keeps, prefix tokens included: those of static
             masks.
         hidden: r, channels inside the predictors; None for D / 4 rounded to a multiple of 16.
-        absorb: average each pruned token into the kept patch with the nearest key instead of
-            dropping it.
 
     Raises:
         PlanError: `hidden` is not positive.
@@ -58,19 +55,16 @@ class DPS(Planner):
 
     kind = "dps"
 
-    def __init__(
-        self, counts: Sequence[int], *, hidden: int | None = None, absorb: bool = False
-    ) -> None:
+    def __init__(self, counts: Sequence[int], *, hidden: int | None = None) -> None:
         super().__init__(counts)
         if hidden is not None and hidden < 1:
             raise PlanError(f"hidden must be at least 1 channel, got {hidden}")
-        self.hidden, self.absorb = hidden, absorb
+        self.hidden = hidden
         self.predictors = nn.ModuleDict()
 
     def choose(self, layer: int, view: View, n: int) -> Choice:
         """The n tokens of the highest scores."""
-        choice = view.top(self.predictors[str(layer)](view.alive.x), n)
-        return Choice(choice.index, nearest(view, choice.index)) if self.absorb else choice
+        return view.top(self.predictors[str(layer)](view.alive.x), n)
 
     def parts(self, layer: int) -> PredictorParts | None:
         """What kernels need; None for a subclass that chooses in another way."""
@@ -79,9 +73,7 @@ class DPS(Planner):
         predictor = self.predictors[str(layer)]
         if type(predictor) is not Predictor:
             return None
-        return PredictorParts(
-            predictor.norm, predictor.down, predictor.act, predictor.score, self.absorb
-        )
+        return PredictorParts(predictor.norm, predictor.down, predictor.act, predictor.score)
 
     def bind(self, spec: Spec) -> DPS:
         """A copy for a model of this shape, with a predictor in each block that prunes."""
@@ -109,23 +101,9 @@ class DPS(Planner):
 
     def settings(self) -> dict[str, Any]:
         """The counts and what the predictors look like."""
-        return super().settings() | {"hidden": self.hidden, "absorb": self.absorb}
+        return super().settings() | {"hidden": self.hidden}
 
     def macs(self, spec: Spec) -> int:
-        """The predictors, on every alive token; with `absorb` the cosines too."""
+        """The predictors, on every alive token."""
         rows = sum(self.alive[layer] for layer in self.pruning)
-        pairs = sum(
-            self.counts[layer] * (self.alive[layer] - self.counts[layer]) for layer in self.pruning
-        )
-        return rows * (spec.width + 1) * self.channels + self.absorb * pairs * spec.head_dim
-
-
-def nearest(view: View, index: Tensor) -> Tensor:
-    """For each pruned token the kept patch, of `index` [B, n], with the nearest key: [B, m - n].
-
-    Keys are compared by the cosine of their means over the heads; prefix tokens take in nothing.
-    """
-    key = F.normalize(view.keys.float().mean(1), dim=-1)  # [B, m, d]
-    pruned = complement(index, key.shape[1])
-    cosine = rows_of(key, pruned) @ rows_of(key, index).transpose(1, 2)  # [B, m - n, n]
-    return cosine[:, :, view.prefix :].argmax(2) + view.prefix
+        return rows * (spec.width + 1) * self.channels

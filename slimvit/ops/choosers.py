@@ -42,15 +42,12 @@ class PredictorParts(NamedTuple):
         down: D to r channels.
         act: the activation.
         out: r channels to one score, of which only the order counts.
-        absorb: whether each pruned token goes into the kept patch with the nearest key; else it
-            is dropped.
     """
 
     norm: nn.LayerNorm
     down: nn.Linear
     act: nn.Module
     out: nn.Linear
-    absorb: bool = False
 
 
 class SelectorParts(NamedTuple):
@@ -98,10 +95,7 @@ def _why_not(parts: PredictorParts, backend: str) -> str | None:
         return f"its predictor's norm is {type(parts.norm).__name__}, not LayerNorm with weights"
     if activation_name(parts.act) is None:
         return f"its predictor's activation is {type(parts.act).__name__}, not GELU or QuickGELU"
-    if backend != "cpu":
-        absorbs = "the tokens that its predictor prunes are absorbed"
-        return absorbs if parts.absorb else None
-    if parts.down.out_features % 16:
+    if backend == "cpu" and parts.down.out_features % 16:
         return f"its predictor's channels must be a multiple of 16, got {parts.down.out_features}"
     return None
 

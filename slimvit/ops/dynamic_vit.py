@@ -18,8 +18,8 @@ _library.define(
     " Tensor? size=None) -> (Tensor out, Tensor index, Tensor into, Tensor size_out)"
 )
 _library.define(
-    "dynamic_vit(Tensor images, Tensor embedding, Tensor[] blocks, Tensor[] choosers, Tensor head,"
-    " int[] counts, int rows, int columns) -> (Tensor out, Tensor kept)"
+    "dynamic_vit(Tensor images, Tensor packs, int[] sizes, int[] counts, int rows, int columns)"
+    " -> (Tensor out, Tensor kept)"
 )
 _library.define(
     "select_tokens(Tensor x, Tensor pack, SymInt n, int prefix) -> (Tensor out, Tensor place)"
@@ -47,10 +47,8 @@ def _dynamic_block(
 @torch.library.register_fake("slimvit::dynamic_vit", lib=_library)
 def _dynamic_vit(
     images: Tensor,
-    embedding: Tensor,
-    blocks: list[Tensor],
-    choosers: list[Tensor],
-    head: Tensor,
+    packs: Tensor,
+    sizes: list[int],
     counts: list[int],
     rows: int,
     columns: int,
@@ -88,7 +86,6 @@ def pack_chooser(parts: ChooserParts, width: int, dtype: torch.dtype = torch.flo
         dtype,
         activation=activation_name(parts.act),
         eps=eps,
-        absorb=parts.absorb,
     )
 
 
@@ -124,14 +121,12 @@ class DynamicNetwork(PackedNetwork):
     def __init__(
         self, parts: NetworkParts, choosers: Sequence[ChooserParts | None], dtype: torch.dtype
     ) -> None:
-        super().__init__(parts, dtype)
+        width, empty = parts.table.shape[1], torch.empty(0, dtype=torch.uint8)
+        packs = [empty if c is None else pack_chooser(c, width, dtype) for c in choosers]
+        super().__init__(parts, dtype, packs)
         self.ragged = any(isinstance(c, SelectorParts) and c.patches is None for c in choosers)
         if self.ragged:
             self.counts[:-1] = [self.tokens] * (len(self.counts) - 1)
-        empty = torch.empty(0, dtype=torch.uint8)
-        for i, chooser in enumerate(choosers):
-            pack = empty if chooser is None else pack_chooser(chooser, self.width, dtype)
-            self.register_buffer(f"chooser_{i}", pack, persistent=False)
 
     def kept(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Tokens after the final norm, [B, n_L, D], and the places that each block kept, [B, n].
@@ -146,8 +141,6 @@ class DynamicNetwork(PackedNetwork):
         return self._run(images, rows, columns)[0]
 
     def _run(self, images: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        blocks = [self._buffers[f"block_{i}"] for i in range(len(self.counts))]
-        choosers = [self._buffers[f"chooser_{i}"] for i in range(len(self.counts))]
         return torch.ops.slimvit.dynamic_vit(
-            images, self.embedding, blocks, choosers, self.head, self.counts, rows, columns
+            images, self.packs, self.sizes, self.counts, rows, columns
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +18,8 @@ _library.define(
     " -> Tensor"
 )
 _library.define(
-    "slim_vit(Tensor images, Tensor embedding, Tensor[] blocks, Tensor head, int[] counts,"
-    " bool idle, int rows, int columns) -> Tensor"
+    "slim_vit(Tensor images, Tensor packs, int[] sizes, int[] counts, bool idle, int rows,"
+    " int columns) -> Tensor"
 )
 _library.impl("slim_block", cpu.slim_block, "CPU")
 _library.impl("slim_vit", cpu.slim_vit, "CPU")
@@ -35,9 +37,8 @@ def _slim_block(
 @torch.library.register_fake("slimvit::slim_vit", lib=_library)
 def _slim_vit(
     images: Tensor,
-    embedding: Tensor,
-    blocks: list[Tensor],
-    head: Tensor,
+    packs: Tensor,
+    sizes: list[int],
     counts: list[int],
     idle: bool,
     rows: int,
@@ -102,9 +103,12 @@ class PackedNetwork(nn.Module):
     Args:
         parts: the network; weights are copied.
         dtype: what it computes in: float32, or bfloat16 accumulated in float32.
+        choosers: packs of how each block chooses, where blocks do.
     """
 
-    def __init__(self, parts: NetworkParts, dtype: torch.dtype) -> None:
+    def __init__(
+        self, parts: NetworkParts, dtype: torch.dtype, choosers: Sequence[Tensor] = ()
+    ) -> None:
         super().__init__()
         self.counts, self.idle, self.dtype = list(parts.counts), parts.idle, dtype
         self.tokens, self.width = parts.table.shape
@@ -124,9 +128,13 @@ class PackedNetwork(nn.Module):
             pack_block(block, extra, dtype, lone=n <= 2)
             for block, extra, n in zip(parts.blocks, parts.extra_keys, parts.counts)
         ]
-        names = ["embedding", *(f"block_{i}" for i in range(len(blocks))), "head"]
-        for name, pack in zip(names, cpu.join([embedding, *blocks, head])):
-            self.register_buffer(name, pack, persistent=False)
+        packs = [embedding, *blocks, head, *choosers]
+        self.sizes = [pack.numel() for pack in packs]
+        self.register_buffer("packs", cpu.join(packs), persistent=False)
+
+    def parts(self) -> list[Tensor]:
+        """The packs: embedding, blocks, head, and choosers if there are any."""
+        return list(self.packs.split(self.sizes))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes], float32, of images [B, C, H, W]; for a network with heads."""
@@ -137,7 +145,6 @@ class PackedNetwork(nn.Module):
         return self._call(images, self.tokens if self.idle else self.counts[-1], self.width)
 
     def _call(self, images: Tensor, rows: int, columns: int) -> Tensor:
-        blocks = [self._buffers[f"block_{i}"] for i in range(len(self.counts))]
         return torch.ops.slimvit.slim_vit(
-            images, self.embedding, blocks, self.head, self.counts, self.idle, rows, columns
+            images, self.packs, self.sizes, self.counts, self.idle, rows, columns
         )

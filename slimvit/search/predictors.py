@@ -71,7 +71,6 @@ def fit_dps(
     lr: float = 1e-2,
     spread: float = SPREAD,
     hidden: int | None = None,
-    absorb: bool = False,
     flip: bool = True,
     seed: int = 0,
     cache_bytes: int = 1 << 30,
@@ -102,7 +101,6 @@ def fit_dps(
         lr: highest learning rate; it rises and falls once.
         spread: weight of the pattern; 0 keeps the highest scores alone.
         hidden: channels inside the predictors; None for D / 4 rounded to a multiple of 16.
-        absorb: make the plan average pruned tokens into kept ones.
         flip: learn from the mirrored images too.
         seed: of the predictors' weights and of shuffling.
         cache_bytes: memory for the images' features; beyond it they go to a temporary folder.
@@ -125,7 +123,7 @@ def fit_dps(
     spec = models.spec(model)
     settings = _Settings(epochs, lr, spread, seed, 2 if flip else 1)
     score = _check(score, epochs, lr, spread)
-    plan = DPS(_counts(masks, spec), hidden=hidden, absorb=absorb).bind(spec)
+    plan = DPS(_counts(masks, spec), hidden=hidden).bind(spec)
     dense = copy.deepcopy(model).eval().requires_grad_(False)
     progress = progress and rank() == 0
     images = _mirrored(loader) if flip else loader
