@@ -78,17 +78,20 @@ class Block : private Chooser<S, T> {
   void pack_heads() {
     const Stopwatch stopwatch(Phase::packing);
     if (lone()) return pack_lone();
-    const long items = kept_.images * shape_.heads, d = shape_.head_dim;
+    // Keys and values apart, so that workers have equal shares of an odd number of heads too.
+    const long items = 2 * kept_.images * shape_.heads, d = shape_.head_dim;
     const T* extra = section<T>(pack_, pack_.extra);
     const long end = share(items, team_.rank + 1, team_.size);
     for (long i = share(items, team_.rank, team_.size); i < end; ++i) {
-      const long image = i / shape_.heads, head = i % shape_.heads;
+      const long image = i / 2 / shape_.heads, head = i / 2 % shape_.heads,
+                 at = i / 2 * packed_size();
       const T* k = shared_.kv + image * kept_.m * 2 * inner() + head * d;
-      const T* extra_key = extra == nullptr ? nullptr : extra + head * d;
-      const T* extra_value = extra == nullptr ? nullptr : extra_key + inner();
-      const long at = i * packed_size();
-      pack_keys<S, T>(k, 2 * inner(), kept_.m, d, extra_key, shared_.keys + at);
-      pack_values<S, T>(k + inner(), 2 * inner(), kept_.m, d, extra_value, shared_.values + at);
+      const T* more = extra == nullptr ? nullptr : extra + head * d;
+      if (i % 2 == 0)
+        pack_keys<S, T>(k, 2 * inner(), kept_.m, d, more, shared_.keys + at);
+      else
+        pack_values<S, T>(k + inner(), 2 * inner(), kept_.m, d,
+                          more == nullptr ? nullptr : more + inner(), shared_.values + at);
     }
   }
 
