@@ -4,7 +4,8 @@
     python benchmarks/chart.py FILE.csv --output DIR
 
 A file with a column `threads` gives images per second, dense -> slim, one picture for each device,
-batch and precision; a file with a column `top1` gives accuracy over the MACs saved.
+batch and precision, and another of plans that choose tokens for each image; a file with a column
+`top1` gives accuracy over the MACs saved.
 """
 
 from __future__ import annotations
@@ -61,21 +62,28 @@ def charts(records: list[Record]) -> Iterable[tuple[str, Figure]]:
             title = (
                 f"{device}, {threads} thread{'s' * (threads != '1')}, batch {batch}, {precision}"
             )
-            yield slug(f"speed {device} t{threads} b{batch} {precision}"), speed(rows, title)
+            names = f"{device} t{threads} b{batch} {precision}"
+            planned = {(row["model"], row["kept"]) for row in rows if chosen(row)}
+            for kind, of_plans in (("speed", False), ("plans", True)):
+                some = [row for row in rows if ((row["model"], row["kept"]) in planned) == of_plans]
+                if some:
+                    yield slug(f"{kind} {names}"), speed(some, title)
     elif "top1" in columns:
         yield "accuracy", accuracy(records)
 
 
 def speed(records: list[Record], title: str) -> Figure:
-    """Images per second by runtime, a panel a model: a dense and a slim bar each."""
-    models = grouped(records, "model")
+    """Images per second by runtime, a panel a model or plan: a dense and a slim bar each."""
+    plans = {(row["model"], row["kept"]): row["plan"] for row in records if chosen(row)}
+    models = grouped(records, "model", *(["kept"] if plans else []))
     figure, panels = plt.subplots(
         1, len(models), figsize=(4.6 * len(models), 3.4), squeeze=False, layout="constrained"
     )
-    for axes, ((model,), rows) in zip(panels[0], models.items()):
+    for axes, (of, rows) in zip(panels[0], models.items()):
         draw_speed(axes, newest(rows))
-        saved = 100 * float(rows[-1]["cut"])
-        axes.set_title(f"{model}, {saved:.0f} % fewer MACs", fontsize=9, color=INK, loc="left")
+        saved = 100 * float(next(filter(chosen, rows), rows[-1])["cut"])
+        name = ", ".join([of[0], plans[of]] if plans else of)
+        axes.set_title(f"{name}, {saved:.0f} % fewer MACs", fontsize=9, color=INK, loc="left")
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (DENSE, SLIM)]
     figure.legend(
         handles,
@@ -138,6 +146,11 @@ def accuracy(records: list[Record]) -> Figure:
         axes.legend(fontsize=7, frameon=False, loc="best")
         plain(axes)
     return figure
+
+
+def chosen(row: Record) -> bool:
+    """Whether its tokens were chosen for each image."""
+    return row.get("plan", "") not in ("", "static")
 
 
 def newest(rows: list[Record]) -> list[Record]:

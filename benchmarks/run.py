@@ -2,7 +2,10 @@
 
     python benchmarks/run.py --threads 2
     python benchmarks/run.py --masks 'masks/{model}.safetensors' --models deit_tiny_patch16_224
+    python benchmarks/run.py --plans absorb dps spvit --models deit_tiny_patch16_224
 
+Plans that choose tokens for each image are measured beside static masks of the same counts; their
+predictors and selectors are untrained, which speed does not depend on.
 What the file holds already is not measured again, so a run that was stopped goes on where it was.
 """
 
@@ -19,28 +22,39 @@ from pathlib import Path
 
 import torch
 
-from slimvit import Masks, models
+from slimvit import Absorb, Masks, models
 from slimvit.bench import append_csv, bench, check_csv, device_name, format_keep, parse_keep
 from slimvit.cli.bench import describe
+from slimvit.dynamic import DPS, Planner, SPViT
 
 MODELS = [f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")]
 RESULTS = Path(__file__).parent / "results"
-KEY = ("model", "device", "threads", "batch", "precision", "kept")
+KEY = ("model", "device", "threads", "batch", "precision", "kept", "plan")
+KEEP = "141,141,131,121,111x7,1"
+PLANS = {  # each saves 45 to 46 % of DeiT-Ti's multiply-accumulates
+    "absorb": Absorb(cut=0.45),
+    "dps": DPS(parse_keep(KEEP)),
+    "spvit": SPViT((0.605, 0.366, 0.221)),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
+    args.output = args.output or RESULTS / ("dynamic.csv" if args.plans else "speed.csv")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     check_csv(args.output)
     device = torch.device(args.device)
-    for name, batch, precision in itertools.product(args.models, args.batches, args.precisions):
+    plans = args.plans or ["static"]
+    for name, kind, batch, precision in itertools.product(
+        args.models, plans, args.batches, args.precisions
+    ):
         torch.manual_seed(0)
         checkpoint = args.checkpoint and args.checkpoint.format(model=name)
         model = models.create(name, checkpoint=checkpoint).to(device)
-        masks = masks_of(args, model, name)
+        masks = plan_of(args, model, kind)
         values = (name, device_name(device), args.threads, batch, precision)
-        if key_of(*values, format_keep(masks.counts)) in measured(args.output):
-            print(f"{name}, batch {batch}, {precision}: already in {args.output}")
+        if key_of(*values, format_keep(masks.counts), kind) in measured(args.output):
+            print(f"{name}, {kind}, batch {batch}, {precision}: already in {args.output}")
             continue
         report = bench(
             model,
@@ -67,9 +81,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--precisions", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--masks", help="masks file; {model} stands for the model's name")
-    parser.add_argument(
-        "--keep", default="141,141,131,121,111x7,1", help="where no masks are given"
-    )
+    parser.add_argument("--keep", default=KEEP, help="where no masks are given")
+    parser.add_argument("--plans", nargs="+", choices=PLANS, help="instead of masks")
     parser.add_argument("--checkpoint", help="weights; {model} stands for the model's name")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto")
@@ -77,14 +90,18 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "speed.csv")
+    parser.add_argument(
+        "--output", type=Path, help="default: speed.csv, of plans dynamic.csv, among the results"
+    )
     return parser
 
 
-def masks_of(args: argparse.Namespace, model: torch.nn.Module, name: str) -> Masks:
+def plan_of(args: argparse.Namespace, model: torch.nn.Module, kind: str) -> Masks | Planner:
     shape = models.spec(model)
+    if kind in PLANS:
+        return PLANS[kind].bind(shape)
     if args.masks:
-        masks = Masks.load(args.masks.format(model=name))
+        masks = Masks.load(args.masks.format(model=shape.name))
     else:
         masks = Masks.from_counts(parse_keep(args.keep), shape.grid, shape.prefix)
     models.check_masks(masks, shape)

@@ -150,19 +150,6 @@ def test_a_plan_of_another_model(vit):
 
 
 class TestCsv:
-    def older(self, path):
-        """A file from before there were plans."""
-        append_csv(path, report(ROWS))
-        with path.open(newline="") as file:
-            records = list(csv.DictReader(file))
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, CSV_COLUMNS[:-1], lineterminator="\n")
-            writer.writeheader()
-            for record in records:
-                del record["plan"]
-                writer.writerow(record)
-        return records
-
     def test_rows_name_their_plan(self, tmp_path):
         append_csv(tmp_path / "r.csv", planned())
         with (tmp_path / "r.csv").open(newline="") as file:
@@ -171,24 +158,13 @@ class TestCsv:
         assert [record["cut"] for record in records[:3]] == ["0.5000", "0.5000", "0.6000"]
         assert None not in records[0]
 
-    def test_an_older_file_is_added_to(self, tmp_path):
-        path = tmp_path / "r.csv"
-        before = self.older(path)
-        check_csv(path)
-        append_csv(path, planned())
-        with path.open(newline="") as file:
-            records = list(csv.DictReader(file))
-        assert tuple(records[0]) == CSV_COLUMNS
-        assert len(records) == len(before) + 6
-        assert [record["plan"] for record in records[:5]] == ["", "static", "", "", "static"]
-        for old, new in zip(before, records, strict=False):
-            assert {**old, "plan": ""} == {**new, "plan": ""}
-
     def test_columns_of_something_else(self, tmp_path):
         path = tmp_path / "r.csv"
-        path.write_text(",".join(CSV_COLUMNS[:-2]) + "\n")
+        path.write_text(",".join(CSV_COLUMNS[:-1]) + "\n")
         with pytest.raises(UsageError, match="other columns"):
             append_csv(path, planned())
+        with pytest.raises(UsageError, match="other columns"):
+            check_csv(path)
 
 
 def test_a_reference_is_not_disturbed(vit):

@@ -44,7 +44,6 @@ CSV_COLUMNS = (
     "commit",
     "plan",
 )
-_OLDER = CSV_COLUMNS[:-1]  # of files from before there were plans
 
 
 def check_csv(path: str | os.PathLike[str]) -> None:
@@ -57,23 +56,14 @@ def check_csv(path: str | os.PathLike[str]) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder or in none that exists")
     header = _header(path.read_text(encoding="utf-8")) if path.exists() else ()
-    if header and header not in (CSV_COLUMNS, _OLDER):
+    if header and header != CSV_COLUMNS:
         raise UsageError(f"{path} has other columns than `slimvit bench` writes")
 
 
 def append_csv(path: str | os.PathLike[str], report: Report) -> None:
-    """Add the report's rows to a CSV file, whole or not at all; a new file gets a header.
-
-    A file from before there were plans gets their column, with `static` where it was pruned.
-    """
+    """Add the report's rows to a CSV file, whole or not at all; a new file gets a header."""
     check_csv(path)
     old = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
-    if _header(old) == _OLDER:
-        records = csv.DictReader(io.StringIO(old, newline=""))
-        old = _text(
-            [{**row, "plan": "static" if row["pruned"] == "true" else ""} for row in records],
-            header=True,
-        )
     if old and not old.endswith("\n"):
         old += "\n"
     atomic_write(path, (old + _text(report.to_csv(), header=not old)).encode())
