@@ -44,12 +44,6 @@ class Absorb {
          const OwnChoice<S, T>& own)
       : tokens_(tokens), shape_(shape), shared_(shared), own_(own) {}
 
-  // Squares of norms of patches [begin, end), for all workers. Norms are those of numbers as
-  // rounded to T, so that a token is as near to itself as can be.
-  void measure(long begin, long end) const {
-    for (long i = begin; i < end; ++i) shared_.square[i] = square(patch(i), shape_.width);
-  }
-
   void measure_values(long begin, long end) const {
     const long d = shape_.head_dim;
     for (long i = begin; i < end; ++i) {
@@ -81,13 +75,16 @@ class Absorb {
     for (long i = 0; i < tokens_.m; ++i) own_.weight[i] = absorb_weight(own_.importance[i]);
   }
 
-  // The worker's panels of what patches are compared by, nearly all of rows that it has computed.
+  // The worker's panels of patches, nearly all of rows that it has computed, and squares of their
+  // norms. These are of numbers as rounded to T, so that a token is as near to itself as can be.
   void pack(int rank, int size) const {
     constexpr long kPanel = kAbsorbVecs<S> * S::kLanes;
-    const long end = share(patches(), rank + 1, size, kPanel);
-    for (long first = share(patches(), rank, size, kPanel); first < end; first += kPanel)
-      pack_keys<S, T>(patch(first), shape_.width, least(kPanel, patches() - first), shape_.width,
-                      nullptr, shared_.packed + first * shape_.width);
+    const long end = share(patches(), rank + 1, size, kPanel), width = shape_.width;
+    for (long first = share(patches(), rank, size, kPanel); first < end; first += kPanel) {
+      const long count = least(kPanel, patches() - first);
+      pack_keys<S, T>(patch(first), width, count, width, nullptr, shared_.packed + first * width);
+      for (long i = first; i < first + count; ++i) shared_.square[i] = square(patch(i), width);
+    }
   }
 
   // own_.candidate: the patches of least importance, of equals the later, ascending; and
@@ -117,13 +114,18 @@ class Absorb {
     }
   }
 
-  // Candidates by their scores, for all patches: see part_highest. The others are never pruned.
-  void rank_candidates(long candidates) const {
-    for (long i = 0; i < patches(); ++i) own_.key[i] = INT32_MAX;
-    for (long i = 0; i < candidates; ++i) {
-      own_.key[own_.candidate[i]] = ordered(shared_.score[i]);
-      own_.row[own_.candidate[i]] = static_cast<std::int32_t>(i);
+  // The candidates of the lowest scores are pruned, and n tokens kept.
+  void prune(long candidates, long n) const {
+    const long pruned = tokens_.m - n;
+    for (long i = 0; i < candidates; ++i) own_.key[i] = ordered(shared_.score[i]);
+    part_highest(own_.key, candidates, candidates - pruned, 0, own_.index, own_.row);
+    std::int32_t token = 0;
+    std::int32_t* kept = own_.index;
+    for (long i = 0; i < pruned; ++i, ++token) {
+      own_.pruned[i] = static_cast<std::int32_t>(tokens_.prefix) + own_.candidate[own_.row[i]];
+      while (token < own_.pruned[i]) *kept++ = token++;
     }
+    while (token < tokens_.m) *kept++ = token++;
   }
 
   // Which of the n kept tokens each pruned one goes into, the patch ahead of it of the greatest
@@ -132,7 +134,7 @@ class Absorb {
     open_kept(n);
     for (long i = 0; i < tokens_.m - n; ++i) {
       const long token = own_.pruned[i];
-      const float cosine = find_open(cosines(own_.row[token - tokens_.prefix]), own_.into[i]);
+      const float cosine = find_open(cosines(own_.row[i]), own_.into[i]);
       own_.gain[i] = absorb_gain(tokens_.size[token], cosine);
     }
   }

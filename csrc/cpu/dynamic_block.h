@@ -66,12 +66,11 @@ class Chooser : protected BlockParts<S, T> {
       const Stopwatch stopwatch(Phase::choosing);
       if (absorbs) {
         attend_scores(image, absorb);
-        absorb.rank_candidates(candidates());
-        select();
+        absorb.prune(candidates(), n);
         absorb.find_nearest(n);
       } else {
         predict_scores(image);
-        select_by(shared_.choice.score + choosing.prefix);
+        select(shared_.choice.score + choosing.prefix);
       }
       if (absorbs && choosing.into != nullptr && team_.rank == 0)
         for (long i = 0; i < m - n; ++i) choosing.into[i] = own_.choice.into[i];
@@ -99,15 +98,13 @@ class Chooser : protected BlockParts<S, T> {
   // Candidates, their scores, and their cosines, once all workers are done.
   void attend_scores(long image, const Absorb<S, T>& absorb) {
     const long m = kept_.m, row = image * m, head_tokens = kept_.choosing->pack->shape.head_tokens;
-    const long patches = m - kept_.choosing->prefix, rank = team_.rank, size = team_.size;
+    const long rank = team_.rank, size = team_.size;
     absorb.measure_values(share(m, rank, size), share(m, rank + 1, size));
-    absorb.measure(share(patches, rank, size), share(patches, rank + 1, size));
-    absorb.pack(team_.rank, team_.size);
+    absorb.pack(rank, size);
     // Again with all the others' later: the head's tokens are kept as they are.
     constexpr long kPanel = S::kVecs * S::kLanes;
-    ask(shared_.y + row * width(), image * kept_.n, head_tokens,
-        share(inner(), team_.rank, team_.size, kPanel),
-        share(inner(), team_.rank + 1, team_.size, kPanel));
+    ask(shared_.y + row * width(), image * kept_.n, head_tokens, share(inner(), rank, size, kPanel),
+        share(inner(), rank + 1, size, kPanel));
     team_.sync();
     logit_bias(image, m);
     absorb.weigh(own_.bias, own_.attention);
@@ -126,16 +123,10 @@ class Chooser : protected BlockParts<S, T> {
   }
 
   // The prefix tokens and the patches of the highest scores.
-  void select_by(const float* score) {
-    for (long i = 0; i < kept_.m - kept_.choosing->prefix; ++i)
-      own_.choice.key[i] = ordered(score[i]);
-    select();
-  }
-
-  // The prefix tokens and the patches of the highest keys.
-  void select() {
+  void select(const float* score) {
     const long prefix = kept_.choosing->prefix, patches = kept_.m - prefix;
     const OwnChoice<S, T>& own = own_.choice;
+    for (long i = 0; i < patches; ++i) own.key[i] = ordered(score[i]);
     for (long k = 0; k < prefix; ++k) own.index[k] = static_cast<std::int32_t>(k);
     part_highest(own.key, patches, kept_.n - prefix, static_cast<std::int32_t>(prefix),
                  own.index + prefix, own.pruned);

@@ -106,7 +106,7 @@ struct OwnChoice {
   float* inverse;                // [columns], 1 / norm of LN1 of patches
   float* standing;               // [columns], importance of patches, least where there is none
   std::int32_t* candidate;       // [m], patches that may be pruned
-  std::int32_t* row;             // [m], which candidate a patch is
+  std::int32_t* row;             // [m], which candidate each pruned token is
   float* open;                   // [columns]: 0 where a token may go into the patch, else -∞
   T* taken;                      // [kChoiceRows, D], LN1 of candidates
   std::int32_t *index, *pruned;  // [m]: the kept tokens, and the others
