@@ -40,6 +40,12 @@ def real() -> Path:
 
 
 @pytest.fixture
+def fresh_compiler() -> None:
+    """torch.compile as a new process has it: it compiles the same code a few times only."""
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def tiny_vit() -> torch.nn.Module:
     """A fresh ViT in eval mode: 6 blocks, width 64, 2 heads, 4 x 4 patches of 16, 10 classes.
 

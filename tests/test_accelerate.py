@@ -222,6 +222,7 @@ class TestModule:
             assert off(accelerate(dense, slim.masks)(images), slim(images)) < FLOAT32
 
     @pytest.mark.parametrize("semantics", SEMANTICS)
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_compile(self, semantics):
         model, fast = fast_pair("deit3", semantics)
         images = random_images(model, 2)

@@ -359,6 +359,7 @@ class TestTraining:
 
 class TestTracing:
     @pytest.mark.parametrize("semantics", SEMANTICS)
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_compile(self, semantics):
         model, slim = slim_pair("deit3", semantics, torch.float32)
         images = random_images(model, 2)
@@ -366,6 +367,7 @@ class TestTracing:
             compiled = torch.compile(slim, fullgraph=True, backend="aot_eager")
             assert off(compiled(images), slim(images)) < FLOAT32
 
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_inductor(self):
         model = randomise(VisionTransformer(img_size=32, **{**SMALL, "depth": 2})).eval()
         slim = apply_masks(model, Masks.from_counts([4, 3], (2, 2)))
@@ -374,6 +376,7 @@ class TestTracing:
             compiled = torch.compile(slim, fullgraph=True)
             assert off(compiled(images), slim(images)) < FLOAT32
 
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_compile_for_training(self):
         model, slim = slim_pair("deit", "zero", torch.float32)
         images = random_images(model, 2)

@@ -206,6 +206,7 @@ class TestOps:
         torch.library.opcheck(torch.ops.slimvit.dynamic_vit, arguments(packed, images, features))
 
     @pytest.mark.parametrize("plan", ["twice", "argmax"])
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_compile(self, plan):
         module = nn.Sequential(make("deit", plan), nn.Linear(7, 2))
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

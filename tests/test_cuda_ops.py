@@ -45,8 +45,8 @@ class TestOps:
 
     @devices
     @pytest.mark.parametrize("idle", [False, True])
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_compile(self, device, idle):
-        torch._dynamo.reset()  # the forward that all these cases share is compiled a few times only
         module = Embedded(idle, use(device), "cuda")
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         with torch.no_grad():

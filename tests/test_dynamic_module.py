@@ -154,6 +154,7 @@ class TestTraining:
 
 class TestTracing:
     @pytest.mark.parametrize("kind", ["absorb", "largest"])
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_compile(self, kind):
         model, slim = pair(kind, "deit_distilled", torch.float32)
         images = random_images(model, 2)
@@ -161,6 +162,7 @@ class TestTracing:
             compiled = torch.compile(slim, fullgraph=True, backend="aot_eager")
             assert off(compiled(images), slim(images)) < FLOAT32
 
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_inductor(self):
         model, slim = pair("absorb", dtype=torch.float32)
         images = random_images(model, 2)

@@ -194,6 +194,7 @@ class TestOps:
         torch.library.opcheck(torch.ops.slimvit.dynamic_block, given)
 
     @pytest.mark.parametrize("plan", PLANS)
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_compile(self, plan):
         module = nn.Sequential(make("deit", plan), nn.Linear(7, 2))
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

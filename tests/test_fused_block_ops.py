@@ -82,6 +82,7 @@ class TestOps:
             torch.library.opcheck(torch.ops.slimvit.scatter_tokens, given)
 
     @pytest.mark.parametrize("idle", [False, True])
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_compile(self, idle):
         module = Embedded(idle)
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

@@ -302,6 +302,7 @@ class TestModels:
             assert twin.plan.counts == fast.plan.counts
 
     @pytest.mark.parametrize("plan", ["alternating", "dps_alternating", "spvit"])
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_compile_and_export(self, plan):
         fast = fast_of("deit", plan)
         compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")

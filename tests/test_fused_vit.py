@@ -224,6 +224,7 @@ class TestModule:
         assert fast.forward_features(images_of("depth_1").to("meta")).shape == (2, 17, 48)
 
     @pytest.mark.parametrize(("name", "semantics"), [("clip", "zero"), ("depth_1", "idle")])
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_compile(self, name, semantics):
         fast = make(name, semantics)
         compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")

@@ -61,6 +61,7 @@ class TestOps:
         torch.library.opcheck(torch.ops.slimvit.slim_block, (strided, pack, 5), given)
 
     @pytest.mark.parametrize("semantics", SEMANTICS)
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_compile(self, semantics):
         fast = make(semantics=semantics)
         module = nn.Sequential(fast, nn.Linear(7, 2))

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ def search(
         seed=seed,
     )
     if uniform and cut is not None:
-        settings = _with(settings, counts=uniform_counts(spec, cut))
+        settings = replace(settings, counts=uniform_counts(spec, cut))
     progress = progress and rank() == 0
     first = _FirstBatch(loader)
     features = Features(
@@ -187,7 +187,7 @@ class _Session:
         passes: dict[tuple[int, ...], list[Found]] = {}
 
         def at(tolerance: float) -> Masks:
-            trial = _with(settings, tolerance=tolerance, epochs=0)
+            trial = replace(settings, tolerance=tolerance, epochs=0)
             found = self.once(f"tolerance {tolerance:.3g}", trial)
             masks = self.masks(found, trial)
             passes[masks.counts] = found
@@ -205,7 +205,7 @@ class _Session:
         best = bisect(at, reached, wanted)
         if settings.epochs == 0:
             return passes[best.counts]
-        return self.once("fine-tuning", _with(settings, counts=best.counts))
+        return self.once("fine-tuning", replace(settings, counts=best.counts))
 
     def masks(self, found: list[Found], settings: Settings) -> Masks:
         """The masks of a finished pass."""
@@ -261,7 +261,7 @@ def _identity(
     for name, value in dense.state_dict().items():
         weights.update(name.encode())
         weights.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    values = asdict(_with(settings, score=None)) | budget
+    values = asdict(replace(settings, score=None)) | budget
     values["score"] = settings.score.__name__
     named = {name: json.dumps(value) for name, value in values.items()}
     return named | {
@@ -269,10 +269,6 @@ def _identity(
         "weights": weights.hexdigest(),
         "calibration images": features.fingerprint,
     }
-
-
-def _with(settings: Settings, **changes: object) -> Settings:
-    return Settings(**{**settings.__dict__, **changes})  # type: ignore[arg-type]
 
 
 def _check_budget(
