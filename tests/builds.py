@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import shutil
 import subprocess
@@ -49,10 +50,13 @@ def build(folder: Path, module: str, **options: str) -> None:
     defines = [f"-D{name}={value}" for name, value in options.items()]
     generator = ["-G", "Ninja"] if ninja else []
     cmake = find("cmake")
-    for command in (
-        [cmake, "-S", str(ROOT), "-B", str(folder), *generator, *defines],
-        [cmake, "--build", str(folder), "--parallel", "2"],
-    ):
-        subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of tests that run side by side
+        for command in (
+            [cmake, "-S", str(ROOT), "-B", str(folder), *generator, *defines],
+            [cmake, "--build", str(folder), "--parallel", "2"],
+        ):
+            subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
