@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ STAGES = {
     "row_stats": ("row_stats", ""),
     "scatter_tokens": ("scatter_tokens", ""),
 }
-BATCHED = ("x", "stats", "residual", "index", "q", "kv", "u", "attended", "images")
+BATCHED = ("x", "stats", "residual", "index", "spread", "q", "kv", "u", "attended", "images")
 CHECKED_IMAGES = 8
 STATS_ERROR = 1e-4
 TIMES_OWN = 2.0
@@ -226,8 +227,14 @@ def _mapped(arguments: dict[str, Any], change: Callable[[Tensor], Tensor]) -> di
     return {name: one(value) for name, value in arguments.items()}
 
 
-def _norm(x: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=eps)
+def _norm(x: Tensor, eps: float, spread: Tensor | None = None) -> Tensor:
+    if spread is None:
+        return F.layer_norm(x, x.shape[-1:], eps=eps)
+    return (x - x.mean(-1, keepdim=True)) * _rstd(x, eps, spread)
+
+
+def _rstd(x: Tensor, eps: float, spread: Tensor) -> Tensor:
+    return (x.var(-1, correction=0, keepdim=True) + spread[..., None] + eps).rsqrt()
 
 
 def _taken(x: Tensor, index: Tensor | None, n: int) -> Tensor:
@@ -244,6 +251,16 @@ def _activate(x: Tensor, name: str) -> Tensor:
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
+def _mean_activation(u: Tensor, s: Tensor, name: str) -> Tensor:
+    """Of values about u whose variance is s."""
+    if name == "none":
+        return u
+    r = (1 + s).rsqrt()
+    z = u * r
+    density = torch.exp(-0.5 * z.square()) * (2 * math.pi) ** -0.5
+    return (_activate(z, name) + (1 - r.square()) * density) / r
+
+
 def _embedding(images, weight, table, order, prefix, **_) -> list[Tensor]:
     patches = F.conv2d(images, weight, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     tokens = F.pad(patches, (0, 0, prefix, 0))
@@ -257,15 +274,22 @@ def _qkv(x, weight, bias, n, inner, eps, index, **_) -> list[Tensor]:
 
 
 def _linear(
-    x, weight, bias, n, groups, stats, eps, activation, residual, index, **_
+    x, weight, bias, n, groups, stats, eps, activation, residual, index, spread, squares, **_
 ) -> list[Tensor]:
     n = x.shape[1] if n is None else n
-    x = _taken(x, index if residual is None else None, n)
-    x = x if stats is None else _norm(x, eps)
-    x = x.unflatten(2, (groups, -1)).transpose(1, 2)  # [B, groups, n, K]
-    y = x @ weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    rows = index if residual is None else None
+    x = _taken(x, rows, n)
+    spread = None if spread is None else _taken(spread[..., None], rows, n)[..., 0]
+    y = x if stats is None else _norm(x, eps, spread)
+    y = y.unflatten(2, (groups, -1)).transpose(1, 2)  # [B, groups, n, K]
+    y = y @ weight.unflatten(0, (groups, -1)).transpose(1, 2)
     y = y.transpose(1, 2).flatten(2)
-    y = _activate(y if bias is None else y + bias, activation)
+    y = y if bias is None else y + bias
+    if spread is None:
+        y = _activate(y, activation)
+    else:
+        s = spread[..., None] * _rstd(x, eps, spread).square() * squares
+        y = _mean_activation(y, s, activation)
     return [y if residual is None else y + _taken(residual, index, n)]
 
 
@@ -283,9 +307,13 @@ def _last_attention(x, u, head_dim, eps, key_bias, zero_bias, **_) -> list[Tenso
     return [(u @ y.transpose(1, 2) * head_dim**-0.5).softmax(-1) @ y]
 
 
-def _mlp(attended, x, proj, fc1, fc2, eps, activation, index, **_) -> list[Tensor]:
+def _mlp(attended, x, proj, fc1, fc2, eps, activation, index, spread, squares, **_) -> list[Tensor]:
     y = _taken(x, index, attended.shape[1]) + F.linear(attended, *proj)
-    return [y + F.linear(_activate(F.linear(_norm(y, eps), *fc1), activation), *fc2)]
+    u = F.linear(_norm(y, eps, spread), *fc1)
+    if spread is None:
+        return [y + F.linear(_activate(u, activation), *fc2)]
+    s = spread[..., None] * _rstd(y, eps, spread).square() * squares
+    return [y + F.linear(_mean_activation(u, s, activation), *fc2)]
 
 
 def _scatter(x, index, length) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
     importance_i = Σ_h mean_t softmax_j(q_t,h · k_j,h / sqrt(d) + bias_j)_i ‖v_i,h‖
     cosine_ij    = cosine of LN(x)_i and LN(x)_j
-    score_i      = importance_i · (1 - max cosine_ij)
+    score_i      = sqrt(importance_i) · (1 - max cosine_ij)
 
 over the patches j ahead of i in importance, among equals the earlier. Only so many patches of least
 importance are candidates: the score of any other token is infinite, so that it is kept.
@@ -189,7 +189,7 @@ def _absorb_scores(
         rank += tl.sum(ahead.to(tl.int32), axis=1)
     tl.store(importance + row, mine, mask=live)
     candidate = rank >= m - prefix - candidates
-    value = tl.where(candidate, mine * (1.0 - nearest), float("inf"))
+    value = tl.where(candidate, tl.sqrt(mine) * (1.0 - nearest), float("inf"))
     tl.store(score + row, value, mask=live)
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
 # Whether kernels run in Triton's interpreter, on CPU tensors: triton reads this when it decorates.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 
 # Φ(x) - 1/2 = x P(x²) within 3e-5 on |x| ≤ 4 and exactly 1/2 at 4: well under a half-precision
 # rounding of the product, at a third of the instructions of erf.
@@ -22,6 +23,9 @@ _P4: tl.constexpr = tl.constexpr(7.617470691911876e-05)
 _P5: tl.constexpr = tl.constexpr(-3.7082920698594535e-06)
 _P6: tl.constexpr = tl.constexpr(1.0438540698487486e-07)
 _P7: tl.constexpr = tl.constexpr(-1.2769983959159958e-09)
+# φ(z) = exp2(a z² + b), the density of normal values
+_DENSITY_A: tl.constexpr = tl.constexpr(-0.7213475204444817)
+_DENSITY_B: tl.constexpr = tl.constexpr(-1.3257480647361592)
 
 
 @triton.jit
@@ -51,14 +55,33 @@ def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def mean_rstd(
-    stats, rows, eps, WIDTH: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr
-):
-    """Mean and 1/std of rows from `stats` [·, PARTS, 2]: mean and squared deviations of each part.
+def fence():
+    """What follows is not loaded before: for epilogues whose rows would crowd out the registers."""
+    if not _INTERPRETED:  # Triton's interpreter has no barriers
+        tl.debug_barrier()
+
+
+@triton.jit
+def activate_spread(u, s, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """`ACTIVATION` of float32 values about u of variance s: their mean, for GELU of normal ones.
+
+    (act(z) + (1 - r²) φ(z)) / r with r = 1 / sqrt(1 + s) and z = u r: act(u) where s = 0.
+    """
+    if ACTIVATION != "none":
+        r = tl.rsqrt(1.0 + s)
+        z = u * r
+        bump = s * tl.exp2(z * z * _DENSITY_A + _DENSITY_B)  # s φ(z)
+        u = r * ((1.0 + s) * activate(z, ACTIVATION, EXACT) + bump)
+    return u
+
+
+@triton.jit
+def mean_variance(stats, rows, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr):
+    """Mean and variance of rows from `stats` [·, PARTS, 2]: mean, squared deviations of each part.
 
     Parts are equally wide. Deviations are summed about each part's own mean, so nothing cancels.
     """
-    part = tl.arange(0, PARTS_PADDED)
+    part = tl.arange(0, PADDED)
     at = stats + rows[:, None] * (2 * PARTS) + 2 * part[None, :]
     inside = (part < PARTS)[None, :]
     means = tl.load(at, mask=inside, other=0.0)
@@ -66,7 +89,16 @@ def mean_rstd(
     mean = tl.sum(means, axis=1) / PARTS
     apart = tl.where(inside, means - mean[:, None], 0.0)
     squares += (WIDTH // PARTS) * apart * apart
-    return mean, tl.rsqrt(tl.sum(squares, axis=1) / WIDTH + eps)
+    return mean, tl.sum(squares, axis=1) / WIDTH
+
+
+@triton.jit
+def mean_rstd(
+    stats, rows, eps, WIDTH: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr
+):
+    """Mean and 1/std of rows from their `stats`; `eps` is one number, or one of each row."""
+    mean, variance = mean_variance(stats, rows, WIDTH, PARTS, PARTS_PADDED)
+    return mean, tl.rsqrt(variance + eps)
 
 
 @triton.jit

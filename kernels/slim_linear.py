@@ -4,6 +4,9 @@
 
 The norm never touches x: the product takes x as it is, and the epilogue puts mean and rstd right,
 since (x - mean) W'ᵀ = x W'ᵀ - mean · (row sums of W'). In float32 x is normalised as it is loaded.
+
+Of a token that stands for several, the norm's variance is increased by their spread, and act is its
+mean over them: in column j their deviations have the variance spread · rstd² · Σ_c W'_jc².
 """
 
 from __future__ import annotations
@@ -13,7 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import activate, architecture, mean_rstd, part_width, power_of_two, store_stats
+from .common import (
+    activate,
+    activate_spread,
+    architecture,
+    fence,
+    mean_rstd,
+    part_width,
+    power_of_two,
+    store_stats,
+)
 from .configs import Config, lookup
 
 
@@ -42,12 +54,15 @@ def _slim_linear(
     x_group,
     out_group,
     eps,
+    spread,
+    squares,
     K: tl.constexpr,
     X_PARTS: tl.constexpr,
     X_PARTS_PADDED: tl.constexpr,
     OUT_PARTS: tl.constexpr,
     PART: tl.constexpr,
     NORM: tl.constexpr,
+    SPREAD: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -112,7 +127,11 @@ def _slim_linear(
     k = tl.arange(0, BLOCK_K)
     x_at = x + group * x_group + x_row.to(tl.int64)[:, None] * x_stride + k[None, :]
     w_at = weight + group * columns * K + column[None, :] * K + k[:, None]
-    if NORM:
+    if SPREAD:
+        apart = tl.load(spread + x_row)
+        mean, rstd = mean_rstd(stats, x_row, eps + apart, K, X_PARTS, X_PARTS_PADDED)
+        apart *= rstd * rstd
+    elif NORM:
         mean, rstd = mean_rstd(stats, x_row, eps, K, X_PARTS, X_PARTS_PADDED)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -131,7 +150,12 @@ def _slim_linear(
         acc = (acc - mean[:, None] * sums[None, :]) * rstd[:, None]
     if BIAS:
         acc += tl.load(bias + group * columns + column)[None, :]
-    acc = activate(acc, ACTIVATION, exact)
+    if SPREAD:
+        fence()
+        s = apart[:, None] * tl.load(squares + column)[None, :]
+        acc = activate_spread(acc, s, ACTIVATION, exact)
+    else:
+        acc = activate(acc, ACTIVATION, exact)
     out_row = image * out_rows + place
     if TAIL:
         out_row = row
@@ -188,7 +212,7 @@ def slim_qkv(
         (tiles, 1),
         config,
         *(x, stats, weight, row_sums, bias, None, index, q, kv, None),
-        *(batch, n, m, m, 0, n, inner, 2 * inner, width, inner, 0, 0, eps),
+        *(batch, n, m, m, 0, n, inner, 2 * inner, width, inner, 0, 0, eps, None, None),
         K=width,
         X_PARTS=stats.shape[2],
         NORM=True,
@@ -213,6 +237,8 @@ def slim_linear(
     activation: str = "none",
     residual: Tensor | None = None,
     index: Tensor | None = None,
+    spread: Tensor | None = None,
+    squares: Tensor | None = None,
     out: Tensor | None = None,
     emit: bool = False,
     precision: str = "ieee",
@@ -234,6 +260,9 @@ def slim_linear(
         activation: "none", "gelu", "gelu_tanh" or "quick_gelu".
         residual: [B, rows', N], added after the activation: its first rows, or those at `index`.
         index: which rows of `residual` (where there is one, else of `x`) to take, [B, n], int64.
+        spread: of the tokens that each row of `x` stands for, [B, rows], float32, which `stats` do
+            not include; where there is a norm, and with `squares`.
+        squares: sums of the squares of the rows of `weight`, [N], float32.
         out: where to write the first n rows of each image, [B, ≥ n, groups·N], contiguous; not
             `residual` unless its rows are its first.
         emit: give the statistics of the result as well; N must be a multiple of 16.
@@ -260,7 +289,7 @@ def slim_linear(
         config,
         *(x, stats, weight, row_sums, bias, residual, index, out, None, out_stats),
         *(batch, n, n, x_rows, 0 if residual is None else residual.shape[1], out.shape[1]),
-        *(columns, 0, x_stride, groups * columns, inputs, columns, eps),
+        *(columns, 0, x_stride, groups * columns, inputs, columns, eps, spread, squares),
         K=inputs,
         X_PARTS=1 if stats is None else stats.shape[2],
         OUT_PARTS=1 if out_stats is None else out_stats.shape[2],
@@ -291,6 +320,7 @@ def _launch(grid: tuple[int, int], config: Config, *arguments: object, **flags: 
         *arguments,
         **flags,
         X_PARTS_PADDED=power_of_two(flags["X_PARTS"]),
+        SPREAD=arguments[-1] is not None,
         BIAS=bias is not None,
         RESIDUAL=residual is not None,
         EVEN=columns % config.block_n == 0 and tail_columns % config.block_n == 0,

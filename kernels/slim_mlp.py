@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import activate, architecture, part_width, store_stats
+from .common import activate, activate_spread, architecture, part_width, store_stats
 from .configs import Config, lookup
 
 WIDEST = 256
@@ -36,6 +36,8 @@ def _slim_mlp(
     proj_bias,
     x,
     index,
+    spread,
+    squares,
     fc1_weight,
     fc1_bias,
     fc2_weight,
@@ -53,6 +55,7 @@ def _slim_mlp(
     RIGHT: tl.constexpr,
     PART: tl.constexpr,
     GATHER: tl.constexpr,
+    SPREAD: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -97,7 +100,13 @@ def _slim_mlp(
     if RIGHT > 0:
         y_r = acc_r - mean[:, None]
         square += tl.sum(y_r * y_r, axis=1)
-    rstd = tl.rsqrt(square / D + eps)
+    variance = square / D
+    if SPREAD:
+        apart = tl.load(spread + row)
+        variance += apart
+    rstd = tl.rsqrt(variance + eps)
+    if SPREAD:
+        apart *= rstd * rstd
     y_l = (y_l * rstd[:, None]).to(dtype)
     acc_l += tl.load(fc2_bias + left)[None, :]
     if RIGHT > 0:
@@ -111,7 +120,13 @@ def _slim_mlp(
         h = tl.dot(y_l, tl.load(w_at + left[:, None]), input_precision=PRECISION)
         if RIGHT > 0:
             h = tl.dot(y_r, tl.load(w_at + right[:, None]), h, input_precision=PRECISION)
-        h = activate(h + tl.load(fc1_bias + hidden)[None, :], ACTIVATION, exact).to(dtype)
+        h += tl.load(fc1_bias + hidden)[None, :]
+        if SPREAD:
+            s = apart[:, None] * tl.load(squares + hidden)[None, :]
+            h = activate_spread(h, s, ACTIVATION, exact)
+        else:
+            h = activate(h, ACTIVATION, exact)
+        h = h.to(dtype)
         w_at = fc2_weight + hidden[:, None]
         acc_l = tl.dot(h, tl.load(w_at + left[None, :] * HIDDEN), acc_l, input_precision=PRECISION)
         if RIGHT > 0:
@@ -139,6 +154,8 @@ def slim_mlp(
     eps: float,
     activation: str,
     index: Tensor | None = None,
+    spread: Tensor | None = None,
+    squares: Tensor | None = None,
     out: Tensor | None = None,
     precision: str = "ieee",
     config: Config | None = None,
@@ -155,6 +172,9 @@ def slim_mlp(
         eps: of the norm.
         activation: "gelu", "gelu_tanh" or "quick_gelu".
         index: places of the kept tokens in `x`, [B, n], int64; None for the first n.
+        spread: of the tokens that each kept one stands for, [B, n], float32: the norm and the
+            activation are as `slim_linear` says; with `squares`.
+        squares: sums of the squares of the rows of fc1's weight, [hidden], float32.
         out: where to write the first n rows of each image, [B, ≥ n, D], contiguous.
         precision: of float32 products, "ieee" or "tf32".
         config: instead of the table's.
@@ -170,7 +190,7 @@ def slim_mlp(
     out_stats = x.new_empty(batch, out.shape[1], parts, 2, dtype=torch.float32)
     config = config or lookup("mlp", architecture(x.device), x.element_size(), width, batch * n)
     _slim_mlp[(triton.cdiv(batch * n, config.block_m),)](
-        *(attended, *proj, x, index, *fc1, *fc2, out, out_stats),
+        *(attended, *proj, x, index, spread, squares, *fc1, *fc2, out, out_stats),
         *(batch, n, x.shape[1], out.shape[1], eps),
         INNER=inner,
         HIDDEN=hidden,
@@ -178,6 +198,7 @@ def slim_mlp(
         RIGHT=right,
         PART=part_width(width),
         GATHER=index is not None,
+        SPREAD=spread is not None,
         ACTIVATION=activation,
         PRECISION=precision,
         BLOCK_M=config.block_m,

@@ -130,8 +130,12 @@ def launch_choice(dtype: torch.dtype, batch: int, m: int, n: int, width: int, he
         importance, score, cosine = kernels.absorb_scores(
             x, stats, q, kv, heads, tokens, m - tokens, norm, norm, eps=1e-6, key_bias=size
         )
-        index, into, gain = kernels.absorb_select(score, cosine, n, tokens, size=size)
-        kernels.absorb_merge(x, importance, index, into, gain)
+        index, into = kernels.absorb_select(score, cosine, n, tokens)
+        merged, *_, spread = kernels.absorb_merge(
+            x, stats, importance, index, into, size=size, spread=size
+        )
+        up, down = matrix(dtype, 4 * width, width), matrix(dtype, width, 4 * width)
+        second_half(merged, merged, matrix(dtype, width, width), up, down, spread)
     kernels.top_tokens(score, n, 1)
     channels = max(1, round(width / 64)) * 16
     hidden = empty(dtype, batch, m, channels)
@@ -156,15 +160,14 @@ def launch_selector(dtype: torch.dtype, batch: int, m: int, n: int, width: int, 
     kernels.package_tokens(x, index, share, 1)
 
 
-def second_half(a: Any, x: Any, proj: Any, up: Any, down: Any) -> None:
-    eps = {"eps": 1e-6}
+def second_half(a: Any, x: Any, proj: Any, up: Any, down: Any, spread: Any = None) -> None:
+    squares = None if spread is None else up[1]
+    act = {"eps": 1e-6, "activation": "gelu", "spread": spread, "squares": squares}
     if kernels.halves(x.shape[2]):
-        kernels.slim_mlp(a, x, proj, up, down, **eps, activation="gelu")
+        kernels.slim_mlp(a, x, proj, up, down, **act)
         return
     y, stats = kernels.slim_linear(a, *proj, stage="proj", residual=x, emit=True)
-    h, _ = kernels.slim_linear(
-        y, *up, stage="fc1", stats=stats, row_sums=up[1], **eps, activation="gelu"
-    )
+    h, _ = kernels.slim_linear(y, *up, stage="fc1", stats=stats, row_sums=up[1], **act)
     kernels.slim_linear(h, *down, stage="fc2", residual=y, emit=True)
 
 

@@ -3,6 +3,7 @@
 They run compiled where there is a CUDA GPU, and else in Triton's interpreter, on CPU tensors.
 """
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -61,15 +62,41 @@ def rows_of(x: Tensor, keep: int | Tensor) -> Tensor:
     return x[:, :keep]
 
 
-def normalise(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+def normalise(x: Tensor, spread: Tensor | None = None) -> Tensor:
+    """Without weights; with a spread [B, m], which increases the variance."""
+    if spread is None:
+        return F.layer_norm(x, x.shape[-1:], eps=EPS)
+    apart = x - x.mean(-1, keepdim=True)
+    return apart * (variance(x) + spread + EPS).rsqrt()[..., None]
 
 
-def stats_of(x: Tensor) -> Tensor:
-    """What kernels know of rows, [B, m, parts, 2]: mean and squared deviations of each part."""
+def variance(x: Tensor) -> Tensor:
+    return x.var(-1, correction=0)
+
+
+def hidden_of(x: Tensor, act: str, fc1: Tensor, bias: Tensor, spread: Tensor | None) -> Tensor:
+    """act(LN(x) Wᵀ + b) of tokens [B, m, D] that stand for several: its mean over them."""
+    u = F.linear(normalise(x, spread), fc1, bias)
+    if spread is None or act == "none":
+        return ACTIVATE[act](u)
+    share = spread / (variance(x) + spread + EPS)
+    s = share[..., None] * fc1.square().sum(1)
+    r = (1 + s).rsqrt()
+    z = u * r
+    density = (-z * z / 2).exp() / math.sqrt(2 * math.pi)
+    return (ACTIVATE[act](z) + s * r * r * density) / r
+
+
+def stats_of(x: Tensor, spread: Tensor | None = None) -> Tensor:
+    """What kernels know of rows, [B, m, parts, 2]: mean and squared deviations of each part.
+
+    The first part's include width times the spread [B, m].
+    """
     parts = x.double().unflatten(-1, (-1, min(64, x.shape[-1] & -x.shape[-1])))
     mean = parts.mean(-1, keepdim=True)
     squares = (parts - mean).square().sum(-1)
+    if spread is not None:
+        squares[..., 0] += x.shape[-1] * spread
     return torch.stack([mean.squeeze(-1), squares], -1).float()
 
 
@@ -91,9 +118,9 @@ def check(got: Tensor, formula: Callable[..., Tensor], *inputs: Tensor | None) -
     assert distance(got, wanted) <= max(2 * torchs, FLOOR[got.dtype])
 
 
-def check_stats(stats: Tensor, x: Tensor) -> None:
-    """Whether `stats` are those of `x`, but for float32's rounding."""
-    wanted = stats_of(x)
+def check_stats(stats: Tensor, x: Tensor, spread: Tensor | None = None) -> None:
+    """Whether `stats` are those of `x`, with its spread, but for float32's rounding."""
+    wanted = stats_of(x, spread)
     assert stats.shape == wanted.shape
     assert stats.dtype == torch.float32
     scale = x.double().abs().max().item()

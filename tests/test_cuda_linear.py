@@ -1,15 +1,20 @@
 """The CUDA linear layers, statistics, embedding and scatter, emulated, against float64."""
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cuda_checks import all_devices, devices, kernels, use
-from kernel_checks import EPS, Random, check_stats
+from emulated import A100
+from kernel_checks import ACTIVATE, EPS, Random, check_stats, stats_of
 from test_kernels_linear import LINEAR, QKV, Linear, Qkv, check_linear, check_qkv, name_of
 from test_kernels_mlp import EMBEDDINGS, check_embedding
+from torch import Tensor
 
 from slimvit import ops
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda", "poison_empty")
+HALF = A100._replace(dtype=torch.float16)
 # Tiles have 32 rows or, for more than 2,048 rows, 128, and 64 columns of 64 inputs.
 MORE_QKV = [
     Qkv(1, 33, 31, 192, 192, index=True),
@@ -47,6 +52,74 @@ def test_qkv_in_other_tiles(device, case):
 @pytest.mark.parametrize("case", MORE_LINEAR, ids=name_of)
 def test_linear_in_other_tiles(device, case):
     check_linear(kernels, Random(case.rows), use(device), case)
+
+
+class TestSpread:
+    """Rows that stand for several tokens, whose spread the norm and the activation mind."""
+
+    @all_devices
+    @pytest.mark.parametrize("activation", ACTIVATE)
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Linear(1, None, 8, 8, batch=1),
+            Linear(63, 40, 136, 72, offset=8.0, index=True),
+            Linear(129, None, 40, 64, batch=16),  # more than 2,048 rows
+        ],
+        ids=name_of,
+    )
+    def test_errs_no_more_than_torch(self, device, case, activation):
+        case = case._replace(norm=True, spread=1.0, activation=activation)
+        check_linear(kernels, Random(case.rows), use(device), case)
+
+    @staticmethod
+    def inputs(dtype: torch.dtype, batch: int = 3) -> tuple[Tensor, ...]:
+        """x, weight, bias, and spreads of all orders, some of them none."""
+        random = Random()
+        x, spread = random(batch, 7, 64, dtype=dtype), random(batch, 7).square() ** 2 + 0.1
+        spread[:, ::3] = 0
+        return x, 2 * random.weight(72, 64, dtype), random(72), spread
+
+    @staticmethod
+    def call(x: Tensor, weight: Tensor, bias: Tensor, spread: Tensor | None, act: str) -> Tensor:
+        sums, squares = weight.float().sum(1), weight.float().square().sum(1)
+        given = {"stats": stats_of(x), "row_sums": sums, "eps": EPS, "activation": act}
+        if spread is not None:
+            given |= {"spread": spread, "squares": squares}
+        return kernels.slim_linear(x, weight, bias, **given)[0]
+
+    @devices
+    @pytest.mark.parametrize("activation", ACTIVATE)
+    @pytest.mark.parametrize("batch", [3, 300])
+    def test_none_is_as_without(self, device, batch, activation):
+        *given, spread = self.inputs(use(device), batch)
+        wanted = self.call(*given, None, activation)
+        assert torch.equal(self.call(*given, torch.zeros_like(spread), activation), wanted)
+        got = self.call(*given, spread, activation)
+        assert torch.equal(got[:, ::3], wanted[:, ::3])
+        assert not (got == wanted).all(2)[:, 1::3].any()
+
+    def test_gelu_is_its_mean_over_normal_tokens(self):
+        """Over u + sqrt(s) g, in float64 by quadrature."""
+        x, weight, bias, spread = self.inputs(use(HALF))
+        got = self.call(x, weight, bias, spread, "gelu")
+        exact, more = x.double(), spread.double()[..., None]
+        rstd = (exact.var(-1, correction=0, keepdim=True) + more + EPS).rsqrt()
+        u = (exact - exact.mean(-1, keepdim=True)) * rstd @ weight.double().T + bias.double()
+        s = more * rstd.square() * weight.double().square().sum(1)
+        assert s.max() > 2
+        points, shares = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(60))
+        wanted = F.gelu(u[..., None] + s.sqrt()[..., None] * points) @ (shares / shares.sum())
+        torch.testing.assert_close(got.double(), wanted, rtol=2e-3, atol=2e-3)
+
+    @devices
+    def test_nan_stays_in_its_rows(self, device):
+        *given, spread = self.inputs(use(device))
+        wanted = self.call(*given, spread, "gelu")
+        spread[1] = torch.nan
+        got = self.call(*given, spread, "gelu")
+        assert got[1].isnan().all()
+        assert torch.equal(got[::2], wanted[::2])
 
 
 @devices

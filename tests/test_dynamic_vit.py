@@ -188,9 +188,9 @@ class TestOps:
     @pytest.mark.parametrize("sizes", [False, True])
     def test_opcheck_of_a_block(self, sizes):
         packed = make("deit", "absorb").packed
-        size = 1 + torch.rand(3, 17) if sizes else None
+        of = tuple(1 + torch.rand(2, 3, 17)) if sizes else (None, None)
         _, _, pack, _, _, _, chooser, _ = packed.parts()
-        given = (torch.randn(17, 3, 48), pack, chooser, 5, 1, size)
+        given = (torch.randn(17, 3, 48), pack, chooser, 5, 1, *of)
         torch.library.opcheck(torch.ops.slimvit.dynamic_block, given)
 
     @pytest.mark.parametrize("plan", PLANS)

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 from fused_blocks import Case, inputs, make, make_parts
-from kernel_checks import DTYPES, FLOOR, check, check_stats, distance
+from kernel_checks import DEVICE, DTYPES, FLOOR, Random, check, check_stats, distance, kernels
 from torch import Tensor, nn
 
-from slimvit.ops import BlockParts, slim_block, zero_key
+from slimvit.ops import Alive, BlockParts, Choice, dynamic_block, slim_block, zero_key
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # 112 and 288 are widths of which no program holds whole rows: projection, fc1 and fc2 are apart.
@@ -34,16 +34,32 @@ CASES = [
 ]
 
 
+# Of tokens that stand for several.
+SEVERAL = [
+    Case(1, 1, 1),
+    Case(17, 5, 3, index=True, act="quick_gelu"),
+    Case(37, 21, 1, width=112, act="gelu_tanh"),
+    Case(19, 19, 2, width=112, biases=False, norm_bias=False),
+    Case(63, 40, 1, width=192, heads=1, head_dim=64, hidden=192, index=True),
+    Case(17, 1, 3, index=True, last=True),
+    Case(37, 2, 1, width=112, heads=2, head_dim=80, last=True, act="gelu_tanh"),
+]
+
+
+def of_dtype(parts: BlockParts, dtype: torch.dtype) -> BlockParts:
+    modules = {
+        name: copy.deepcopy(part).to(dtype)
+        for name, part in parts._asdict().items()
+        if isinstance(part, nn.Module)
+    }
+    return parts._replace(**modules)
+
+
 def reference(
     case: Case, parts: BlockParts, keep: int | Tensor, x: Tensor, key_bias: Tensor | None
 ) -> Tensor:
     """Of slim_block, in the dtype of `x`."""
-    modules = {
-        name: copy.deepcopy(part).to(x.dtype)
-        for name, part in parts._asdict().items()
-        if isinstance(part, nn.Module)
-    }
-    parts = parts._replace(**modules)
+    parts = of_dtype(parts, x.dtype)
     extra = zero_key(parts, case.zero_rows) if case.zero_rows else None
     y = slim_block(x.transpose(0, 1), parts, keep, key_bias=key_bias, extra_key=extra)
     y = y.transpose(0, 1)
@@ -62,6 +78,56 @@ def test_errs_no_more_than_torch(poison_empty, dtype, case):
     check(got, lambda *given: reference(case, parts, keep, *given), x, key_bias)
     check_stats(stats, got)
     assert bool(block.keys.numel()) == case.last
+
+
+def several(case: Case) -> tuple[Tensor, Tensor]:
+    """Sizes and spreads of tokens of which every third stands for itself."""
+    random, shape = Random(case.m + 1), (case.batch, case.m)
+    size, spread = 2 + (3 * random(*shape).abs()).round(), random(*shape).square()
+    size[:, 1::3], spread[:, 1::3] = 1, 0
+    return size, spread
+
+
+def check_several(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Of any back end, against `dynamic_block`."""
+    block, parts = make(case, dtype, backend=backend), make_parts(case, dtype)
+    (x, keep, _), (size, spread) = inputs(case, dtype), several(case)
+
+    def formula(x: Tensor) -> Tensor:
+        place = torch.arange(case.m, device=x.device).expand(case.batch, -1)
+        alive = Alive(x.transpose(0, 1), place, size, spread=spread)
+        prefix = 0 if case.index else case.n
+        kept = dynamic_block(
+            alive, of_dtype(parts, x.dtype), case.n, lambda view, n: Choice(keep), prefix=prefix
+        )
+        return kept.x.transpose(0, 1)
+
+    got, stats = block(x, keep, key_bias=size.log(), spread=spread)
+    check(got, formula, x)
+    check_stats(stats, got, spread.gather(1, keep) if case.index else spread[:, : case.n])
+
+
+@dtypes
+@pytest.mark.parametrize("case", SEVERAL, ids=str)
+def test_of_tokens_that_stand_for_several(poison_empty, dtype, case):
+    check_several(case, dtype, "triton")
+
+
+@dtypes
+@pytest.mark.parametrize("width", [48, 112])
+def test_the_spread_is_in_the_statistics_given(dtype, width):
+    case = Case(17, 9, width=width)
+    block, (x, _, _), (_, spread) = make(case, dtype), inputs(case, dtype), several(case)
+    wanted, wanted_stats = block(x, 9, spread=spread)
+    stats = kernels.row_stats(x)
+    stats[:, :, 0, 1] += width * spread
+    got, got_stats = block(x, 9, stats, spread=spread)
+    assert torch.equal(got, wanted)
+    assert torch.equal(got_stats, wanted_stats)
+    none, _ = block(x, 9, spread=torch.zeros(2, 17, device=DEVICE))
+    without, _ = block(x, 9)
+    assert distance(none, without.double()) <= FLOOR[dtype]
+    assert distance(got, without.double()) > 0.01
 
 
 @dtypes

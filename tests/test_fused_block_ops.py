@@ -67,6 +67,8 @@ class TestOps:
     @pytest.mark.parametrize("strided", [False, True])
     def test_opcheck_of_a_block(self, case, strided):
         given = arguments(case)
+        if case.last:
+            given["spread"] = Random()(2, 5).abs()
         if strided:
             given["x"] = given["x"].mT.contiguous().mT
         torch.library.opcheck(torch.ops.slimvit.fused_block, (), given)
@@ -146,6 +148,15 @@ class TestRefused:
         self.refuses(rule + r"\[\], float32", key_bias=Random()())
         self.refuses(rule + r"\[7\], int64", key_bias=Random()(7).long())
 
+    def test_spread(self):
+        rule = rf"spread must be \[B, m\] = \[2, 7\], float32, on {DEVICE}.*, got "
+        self.refuses(rule + r"\[2, 3\], float32", spread=Random()(2, 3))
+        self.refuses(rule + r"\[7\], float32", spread=Random()(7))
+        self.refuses(rule + r"\[2, 7\], float16", spread=Random()(2, 7, dtype=torch.half))
+        spread = torch.zeros(2, 7, device=DEVICE)
+        message = "idle tokens stand for themselves, without spread"
+        self.refuses(message, spread=spread, idle=True)
+
     def test_activation(self):
         known = "activation must be one of none, gelu, gelu_tanh, quick_gelu, got relu$"
         self.refuses(known, activation="relu")
@@ -173,6 +184,7 @@ class TestRefused:
         self.refuses(r"stats must be .* on cuda:0, got .*, on cpu", stats=torch.zeros(2, 7, 3, 2))
         self.refuses(r"index .* on cuda:0, got .*, on cpu", index=torch.zeros(2, 3).long())
         self.refuses(r"key_bias .* on cuda:0, got .*, on cpu", key_bias=torch.zeros(7))
+        self.refuses(r"spread .* on cuda:0, got .*, on cpu", spread=torch.zeros(2, 7))
 
     def test_images(self):
         random = Random()

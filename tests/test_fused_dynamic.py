@@ -35,8 +35,11 @@ blocks = pytest.mark.parametrize(("case", "prefix", "tokens", "sized"), BLOCKS, 
 def alive_of(case: Case, sized: bool, seed: int, dtype: torch.dtype) -> Alive:
     random = Random(seed)
     x = random(case.m, case.batch, case.width, dtype=dtype)
-    size = 1 + (3 * random(case.batch, case.m).abs()).round() if sized else None
-    return Alive(x, torch.arange(case.m, device=DEVICE).expand(case.batch, -1), size)
+    place = torch.arange(case.m, device=DEVICE).expand(case.batch, -1)
+    if not sized:
+        return Alive(x, place)
+    size = 1 + (3 * random(case.batch, case.m).abs()).round()
+    return Alive(x, place, size, spread=(size > 1) * 0.5 * random(case.batch, case.m).square())
 
 
 def reference(case: Case, alive: Alive, prefix: int, tokens: int, dtype: torch.dtype) -> Alive:
@@ -77,7 +80,7 @@ def arguments(case: Case, alive: Alive, prefix: int, tokens: int) -> dict[str, o
     return {
         "x": alive.x.transpose(0, 1),
         "stats": None,
-        "sizes": [] if alive.size is None else [alive.size, alive.size.log()],
+        "sizes": [] if alive.size is None else [alive.size, alive.size.log(), alive.spread],
         "weights": [*block.buffers()],
         "norm": [parts.norm1.weight.detach(), bias.detach()],
         "n": case.n,
@@ -99,7 +102,7 @@ class TestAbsorbBlock:
     @blocks
     def test_errs_no_more_than_torch(self, dtype, case, prefix, tokens, sized):
         alive = steady(case, prefix, tokens, sized, dtype)
-        out, stats, size, bias, index = absorb(case, alive, prefix, tokens)
+        out, stats, size, bias, spread, index = absorb(case, alive, prefix, tokens)
         wanted, own = (reference(case, alive, prefix, tokens, k) for k in (torch.float64, dtype))
         assert torch.equal(index, wanted.place)
         assert torch.equal(own.place, wanted.place)
@@ -107,24 +110,28 @@ class TestAbsorbBlock:
         torchs = distance(own.x.transpose(0, 1), exact)
         assert distance(out, exact) <= max(2 * torchs, FLOOR[dtype])
         assert out.dtype == dtype
-        check_stats(stats, out)
-        sizes = distance(own.size, wanted.size.double())
-        assert distance(size, wanted.size.double()) <= max(2 * sizes, FLOOR[dtype])
+        check_stats(stats, out, spread)
+        assert torch.equal(size, wanted.size)
         torch.testing.assert_close(bias, size.log(), rtol=1e-6, atol=1e-7)
+        spreads = distance(own.spread, wanted.spread.double())
+        assert distance(spread, wanted.spread.double()) <= max(2 * spreads, 4 * FLOOR[dtype])
 
     def test_statistics_may_be_given(self):
         case, alive = Case(17, 9, 2), alive_of(Case(17, 9, 2), True, 0, torch.float32)
         wanted = absorb(case, alive, 1, 1)
-        x = alive.x.transpose(0, 1)
-        got = absorb(case, alive, 1, 1, x=x.contiguous(), stats=kernels.row_stats(x.contiguous()))
+        x = alive.x.transpose(0, 1).contiguous()
+        stats = kernels.row_stats(x)
+        stats[:, :, 0, 1] += 48 * alive.spread
+        got = absorb(case, alive, 1, 1, x=x, stats=stats)
         assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
 
     def test_no_images(self):
         case = Case(17, 9, 0)
-        out, stats, size, bias, index = absorb(case, alive_of(case, True, 0, torch.float32), 1, 1)
+        alive = alive_of(case, True, 0, torch.float32)
+        out, stats, size, bias, spread, index = absorb(case, alive, 1, 1)
         assert out.shape == (0, 9, 48)
         assert stats.shape == (0, 9, 3, 2)
-        assert size.shape == bias.shape == index.shape == (0, 9)
+        assert size.shape == bias.shape == spread.shape == index.shape == (0, 9)
         assert index.dtype == torch.int64
 
     @pytest.mark.parametrize("sized", [False, True])
@@ -136,15 +143,16 @@ class TestAbsorbBlock:
     def test_refusals(self):
         case = Case(17, 9, 2)
         alive = alive_of(case, True, 0, torch.float32)
-        sizes = [alive.size, alive.size.log()]
-        rule = r"size must be \[B, m\] = \[2, 17\], float32, contiguous, got "
+        sizes = [alive.size, alive.size.log(), alive.spread]
+        rule = r"sizes must be \[B, m\] = \[2, 17\], float32, contiguous, got "
         wrong = [
             ({"n": 17}, "n must be more than the 1 prefix tokens and less than m = 17, got 17"),
             ({"n": 1}, "n must be more than the 1 prefix tokens and less than m = 17, got 1"),
             ({"prefix": 9}, "n must be more than the 9 prefix tokens and less than m = 17, got 9"),
-            ({"sizes": [sizes[0].double(), sizes[1]]}, rule + r"\[2, 17\], float64"),
-            ({"sizes": [sizes[0][:, :5], sizes[1]]}, rule + r"\[2, 5\], float32"),
-            ({"sizes": sizes[:1]}, "sizes must be the sizes and their logs, or nothing, got 1"),
+            ({"sizes": [sizes[0].double(), *sizes[1:]]}, rule + r"\[2, 17\], float64"),
+            ({"sizes": [sizes[0][:, :5], *sizes[1:]]}, rule + r"\[2, 5\], float32"),
+            ({"sizes": [*sizes[:2], sizes[2].half()]}, rule + r"\[2, 17\], float16"),
+            ({"sizes": sizes[:2]}, "sizes must be the sizes, their logs and the spreads, or nothi"),
             ({"head_tokens": 3}, r"head_tokens must be 1 or 2, got 3"),
             ({"x": alive.x.double()}, r"x must be \[B, m, D\] with D = 48, float32"),
             ({"backend": "tpu"}, "back end must be one of triton, cuda, got 'tpu'"),

@@ -1,12 +1,23 @@
 """Triton's choice of tokens: importances, scores, the highest of them, and what absorbs what."""
 
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import DEVICE, DTYPES, EPS, FLOOR, Random, check_stats, distance, kernels
+from kernel_checks import (
+    DEVICE,
+    DTYPES,
+    EPS,
+    FLOOR,
+    Random,
+    check_stats,
+    distance,
+    kernels,
+    stats_of,
+)
 from torch import Tensor
 
 from slimvit.kernels import Config
@@ -103,7 +114,7 @@ def check_scored(case: Case, given: tuple[Tensor, ...], got: tuple[Tensor, ...])
     candidate = ahead.sum(2) >= case.m - case.prefix - case.some
     assert candidate[:, case.prefix :].sum(1).eq(case.some).all()
     assert (score[~candidate] == math.inf).all()
-    found = [i * (1 - c.masked_fill(~ahead, -1).amax(2)) for i, c in ((exact, alike), own)]
+    found = [i.sqrt() * (1 - c.masked_fill(~ahead, -1).amax(2)) for i, c in ((exact, alike), own)]
     assert near(score, *found, candidate)
 
 
@@ -144,14 +155,14 @@ class TestScores:
             tensor[:, 9:] = tensor[:, 8:9]
         importance, score, _ = scored(case, x, q, kv, *rest)
         assert (importance[:, 9:] == importance[:, 8:9]).all()
-        assert (score[:, 9:] < 1e-3 * importance[:, 9:]).all()
-        assert (score[:, 8] > 1e-2 * importance[:, 8]).all()
+        assert (score[:, 9:] < 1e-3 * importance[:, 9:].sqrt()).all()
+        assert (score[:, 8] > 1e-2 * importance[:, 8].sqrt()).all()
         x[:, 3] = 2 * x[:, 8]  # the same after the norm, but for eps
         kv[:, 3] = kv[:, 8]
         kv[:, 3, 64:] *= 4
         importance, score, _ = scored(case, x, q, kv, *rest)
         assert (importance[:, 3] > importance[:, 8]).all()
-        assert (score[:, 8:] < 1e-3 * importance[:, 8:]).all()
+        assert (score[:, 8:] < 1e-3 * importance[:, 8:].sqrt()).all()
 
     @dtypes
     def test_nan_stays_in_its_image(self, dtype):
@@ -257,16 +268,11 @@ def check_select(select, kind, batch, m, n, prefix):
     if kind == "nan":
         cosine[:, :, ::4] = math.nan
         cosine[:, 1] = math.nan
-    size = None if kind == "nan" else 1 + random(batch, m).abs()
-    index, into, gain = select(scores, cosine, n, prefix, size=size)
+    index, into = select(scores, cosine, n, prefix)
     kept = chosen(scores, n, prefix)
-    assert (index.dtype, into.dtype, gain.dtype) == (torch.int64, torch.int32, torch.float32)
+    assert (index.dtype, into.dtype) == (torch.int64, torch.int32)
     assert index.tolist() == kept
     assert into.tolist() == received(cosine, kept, prefix)
-    greatest = cosine.gather(2, index.gather(1, into.long())[..., None])[..., 0]
-    wanted = greatest.nan_to_num(0).clamp(min=0).sqrt().scatter(1, index, 1.0)
-    wanted = wanted if size is None else wanted * size
-    torch.testing.assert_close(gain, wanted, rtol=1e-6, atol=0)
 
 
 MERGED = [
@@ -280,6 +286,13 @@ MERGED = [
 ]
 
 
+class Several(NamedTuple):
+    """What tokens stand for: their sizes and spreads, [B, m] each; None where for themselves."""
+
+    size: Tensor | None = None
+    spread: Tensor | None = None
+
+
 def merging(batch: int, m: int, n: int, width: int, prefix: int, dtype: torch.dtype) -> tuple:
     """x, importances, which are kept, and where the others go, nowhere twice in three."""
     random = Random(m)
@@ -288,69 +301,169 @@ def merging(batch: int, m: int, n: int, width: int, prefix: int, dtype: torch.dt
     index = torch.cat([first, index], 1)
     into = random.index(batch, m, 3 * m) % n // 3 * 3
     into = into.clamp(min=prefix).scatter(1, index, torch.arange(n, device=DEVICE).expand(batch, n))
-    gain, importance = random(batch, m).abs() + 0.5, random(batch, m).abs()
+    importance = random(batch, m).abs()
     importance[:, ::4] = 0
     x = random(batch, m, width, dtype=dtype)
-    return x, importance, index, into.int(), gain
+    x[:, 1::2] = (x[:, 1::2] + 4).to(dtype)  # their means count for nothing in the variances
+    return x, importance, index, into.int()
 
 
-def merged(x: Tensor, importance: Tensor, index: Tensor, into: Tensor, gain: Tensor) -> Alive:
+def several(batch: int, m: int) -> Several:
+    """Every third token stands for itself alone."""
+    random = Random(m + 1)
+    size, spread = 1 + (3 * random(batch, m).abs()).round(), random(batch, m).square()
+    size[:, ::3], spread[:, ::3] = 1, 0
+    return Several(size, spread)
+
+
+def merge(
+    x: Tensor,
+    importance: Tensor,
+    index: Tensor,
+    into: Tensor,
+    of: Several,
+    kernels: ModuleType = kernels,
+) -> tuple[Tensor, ...]:
+    stats = stats_of(x, of.spread)
+    return kernels.absorb_merge(x, stats, importance, index, into, **of._asdict())
+
+
+def merged(x: Tensor, importance: Tensor, index: Tensor, into: Tensor, of: Several) -> Alive:
     """The reference's answer."""
     batch, m, _ = x.shape
     away = torch.ones(batch, m, dtype=torch.bool, device=x.device).scatter(1, index, False)
-    pruned = [t[away].view(batch, -1) for t in (into.long(), gain)]
     place = torch.arange(m, device=x.device).expand(batch, -1)
-    choice = Choice(index, pruned[0], importance.clamp(min=1e-20), pruned[1])
-    own = torch.ones_like(gain).scatter(1, index, gain.gather(1, index))
-    return absorb_tokens(Alive(x.transpose(0, 1), place, own), choice)
+    choice = Choice(index, into.long()[away].view(batch, -1), importance.clamp(min=1e-20))
+    return absorb_tokens(Alive(x.transpose(0, 1), place, of.size, spread=of.spread), choice)
 
 
+def alone(index: Tensor, into: Tensor) -> Tensor:
+    """Which of the kept nothing goes into."""
+    ones = torch.ones(into.shape, device=into.device)
+    return torch.zeros(index.shape, device=into.device).scatter_add(1, into.long(), ones) == 1
+
+
+def check_merged(kernels: ModuleType, x: Tensor, *rest: Tensor | Several) -> None:
+    """A back end's `absorb_merge` against the reference; `rest` as for `merge`."""
+    out, stats, size, bias, spread = merge(x, *rest, kernels=kernels)
+    dtype = x.dtype
+    wanted, own = (merged(x.to(kind), *rest) for kind in (torch.float64, dtype))
+    exact = wanted.x.transpose(0, 1)
+    assert out.dtype == dtype
+    assert distance(out, exact) <= max(2 * distance(own.x.transpose(0, 1), exact), FLOOR[dtype])
+    check_stats(stats, out, spread)
+    torch.testing.assert_close(size, wanted.size, rtol=1e-6, atol=0)
+    torch.testing.assert_close(bias, size.log(), rtol=1e-6, atol=1e-7)
+    assert spread.dtype == torch.float32
+    # It is what is left of a variance, which is that of a row as rounded.
+    moment = wanted.spread + exact.float().var(-1, correction=0)
+    assert ((spread - wanted.spread).abs() <= 4 * torch.finfo(dtype).eps * moment).all()
+
+
+@pytest.mark.parametrize("again", [False, True])
 class TestMerge:
+    """`again`: tokens stand for several already."""
+
+    def given(self, case: tuple, dtype: torch.dtype, again: bool) -> tuple:
+        return *merging(*case, dtype), several(*case[:2]) if again else Several()
+
     @dtypes
     @pytest.mark.parametrize("case", MERGED, ids=str)
-    def test_errs_no_more_than_torch(self, dtype, case):
-        x, *rest = merging(*case, dtype)
-        out, stats, size, bias = kernels.absorb_merge(x, *rest)
-        wanted, own = (merged(x.to(kind), *rest) for kind in (torch.float64, dtype))
-        exact = wanted.x.transpose(0, 1)
-        assert out.dtype == dtype
-        assert distance(out, exact) <= max(2 * distance(own.x.transpose(0, 1), exact), FLOOR[dtype])
-        check_stats(stats, out)
-        torch.testing.assert_close(size, wanted.size, rtol=1e-6, atol=0)
-        torch.testing.assert_close(bias, size.log(), rtol=1e-6, atol=1e-7)
+    def test_errs_no_more_than_torch(self, dtype, case, again):
+        check_merged(kernels, *self.given(case, dtype, again))
 
     @dtypes
-    def test_a_token_that_nothing_goes_into_stays_as_it_is(self, dtype):
-        x, importance, index, into, gain = merging(3, 63, 40, 48, 2, dtype)
-        out, _, size, _ = kernels.absorb_merge(x, importance, index, into, gain)
-        counts = torch.zeros(3, 40, device=DEVICE)
-        counts.scatter_add_(1, into.long(), torch.ones_like(gain))
-        alone = counts == 1
-        assert 20 < alone.sum() < 100
+    def test_a_token_that_nothing_goes_into_stays_as_it_is(self, dtype, again):
+        x, importance, index, into, of = self.given((3, 63, 40, 48, 2), dtype, again)
+        out, stats, size, _, spread = merge(x, importance, index, into, of)
+        stays = alone(index, into)
+        assert 20 < stays.sum() < 100
         before = x.gather(1, index[..., None].expand(-1, -1, 48))
-        assert torch.equal(out[alone], before[alone])
-        assert torch.equal(size[alone], gain.gather(1, index)[alone])
-        assert not torch.equal(out[~alone], before[~alone])
+        assert torch.equal(out[stays], before[stays])
+        assert not torch.equal(out[~stays], before[~stays])
+        held = stats_of(x, of.spread).flatten(2).gather(1, index[..., None].expand(-1, -1, 6))
+        assert torch.equal(stats.flatten(2)[stays], held[stays])
+        ones, none = torch.ones(3, 63, device=DEVICE), torch.zeros(3, 63, device=DEVICE)
+        for got, old in zip((size, spread), of if again else (ones, none), strict=True):
+            assert torch.equal(got[stays], old.gather(1, index)[stays])
+        assert (size[~stays] > 1).all()
+        assert (spread[~stays] > 0.1).sum() > 0.5 * (~stays).sum()
 
     @dtypes
-    def test_every_image_by_itself(self, dtype):
-        given = merging(3, 63, 40, 48, 2, dtype)
-        together = kernels.absorb_merge(*given)
+    def test_every_image_by_itself(self, dtype, again):
+        given = self.given((3, 63, 40, 48, 2), dtype, again)
+        together = merge(*given)
         for b in range(3):
-            alone = kernels.absorb_merge(*(t[b : b + 1].contiguous() for t in given))
-            for one, all_of_them in zip(alone, together, strict=True):
+            *tensors, of = given
+            own = Several(*(None if t is None else t[b : b + 1].contiguous() for t in of))
+            for one, all_of_them in zip(
+                merge(*(t[b : b + 1].contiguous() for t in tensors), own), together, strict=True
+            ):
                 assert torch.equal(one[0], all_of_them[b])
 
     @dtypes
-    def test_tokens_that_cancel_and_tokens_that_matter_nothing(self, dtype):
+    def test_nan_stays_with_those_that_it_goes_into(self, dtype, again):
+        x, importance, index, into, of = self.given((3, 63, 40, 48, 2), dtype, again)
+        wanted = merge(x, importance, index, into, of)
+        x[1, 62] = math.nan
+        got = merge(x, importance, index, into, of)
+        hit = into[1, 62].item()
+        assert got[0][1, hit].isnan().all()
+        others = torch.ones(3, 40, dtype=torch.bool, device=DEVICE)
+        others[1, hit] = False
+        for one, other in zip(got, wanted, strict=True):
+            assert torch.equal(one[others], other[others])
+
+    @dtypes
+    def test_tokens_that_cancel_and_tokens_that_matter_nothing(self, dtype, again):
         x = torch.ones(1, 4, 64, device=DEVICE, dtype=dtype)
         x[:, 2] = -1
         x[:, 3] = 3
+        x[..., ::2] *= -1
         index, into = torch.tensor([[0, 1]], device=DEVICE), torch.tensor([[0, 1, 1, 1]])
-        given = (index, into.int().to(DEVICE), torch.ones(1, 4, device=DEVICE))
+        given = index, into.int().to(DEVICE), several(1, 4) if again else Several()
         importance = torch.tensor([[1.0, 1.0, 1.0, 0.0]], device=DEVICE)
-        out, *_ = kernels.absorb_merge(x, importance, *given)
-        assert out.isfinite().all()
-        out, *_ = kernels.absorb_merge(x, torch.zeros(1, 4, device=DEVICE), *given)
+        out, *_, spread = merge(x, importance, *given)
+        torch.testing.assert_close(out[:, 1], torch.zeros_like(out[:, 1]), rtol=0, atol=1e-19)
+        before = given[2].spread[0, 1:3].mean() if again else 0.0
+        torch.testing.assert_close(spread[0, 1].item(), 1.0 + float(before), rtol=1e-6, atol=0)
+        out, *_, spread = merge(x, torch.zeros(1, 4, device=DEVICE), *given)
         assert torch.equal(out[:, 0], x[:, 0])
-        torch.testing.assert_close(out[:, 1], torch.full_like(out[:, 1], 5 / 3))
+        torch.testing.assert_close(out[:, 1], x[:, 1])
+        before = given[2].spread[0, 1:].mean() if again else 0.0
+        torch.testing.assert_close(spread[0, 1].item(), 8 / 3 + float(before), rtol=1e-3, atol=0)
+
+
+@dtypes
+def test_the_spread_is_that_of_all_members(dtype):
+    """Also where they come one after the other; that of twins is none."""
+    x = Random()(1, 5, 64, dtype=dtype)
+    weight = torch.tensor([[1.0, 1.0, 2.0, 0.5, 0.25]], device=DEVICE)
+    one_by_one = [
+        (torch.tensor([[0, 1, 3]]), torch.tensor([[0, 1, 1, 2, 2]])),
+        (torch.tensor([[0, 1]]), torch.tensor([[0, 1, 1]])),
+    ]
+    at_once = [(torch.tensor([[0, 1]]), torch.tensor([[0, 1, 1, 1, 1]]))]
+
+    def result(x: Tensor, stages: list) -> Tensor:
+        stats, mass, of = kernels.row_stats(x), weight, Several()
+        for index, into in stages:
+            index, into = index.to(DEVICE), into.int().to(DEVICE)
+            x, stats, size, _, spread = kernels.absorb_merge(
+                x, stats, mass, index, into, **of._asdict()
+            )
+            mass = torch.zeros_like(size).scatter_add(1, into.long(), mass)
+            of = Several(size, spread)
+        assert of.size.tolist() == [[1, 4]]
+        assert of.spread[0, 0] == 0
+        return of.spread[0, 1].double()
+
+    members = x[0, 1:].double()
+    members = members - members.mean(1, keepdim=True)
+    share = (weight[0, 1:, None] / weight[0, 1:].sum()).double()
+    wanted = (share * (members - (share * members).sum(0)).square()).sum(0).mean()
+    for stages in (at_once, one_by_one):
+        near = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 0}
+        torch.testing.assert_close(result(x, stages), wanted, **near)
+        twins = x[:, 1:2].expand(-1, 5, -1).contiguous()
+        assert 0 <= result(twins, stages) < 1e-6

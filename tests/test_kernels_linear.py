@@ -10,9 +10,12 @@ from kernel_checks import (
     ACTIVATE,
     DTYPES,
     EPS,
+    FLOOR,
     Random,
     check,
     check_stats,
+    distance,
+    hidden_of,
     kernels,
     normalise,
     rows_of,
@@ -43,7 +46,10 @@ class Qkv(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """`residual` is "", "prefix" or "index"; `out_rows` more rows than n: a buffer is given."""
+    """`residual` is "", "prefix" or "index"; `out_rows` more rows than n: a buffer is given.
+
+    `spread` is of what order the tokens' spreads are, where they have some.
+    """
 
     rows: int
     n: int | None
@@ -59,6 +65,7 @@ class Linear(NamedTuple):
     out_rows: int = 0
     emit: bool = False
     offset: float = 0.0
+    spread: float = 0.0
     config: kernels.Config | None = TALL
 
 
@@ -93,6 +100,12 @@ LINEAR = [
     Linear(1, 1, 384, 384, batch=2, bias=False, config=None),
     Linear(63, None, 192, 768, batch=1, norm=True, activation="gelu", config=None),
     Linear(63, None, 768, 192, batch=1, residual="prefix", emit=True, config=None),
+    Linear(1, None, 16, 16, batch=1, norm=True, activation="gelu", spread=1.0, config=SMALL),
+    Linear(63, 40, 48, 80, norm=True, activation="gelu", spread=0.3),
+    Linear(17, 5, 80, 144, norm=True, index=True, activation="gelu_tanh", spread=3.0),
+    Linear(7, 7, 64, 112, norm=True, activation="quick_gelu", spread=1.0, config=WIDE),
+    Linear(17, None, 48, 80, norm=True, bias=False, spread=1.0),
+    Linear(19, None, 192, 768, batch=1, norm=True, activation="gelu", spread=0.1, config=None),
     Linear(149, None, 16, 32, batch=1, config=SMALL),  # more than GROUP_M tiles of rows, a few left
 ]
 
@@ -135,9 +148,13 @@ def linear(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    spread: Tensor | None,
 ) -> Tensor:
     n = x.shape[1] if case.n is None else case.n
     x = rows_of(x, index if case.index else n)
+    if spread is not None:
+        spread = rows_of(spread[..., None], index if case.index else n)[..., 0]
+        return hidden_of(x, case.activation, weight, bias, spread)
     x = normalise(x) if case.norm else x
     columns = case.columns
     groups = [
@@ -170,6 +187,7 @@ def check_linear(
     index = None
     if case.index or case.residual == "index":
         index = random.index(case.batch, n, case.rows if case.index else n + 6)
+    spread = case.spread * random(case.batch, case.rows).square() if case.spread else None
     out = None
     if case.out_rows:
         out = x.new_full((case.batch, case.out_rows, case.columns), 7.0)
@@ -185,6 +203,8 @@ def check_linear(
         activation=case.activation,
         residual=residual,
         index=index,
+        spread=spread,
+        squares=None if spread is None else weight.float().square().sum(1),
         out=out,
         emit=case.emit,
         **options,
@@ -192,7 +212,7 @@ def check_linear(
     assert (stats is not None) == case.emit
     assert out is None or (got is out and (out[:, n:] == 7).all())
     got = got[:, :n]
-    check(got, lambda *given: linear(case, index, *given), x, weight, bias, residual)
+    check(got, lambda *given: linear(case, index, *given), x, weight, bias, residual, spread)
     if case.emit:
         check_stats(stats[:, :n], got)
 
@@ -225,6 +245,21 @@ def test_nan_stays_in_its_rows(dtype):
     for got, right in zip(call(), wanted):
         assert got[1].isnan().all()
         assert torch.equal(got[::2], right[::2])
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "quick_gelu"])
+def test_without_spread_tokens_are_as_ever(dtype, activation):
+    random = Random()
+    x, weight, bias = random(3, 7, 48, dtype=dtype), random.weight(80, 48, dtype), random(80)
+    given = {"stats": stats_of(x), "row_sums": weight.float().sum(1), "eps": EPS}
+    given |= {"activation": activation, "config": TALL}
+    wanted, _ = kernels.slim_linear(x, weight, bias, **given)
+    spread, squares = torch.zeros_like(x[..., 0].float()), weight.float().square().sum(1)
+    got, _ = kernels.slim_linear(x, weight, bias, **given, spread=spread, squares=squares)
+    assert distance(got, wanted.double()) <= FLOOR[dtype]
+    spread[1, 5] = 0.5
+    other, _ = kernels.slim_linear(x, weight, bias, **given, spread=spread, squares=squares)
+    assert (other != got).any(2).nonzero().tolist() == [[1, 5]]
 
 
 @pytest.mark.parametrize("offset", [0.0, 300.0])

@@ -7,15 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_checks import (
-    ACTIVATE,
     DEVICE,
     DTYPES,
     EPS,
+    FLOOR,
     Random,
     check,
     check_stats,
+    distance,
+    hidden_of,
     kernels,
-    normalise,
     rows_of,
 )
 from torch import Tensor
@@ -29,7 +30,8 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 class Case(NamedTuple):
     """The kept rows are the first n or, with an `index`, any; `out_rows` more: into a buffer.
 
-    `rows` and `hidden_tile` are those of a tile, the table's where they are 0.
+    `rows` and `hidden_tile` are those of a tile, the table's where they are 0; `spread` is of what
+    order the tokens' spreads are, where they have some.
     """
 
     width: int
@@ -42,6 +44,7 @@ class Case(NamedTuple):
     index: bool = False
     out_rows: int = 0
     offset: float = 0.0
+    spread: float = 0.0
     rows: int = 32
     hidden_tile: int = 32
 
@@ -64,6 +67,11 @@ CASES = [
     Case(192, 63, 37, 1, inner=192, hidden=768, index=True, rows=0),
     Case(192, 3, 2, 1, hidden=192, act="quick_gelu", rows=16),
     Case(256, 17, 16, 1, inner=256, hidden=96, act="gelu_tanh", offset=-8.0, out_rows=17),
+    Case(16, 1, 1, 1, inner=16, hidden=16, spread=1.0),
+    Case(48, 37, 17, 3, index=True, out_rows=19, spread=0.3),
+    Case(80, 7, 7, 3, act="quick_gelu", spread=3.0, hidden_tile=16),
+    Case(128, 33, 31, 1, act="gelu_tanh", hidden=144, spread=1.0),
+    Case(192, 37, 33, 1, inner=192, hidden=768, index=True, spread=0.1, rows=0),
 ]
 
 
@@ -87,9 +95,10 @@ def second_half(
     fc1_bias: Tensor,
     fc2: Tensor,
     fc2_bias: Tensor,
+    spread: Tensor | None,
 ) -> Tensor:
     x = rows_of(x, case.n if index is None else index) + F.linear(attended, proj, proj_bias)
-    hidden = ACTIVATE[case.act](F.linear(normalise(x), fc1, fc1_bias))
+    hidden = hidden_of(x, case.act, fc1, fc1_bias, spread)
     return x + F.linear(hidden, fc2, fc2_bias)
 
 
@@ -103,6 +112,7 @@ def test_slim_mlp(dtype, case):
     fc1 = random.weight(case.hidden, width, dtype), random(case.hidden)
     fc2 = random.weight(width, case.hidden, dtype), random(width)
     index = random.index(case.batch, case.n, case.m) if case.index else None
+    spread = case.spread * random(case.batch, case.n).square() if case.spread else None
     out = None
     if case.out_rows:
         out = torch.full((case.batch, case.out_rows, width), 7.0, dtype=dtype, device=DEVICE)
@@ -112,12 +122,14 @@ def test_slim_mlp(dtype, case):
         eps=EPS,
         activation=case.act,
         index=index,
+        spread=spread,
+        squares=None if spread is None else fc1[0].float().square().sum(1),
         out=out,
         config=config,
     )
     assert out is None or (got is out and (out[:, case.n :] == 7).all())
     got = got[:, : case.n]
-    inputs = attended, x, *proj, *fc1, *fc2
+    inputs = attended, x, *proj, *fc1, *fc2, spread
     check(got, lambda *given: second_half(case, index, *given), *inputs)
     check_stats(stats[:, : case.n], got)
 
@@ -135,6 +147,22 @@ def test_nan_stays_in_its_image(dtype):
     ):
         assert got[1].isnan().all()
         assert torch.equal(got[::2], right[::2])
+
+
+@dtypes
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu"])
+def test_without_spread_tokens_are_as_ever(dtype, act):
+    random = Random()
+    attended, x = random(3, 5, 48, dtype=dtype), random(3, 7, 48, dtype=dtype)
+    layers = [(random.weight(48, 48, dtype), random(48)) for _ in range(3)]
+    given = {"eps": EPS, "activation": act, "squares": layers[1][0].float().square().sum(1)}
+    spread = torch.zeros(3, 5, device=DEVICE)
+    wanted, _ = kernels.slim_mlp(attended, x, *layers, **given)
+    got, _ = kernels.slim_mlp(attended, x, *layers, **given, spread=spread)
+    assert distance(got, wanted.double()) <= FLOOR[dtype]
+    spread[1, 3] = 0.5
+    other, _ = kernels.slim_mlp(attended, x, *layers, **given, spread=spread)
+    assert (other != got).any(2).nonzero().tolist() == [[1, 3]]
 
 
 class Embedding(NamedTuple):

@@ -13,13 +13,12 @@ template <class S>
 constexpr int kAbsorbVecs = static_cast<int>(least(2, S::kVecs));
 
 // What is kept: tokens that the head's tokens read and that none of more importance stands for.
-inline float absorb_score(float importance, float cosine) { return importance * (1.0f - cosine); }
-
-// What a token weighs in an average, and what it adds to the size of the token it goes into.
-inline float absorb_weight(float importance) { return importance > 1e-20f ? importance : 1e-20f; }
-inline float absorb_gain(float size, float cosine) {
-  return size * __builtin_sqrtf(cosine > 0.0f ? cosine : 0.0f);
+inline float absorb_score(float importance, float cosine) {
+  return __builtin_sqrtf(importance) * (1.0f - cosine);
 }
+
+// What a token weighs in an average.
+inline float absorb_weight(float importance) { return importance > 1e-20f ? importance : 1e-20f; }
 
 // One image's tokens between their keys and their queries.
 template <typename T>
@@ -30,8 +29,7 @@ struct Tokens {
   long head_size;
   const T* query;  // [head_tokens, H · d], scaled so that logits are logarithms to base 2
   long head_tokens;
-  const float* size;  // [m]
-  const T* y;         // [m, D], LN1 of the tokens, by whose cosines they are alike
+  const T* y;  // [m, D], LN1 of the tokens, by whose cosines they are alike
 };
 
 // Where the columns of a vector stand.
@@ -128,15 +126,11 @@ class Absorb {
     while (token < tokens_.m) *kept++ = token++;
   }
 
-  // Which of the n kept tokens each pruned one goes into, the patch ahead of it of the greatest
-  // cosine, and what it adds to that one's size.
+  // Which of the n kept tokens each pruned one goes into: the patch ahead of it of the greatest
+  // cosine.
   void find_nearest(long n) const {
     open_kept(n);
-    for (long i = 0; i < tokens_.m - n; ++i) {
-      const long token = own_.pruned[i];
-      const float cosine = find_open(cosines(own_.row[i]), own_.into[i]);
-      own_.gain[i] = absorb_gain(tokens_.size[token], cosine);
-    }
+    for (long i = 0; i < tokens_.m - n; ++i) own_.into[i] = find_open(cosines(own_.row[i]));
   }
 
  private:
@@ -221,8 +215,8 @@ class Absorb {
     }
   }
 
-  // The greatest of an open patch; `kept`: which token that is, of equal ones the first.
-  float find_open(const float* cosine, std::int32_t& kept) const {
+  // Which token the open patch of the greatest is, of equal ones the first.
+  std::int32_t find_open(const float* cosine) const {
     const auto none = S::set(kMinusInfinity), step = S::set(static_cast<float>(S::kLanes));
     auto greatest = none, column = S::load(kPlaces), first = column;
     for (long c = 0; c < columns(); c += S::kLanes, column = S::add(column, step)) {
@@ -233,9 +227,8 @@ class Absorb {
     const float top = S::largest(greatest);
     const auto place = S::above(S::set(top), greatest, none, S::sub(S::zero(), first));
     const bool found = top > kMinusInfinity;  // not of NaN
-    kept = static_cast<std::int32_t>(found ? own_.key[static_cast<long>(-S::largest(place))]
+    return static_cast<std::int32_t>(found ? own_.key[static_cast<long>(-S::largest(place))]
                                            : tokens_.prefix);
-    return top;
   }
 
   const Tokens<T>& tokens_;

@@ -72,23 +72,55 @@ SLIMVIT_INLINE typename S::F activate(Activation kind, typename S::F x) {
   return gated<S, T>(x, S::mul(cube, S::set(1.59576912f)));
 }
 
-// out = activation(result).
+// The mean of an activation over a Gaussian of mean x and variance s, exactly that of GELU:
+//   (act(z) + (1 - r²) φ(z)) / r,  r = 1 / sqrt(1 + s),  z = r x
+template <class S, typename T>
+SLIMVIT_INLINE typename S::F activate_spread(Activation kind, typename S::F x, typename S::F s) {
+  const auto t = S::add(S::set(1.0f), s);
+  const auto r = kStep<T> == 1 ? S::div(S::set(1.0f), S::sqrt(t)) : S::inverse_root(t);
+  const auto z = S::mul(x, r);
+  const auto density = exp2<S, T>(S::mul(S::mul(z, z), S::set(-0.721347520f)));
+  const auto weight = S::mul(S::mul(s, S::set(0.398942280f)), S::mul(r, r));
+  return S::mul(S::fma(weight, density, activate<S, T>(kind, z)), S::mul(t, r));
+}
+
+// out = activation(result); where `share` is given the mean of it in rows that stand for several
+// tokens, whose results have a variance of share [row] · squares [column].
 template <class S, typename T>
 struct Activate : FromBias<S> {
   static constexpr int kMaxVecs = S::kVecs;
   T* out;
   long ld;
   Activation kind;
+  const float* share = nullptr;
+  const float* squares = nullptr;
 
   template <int MR, int NV>
   SLIMVIT_INLINE void end(typename S::F (&acc)[MR][NV], long row, long column) const {
-    if (kind == Activation::gelu)
+    if (share != nullptr)
+      spread(acc, row, column);
+    else if (kind == Activation::gelu)
       each<MR, NV>(acc, row, column, [](auto x) { return gelu<S, T>(x); });
     else
       each<MR, NV>(acc, row, column, [&](auto x) { return activate<S, T>(kind, x); });
   }
 
  private:
+  template <int MR, int NV>
+  SLIMVIT_INLINE void spread(typename S::F (&acc)[MR][NV], long row, long column) const {
+    for (int i = 0; i < MR; ++i) {
+      const float s = share[row + i];
+      for (int j = 0; j < NV; ++j) {
+        const long at = column + j * S::kLanes;
+        const auto x = acc[i][j];
+        S::store(out + (row + i) * ld + at,
+                 s == 0.0f
+                     ? activate<S, T>(kind, x)
+                     : activate_spread<S, T>(kind, x, S::mul(S::set(s), S::load(squares + at))));
+      }
+    }
+  }
+
   template <int MR, int NV, class Fn>
   SLIMVIT_INLINE void each(typename S::F (&acc)[MR][NV], long row, long column, Fn fn) const {
 #pragma GCC unroll 8

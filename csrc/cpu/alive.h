@@ -9,10 +9,11 @@ struct Alive {
   std::int32_t* place;  // where each stands in the full sequence
   float* size;          // how many tokens each stands for
   float* bias;          // log(size)
+  float* spread;        // see layer_norm.h; 0 of those that stand for themselves alone
   long ld;
 
   Alive of(long image) const {
-    return {place + image * ld, size + image * ld, bias + image * ld, ld};
+    return {place + image * ld, size + image * ld, bias + image * ld, spread + image * ld, ld};
   }
 };
 

@@ -105,9 +105,9 @@ void select_tokens(Address pack_address, std::int64_t pack_bytes, Address x, lon
 
 void dynamic_block(Address pack_address, std::int64_t pack_bytes, Address chooser_address,
                    std::int64_t chooser_bytes, Address x, long x_image, long x_token, Address out,
-                   long out_image, long out_token, Address size, Address kept, Address into,
-                   Address size_out, long width, long batch, long m, long n, long prefix,
-                   int threads) {
+                   long out_image, long out_token, Address size, Address spread, Address kept,
+                   Address into, Address size_out, Address spread_out, long width, long batch,
+                   long m, long n, long prefix, int threads) {
   const auto* pack = pack_at<BlockPack>(pack_address, pack_bytes, PackHead::Kind::block);
   require_positive_threads(threads);
   require(width == pack->shape.width, "x must be [m, B, " + std::to_string(pack->shape.width) +
@@ -129,9 +129,11 @@ void dynamic_block(Address pack_address, std::int64_t pack_bytes, Address choose
   call.n = n;
   call.prefix = prefix;
   call.size = at<const float>(size);
+  call.spread = at<const float>(spread);
   call.kept = at<std::int64_t>(kept);
   call.into = at<std::int64_t>(into);
   call.size_out = at<float>(size_out);
+  call.spread_out = at<float>(spread_out);
   const py::gil_scoped_release release;
   run(call, threads);
 }
@@ -268,8 +270,9 @@ void bind_calls(py::module_& m) {
   m.def("dynamic_block", &dynamic_block, py::arg("pack"), py::arg("pack_bytes"), py::arg("chooser"),
         py::arg("chooser_bytes"), py::arg("x"), py::arg("x_image"), py::arg("x_token"),
         py::arg("out"), py::arg("out_image"), py::arg("out_token"), py::arg("size"),
-        py::arg("kept"), py::arg("into"), py::arg("size_out"), py::arg("width"), py::arg("batch"),
-        py::arg("m"), py::arg("n"), py::arg("prefix"), py::arg("threads"),
+        py::arg("spread"), py::arg("kept"), py::arg("into"), py::arg("size_out"),
+        py::arg("spread_out"), py::arg("width"), py::arg("batch"), py::arg("m"), py::arg("n"),
+        py::arg("prefix"), py::arg("threads"),
         "Images through one block that chooses n of its m tokens for each of them.");
   m.def("select_tokens", &select_tokens, py::arg("pack"), py::arg("pack_bytes"), py::arg("x"),
         py::arg("x_image"), py::arg("x_token"), py::arg("out"), py::arg("out_image"),

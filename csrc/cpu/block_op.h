@@ -21,7 +21,7 @@ class BlockOp {
     for (Alive& alive : alive_)
       if (chooses)
         alive = {shared_parts.take<std::int32_t>(call.m), shared_parts.take<float>(call.m),
-                 shared_parts.take<float>(call.m), call.m};
+                 shared_parts.take<float>(call.m), shared_parts.take<float>(call.m), call.m};
     own_ = Own<S, T>::make(own_parts, call.m, chooses ? &shape : nullptr);
     used_ = shared_parts.used();
   }
@@ -54,7 +54,9 @@ class BlockOp {
     each(call_.n, [&](long t) {
       copy_floats(shared_.x + t * width, width,
                   call_.out + image * call_.out_image + t * call_.out_token);
-      if (chooses) call_.size_out[image * call_.n + t] = alive_[1].size[t];
+      if (!chooses) return;
+      call_.size_out[image * call_.n + t] = alive_[1].size[t];
+      call_.spread_out[image * call_.n + t] = alive_[1].spread[t];
     });
     team_.sync();
   }
@@ -71,6 +73,7 @@ class BlockOp {
     alive_[0].place[t] = static_cast<std::int32_t>(t);
     alive_[0].size[t] = size;
     alive_[0].bias[t] = __builtin_logf(size);
+    alive_[0].spread[t] = call_.spread == nullptr ? 0.0f : call_.spread[image * call_.m + t];
   }
 
   Choosing choosing_of(long image) const {

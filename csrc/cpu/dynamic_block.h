@@ -59,7 +59,6 @@ class Chooser : protected BlockParts<S, T> {
                            packed_size(),
                            shared_.q + to * inner(),
                            how.head_tokens,
-                           before.size,
                            shared_.y + row * width()};
     const Absorb<S, T> absorb(tokens, shape_, shared_.choice, own_.choice);
     {
@@ -86,7 +85,7 @@ class Chooser : protected BlockParts<S, T> {
                           before,
                           after};
     const std::int32_t* into = absorbs ? own_.choice.into : nullptr;
-    Gather<S, T, BlockPack>(of, pack_, own_.choice, into, own_.choice.gain).run(first, last);
+    Gather<S, T, BlockPack>(of, pack_, own_.choice, into).run(first, last);
   }
 
   // How many patches absorb looks at: slimvit/ops/choosers.py.

@@ -21,15 +21,31 @@ struct Gathering {
   Alive before, after;
 };
 
-// Kept rows [begin, end), those that others go into averaged with them at their average length:
-//   mean = Σ w x / Σ w,  x_kept = mean · (Σ w ‖x‖ / Σ w) / ‖mean‖,  y_kept = LN1(x_kept)
-// `into` and `gain` [m - n] may be null. The order of every sum is that of the tokens.
+// To what the norm scales rows that others went into, whose spread it so comes to know: `moment` is
+// the weighted mean of the variances and spreads of those that make it up.
+struct MergedScale {
+  const float* moment;
+  float eps;
+  float* spread;
+  long step;
+
+  float operator()(long row, float variance) const {
+    const float more = moment[row * step] - variance;
+    spread[row * step] = more > 0.0f ? more : 0.0f;
+    return 1.0f / __builtin_sqrtf(variance + spread[row * step] + eps);
+  }
+};
+
+// Kept rows [begin, end), those that others go into averaged with them:
+//   x_kept = Σ w x / Σ w,  spread = Σ w (spread + var(x)) / Σ w - var(x_kept),  y_kept =
+//   LN1(x_kept)
+// `into` [m - n] may be null. The order of every sum is that of the tokens.
 template <class S, typename T, class Pack>
 class Gather {
  public:
   Gather(const Gathering<T>& of, const Pack& pack, const OwnChoice<S, T>& own,
-         const std::int32_t* into, const float* gain)
-      : of_(of), pack_(pack), own_(own), into_(into), gain_(gain) {}
+         const std::int32_t* into)
+      : of_(of), pack_(pack), own_(own), into_(into) {}
 
   void run(long begin, long end) const {
     const long pruned = into_ == nullptr ? 0 : of_.m - of_.n;
@@ -54,7 +70,7 @@ class Gather {
       if (pruned > 0) own_.total[k] = own_.weight[own_.index[k]];
     }
     for (long i = 0; i < pruned; ++i) {
-      own_.size[into_[i]] += gain_[i];
+      own_.size[into_[i]] += of_.before.size[own_.pruned[i]];
       own_.total[into_[i]] += own_.weight[own_.pruned[i]];
       own_.grows[into_[i]] = 1;
     }
@@ -65,12 +81,13 @@ class Gather {
     of_.after.place[k] = of_.before.place[from];
     of_.after.size[k] = own_.size[k];
     of_.after.bias[k] = of_.before.bias[from];
+    of_.after.spread[k] = of_.before.spread[from];
     if (own_.grows[k] == 0) {
       __builtin_memcpy(of_.x_kept + k * width, of_.x + from * width, width * sizeof(float));
       __builtin_memcpy(of_.y_kept + k * width, of_.y + from * width, width * sizeof(T));
       return;
     }
-    own_.length[k] = 0.0f;
+    own_.moment[k] = 0.0f;
     of_.after.bias[k] = __builtin_logf(own_.size[k]);
     float* out = of_.x_kept + k * width;
     for (long c = 0; c < width; c += S::kLanes) S::store(out + c, S::zero());
@@ -83,38 +100,27 @@ class Gather {
     const auto factor = S::set(share);
     const float* x = of_.x + from * of_.width;
     float* out = of_.x_kept + k * of_.width;
-    auto square = S::zero();
+    auto sum = S::zero(), square = S::zero();
     for (long c = 0; c < of_.width; c += S::kLanes) {
       const auto part = S::load(x + c);
+      sum = S::add(part, sum);
       square = S::fma(part, part, square);
       S::store(out + c, S::fma(part, factor, S::load(out + c)));
     }
-    own_.length[k] += share * __builtin_sqrtf(S::sum(square));
+    const auto width = static_cast<float>(of_.width);
+    const float mean = S::sum(sum) / width;
+    const float variance = S::sum(square) / width - mean * mean;
+    own_.moment[k] += share * (variance + of_.before.spread[from]);
   }
 
   // Kept rows first, first + step, … that others went into.
   template <int kRows>
   void finish(long first, long step) const {
     const long width = of_.width;
-    float* x = of_.x_kept + first * width;
-    typename S::F square[kRows], factor[kRows];
-    for (int r = 0; r < kRows; ++r) square[r] = S::zero();
-    for (long c = 0; c < width; c += S::kLanes)
-      for (int r = 0; r < kRows; ++r) {
-        const auto part = S::load(x + r * step * width + c);
-        square[r] = S::fma(part, part, square[r]);
-      }
-    for (int r = 0; r < kRows; ++r) {
-      const float norm = __builtin_sqrtf(S::sum(square[r]));
-      factor[r] = S::set(own_.length[first + r * step] / (norm > 1e-37f ? norm : 1e-37f));
-    }
-    for (long c = 0; c < width; c += S::kLanes)
-      for (int r = 0; r < kRows; ++r) {
-        float* part = x + r * step * width + c;
-        S::store(part, S::mul(S::load(part), factor[r]));
-      }
-    layer_norm_rows<S, kRows>(x, step * width, width, section<float>(pack_, pack_.norm1.weight),
-                              section<float>(pack_, pack_.norm1.bias), pack_.norm1.eps,
+    const MergedScale scale{own_.moment + first, pack_.norm1.eps, of_.after.spread + first, step};
+    layer_norm_rows<S, kRows>(of_.x_kept + first * width, step * width, width,
+                              section<float>(pack_, pack_.norm1.weight),
+                              section<float>(pack_, pack_.norm1.bias), scale, 0,
                               of_.y_kept + first * width, step * width);
   }
 
@@ -122,7 +128,6 @@ class Gather {
   const Pack& pack_;
   const OwnChoice<S, T>& own_;
   const std::int32_t* into_;
-  const float* gain_;
 };
 
 // The first tokens [begin, end) are kept: what is known of them stays.
@@ -131,6 +136,7 @@ inline void keep_first(const Alive& before, const Alive& after, long begin, long
     after.place[k] = before.place[k];
     after.size[k] = before.size[k];
     after.bias[k] = before.bias[k];
+    after.spread[k] = before.spread[k];
   }
 }
 

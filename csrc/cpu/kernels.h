@@ -43,10 +43,11 @@ struct BlockCall {
   // Where each image's kept tokens are chosen; else all are null.
   const ChooserPack* chooser;
   long prefix;
-  const float* size;   // [B, m], or null: 1
-  std::int64_t* kept;  // [B, n], positions among the alive tokens
-  std::int64_t* into;  // [B, m - n], of a chooser that absorbs; or null
-  float* size_out;     // [B, n]
+  const float* size;             // [B, m], or null: 1
+  const float* spread;           // [B, m], or null: 0
+  std::int64_t* kept;            // [B, n], positions among the alive tokens
+  std::int64_t* into;            // [B, m - n], of a chooser that absorbs; or null
+  float *size_out, *spread_out;  // [B, n]
 };
 
 // Some images through the whole network.

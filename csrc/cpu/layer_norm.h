@@ -1,14 +1,42 @@
 #pragma once
 
+#include "cpu/alive.h"
 #include "cpu/numbers.h"
 
 namespace slimvit {
 namespace {
 
-// kRows rows at a time, so that the sums across one row's lanes overlap with another's.
-template <class S, int kRows, typename Out>
+// A row's variance to what the norm scales it by.
+struct Scale {
+  float eps;
+
+  float operator()(long, float variance) const { return 1.0f / __builtin_sqrtf(variance + eps); }
+};
+
+// Of rows that may stand for several tokens: `spread` is the mean squared deviation of these from
+// the row, per channel, and by as much is the row's variance less than theirs. `share` [rows], or
+// null, is then what the spread comes to after the norm: slimvit/ops/spread.py.
+struct SpreadScale {
+  const Alive& alive;
+  long first, per_image;  // the first row, and how many an image has
+  float eps;
+  float* share;
+
+  float operator()(long row, float variance) const {
+    const long image = (first + row) / per_image, token = (first + row) % per_image;
+    const float spread = alive.of(image).spread[token];
+    const float inverse = 1.0f / (variance + spread + eps);
+    if (share != nullptr) share[row] = spread * inverse;
+    return __builtin_sqrtf(inverse);
+  }
+};
+
+// kRows rows at a time, so that the sums across one row's lanes overlap with another's; `row` is
+// what `scale_of` calls the first of them.
+template <class S, int kRows, typename Out, class ScaleOf>
 SLIMVIT_INLINE void layer_norm_rows(const float* x, long ldx, long width, const float* weight,
-                                    const float* bias, float eps, Out* y, long ldy) {
+                                    const float* bias, const ScaleOf& scale_of, long row, Out* y,
+                                    long ldy) {
   typename S::F mean[kRows], scale[kRows];
   for (int r = 0; r < kRows; ++r) mean[r] = scale[r] = S::zero();
   for (long c = 0; c < width; c += S::kLanes)
@@ -21,7 +49,7 @@ SLIMVIT_INLINE void layer_norm_rows(const float* x, long ldx, long width, const 
     }
   for (int r = 0; r < kRows; ++r) {
     const float variance = S::sum(scale[r]) / static_cast<float>(width);
-    scale[r] = S::set(1.0f / __builtin_sqrtf(variance + eps));
+    scale[r] = S::set(scale_of(row + r, variance));
   }
   for (long c = 0; c < width; c += S::kLanes) {
     const auto w = S::load(weight + c), b = S::load(bias + c);
@@ -32,16 +60,16 @@ SLIMVIT_INLINE void layer_norm_rows(const float* x, long ldx, long width, const 
   }
 }
 
-// y = (x - mean) / sqrt(variance + eps) · weight + bias for rows of float32; T or float32 comes
-// out, also in place. `width` is a multiple of the lanes.
-template <class S, typename Out>
+// y = (x - mean) · scale · weight + bias for rows of float32, scale = 1 / sqrt(variance + eps) or
+// as `scale_of` says; T or float32 comes out, also in place. `width` is a multiple of the lanes.
+template <class S, typename Out, class ScaleOf = Scale>
 void layer_norm(const float* x, long ldx, long rows, long width, const float* weight,
-                const float* bias, float eps, Out* y, long ldy) {
+                const float* bias, const ScaleOf& scale_of, Out* y, long ldy) {
   long r = 0;
   for (; r + 4 <= rows; r += 4)
-    layer_norm_rows<S, 4>(x + r * ldx, ldx, width, weight, bias, eps, y + r * ldy, ldy);
+    layer_norm_rows<S, 4>(x + r * ldx, ldx, width, weight, bias, scale_of, r, y + r * ldy, ldy);
   for (; r < rows; ++r)
-    layer_norm_rows<S, 1>(x + r * ldx, ldx, width, weight, bias, eps, y + r * ldy, ldy);
+    layer_norm_rows<S, 1>(x + r * ldx, ldx, width, weight, bias, scale_of, r, y + r * ldy, ldy);
 }
 
 }  // namespace

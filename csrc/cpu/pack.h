@@ -53,6 +53,7 @@ std::int64_t pack_block(const BlockShape& shape, const BlockWeights& w, void* ou
   pack.proj = take_linear<S, T>(sections, width, inner);
   pack.fc1 = take_linear<S, T>(sections, hidden, width);
   pack.fc2 = take_linear<S, T>(sections, width, hidden);
+  pack.fc1_squares = sections.take<float>(Panels<S, T>::columns(hidden));
   if (w.extra_key != nullptr) pack.extra = sections.take<T>(2 * inner + 2 * S::kLanes);
   if (shape.lone != 0) {
     pack.lone_key = sections.take<T>(shape.heads * Panels<S, T>::size(width, shape.head_dim));
@@ -75,6 +76,11 @@ std::int64_t pack_block(const BlockShape& shape, const BlockWeights& w, void* ou
   pack_linear<S, T>(out, pack.proj, w.proj_weight, w.proj_bias, width, inner);
   pack_linear<S, T>(out, pack.fc1, w.fc1_weight, w.fc1_bias, hidden, width);
   pack_linear<S, T>(out, pack.fc2, w.fc2_weight, w.fc2_bias, width, hidden);
+  float* squares = section<float>(out, pack.fc1_squares);
+  for (long i = 0; i < hidden * width; ++i) {
+    const float folded = w.fc1_weight[i] * w.norm2_weight[i % width];
+    squares[i / width] += folded * folded;
+  }
   if (w.extra_key != nullptr) {
     T* extra = section<T>(out, pack.extra);
     for (long i = 0; i < inner; ++i) {

@@ -58,6 +58,7 @@ struct BlockPack {
   BlockShape shape;
   Norm norm1, norm2;
   Linear q, kv, proj, fc1, fc2;
+  std::int64_t fc1_squares;           // float32 [hidden], padded: see Activate
   std::int64_t extra;                 // T [2 · H · d]: key, then value
   std::int64_t lone_key, lone_value;  // Panels of every head: [D] from [d], and [d] from [D]
 };

@@ -40,7 +40,8 @@ void predict(const ChooserPack& pack, const float* x, long begin, long end, T* y
   for (long row = begin; row < end; row += kQueryRows) {
     const long rows = least(kQueryRows, end - row);
     layer_norm<S>(x + row * width, width, rows, width, section<float>(pack, pack.norm.weight),
-                  section<float>(pack, pack.norm.bias), pack.norm.eps, y + row * width, width);
+                  section<float>(pack, pack.norm.bias), Scale{pack.norm.eps}, y + row * width,
+                  width);
     for (long i = 0; i < rows; ++i) S::store(sums + i * S::kLanes, S::zero());
     Project<S, T> project{{section<float>(pack, pack.down.bias)},
                           section<float>(pack, pack.out),

@@ -17,7 +17,7 @@ class SelectOp {
     x_ = shared_parts.take<float>(m * width());
     out_ = shared_parts.take<float>(m * width());
     alive_ = {shared_parts.take<std::int32_t>(m), shared_parts.take<float>(m),
-              shared_parts.take<float>(m), m};
+              shared_parts.take<float>(m), shared_parts.take<float>(m), m};
     shared_ = SharedSelection<T>::make(shared_parts, m, width());
     own_ = OwnSelection<S, T>::make(own_parts, m, width());
     used_ = shared_parts.used();
@@ -34,6 +34,7 @@ class SelectOp {
       alive_.place[t] = static_cast<std::int32_t>(t);
       alive_.size[t] = 1.0f;
       alive_.bias[t] = 0.0f;
+      alive_.spread[t] = 0.0f;
     });
     team_.sync();
     const auto package = static_cast<std::int32_t>(call_.m);

@@ -101,7 +101,7 @@ class Selection {
     const long c = channels(), n = shape_.half(), first = group * kSelectorRows;
     for (long head = 0; head < shape_.heads; ++head) {
       layer_norm<S>(patch(first) + head * c, width(), rows, c, floats(pack_.norm.weight) + head * c,
-                    floats(pack_.norm.bias) + head * c, pack_.norm.eps, own_.normed, c);
+                    floats(pack_.norm.bias) + head * c, Scale{pack_.norm.eps}, own_.normed, c);
       Activate<S, T> activate{{bias_of_head(pack_.local, head, n)},
                               local(first) + head * half(),
                               shape_.heads * half(),

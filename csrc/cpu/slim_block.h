@@ -51,7 +51,7 @@ class Block : private Chooser<S, T> {
     T* y = kept_.gathers() ? shared_.y_kept : shared_.y;  // others may still gather from shared_.y
     project(shared_.a + begin * inner(), end - begin, x);
     for (long row = begin; row < end; row += kMlpRows)
-      mlp(least(kMlpRows, end - row), x + (row - begin) * width(), y + row * width());
+      mlp(row, least(kMlpRows, end - row), x + (row - begin) * width(), y + row * width());
     if (kept_.gathers()) {
       float* old = shared_.x;
       shared_.x = shared_.gathered;
@@ -61,15 +61,23 @@ class Block : private Chooser<S, T> {
   }
 
  private:
-  void norm(const Norm& norm, const float* x, long rows, T* y) const {
-    layer_norm<S>(x, width(), rows, width(), section<float>(pack_, norm.weight),
-                  section<float>(pack_, norm.bias), norm.eps, y, width());
+  // Rows from `first` on, of tokens that may stand for several where blocks choose: `alive`, of
+  // which every image has `per_image`. `share` as in SpreadScale.
+  void norm(const Norm& norm, const float* x, long first, long rows, const Alive* alive,
+            long per_image, float* share, T* y) const {
+    const auto by = [&](const auto& scale) {
+      layer_norm<S>(x, width(), rows, width(), section<float>(pack_, norm.weight),
+                    section<float>(pack_, norm.bias), scale, y, width());
+    };
+    if (alive == nullptr) return by(Scale{norm.eps});
+    by(SpreadScale{*alive, first, per_image, norm.eps, share});
   }
 
   void keys_and_values(long begin, long end) {
     const Stopwatch stopwatch(Phase::keys_values);
     T* y = shared_.y + begin * width();
-    norm(pack_.norm1, shared_.x + begin * width(), end - begin, y);
+    const Alive* before = kept_.choosing == nullptr ? nullptr : &kept_.choosing->before;
+    norm(pack_.norm1, shared_.x + begin * width(), begin, end - begin, before, kept_.m, nullptr, y);
     if (lone()) return;
     Store<S, T> store{{bias_of(pack_.kv)}, shared_.kv + begin * 2 * inner(), 2 * inner()};
     gemm(y, width(), end - begin, columns_of(pack_.kv, 2 * inner(), width()), store);
@@ -188,10 +196,11 @@ class Block : private Chooser<S, T> {
   }
 
   // The hidden layer never leaves the cache: some columns of it at a time, at once used up.
-  void mlp(long rows, float* x, T* y) const {
+  void mlp(long row, long rows, float* x, T* y) const {
     {
       const Stopwatch stopwatch(Phase::norm2);
-      norm(pack_.norm2, x, rows, y);
+      const Alive* after = kept_.choosing == nullptr ? nullptr : &kept_.choosing->after;
+      norm(pack_.norm2, x, row, rows, after, kept_.n, own_.share, y);
     }
     for (long first = 0; first < shape_.hidden; first += kMlpColumns) {
       const long columns = least(kMlpColumns, shape_.hidden - first);
@@ -205,6 +214,10 @@ class Block : private Chooser<S, T> {
     const T* fc1 = section<T>(pack_, pack_.fc1.weight) + first * width();
     const float* bias = bias_of(pack_.fc1) + first;
     Activate<S, T> activate{{bias}, own_.hidden, columns, shape_.activation};
+    if (kept_.choosing != nullptr) {
+      activate.share = own_.share;
+      activate.squares = section<float>(pack_, pack_.fc1_squares) + first;
+    }
     gemm(y, width(), rows, panels<S, T>(fc1, columns, width()), activate);
   }
 

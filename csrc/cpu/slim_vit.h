@@ -68,7 +68,7 @@ class Network {
       if (chooses())
         alive = {parts.take<std::int32_t>(count * in_.tokens),
                  parts.take<float>(count * in_.tokens), parts.take<float>(count * in_.tokens),
-                 in_.tokens};
+                 parts.take<float>(count * in_.tokens), in_.tokens};
     used_ = parts.used();
   }
 
@@ -151,6 +151,7 @@ class Network {
       alive_[0].place[i] = static_cast<std::int32_t>(i % in_.tokens);
       alive_[0].size[i] = 1.0f;
       alive_[0].bias[i] = 0.0f;
+      alive_[0].spread[i] = 0.0f;
     }
   }
 
@@ -223,7 +224,7 @@ class Network {
   template <class Pack, typename Out>
   void norm(const Pack& pack, const float* x, long ldx, long rows, Out* y) const {
     layer_norm<S>(x, ldx, rows, width(), section<float>(pack, pack.norm.weight),
-                  section<float>(pack, pack.norm.bias), pack.norm.eps, y, width());
+                  section<float>(pack, pack.norm.bias), Scale{pack.norm.eps}, y, width());
   }
 
   // `rows` rows of the chunk, `ldx` apart, after the final norm if there is one.

@@ -111,8 +111,7 @@ struct OwnChoice {
   T* taken;                      // [kChoiceRows, D], LN1 of candidates
   std::int32_t *index, *pruned;  // [m]: the kept tokens, and the others
   std::int32_t* into;            // [m], for pruned token after pruned token
-  float* gain;                   // [m], what each adds to the size of that one
-  float *total, *size, *length;  // [m], of the kept after the others went into them
+  float *total, *size, *moment;  // [m], of the kept after the others went into them
   std::int32_t* grows;           // [m], whether any did
 
   static OwnChoice make(Parts& parts, long m, const BlockShape& shape) {
@@ -130,10 +129,9 @@ struct OwnChoice {
     own.index = parts.take<std::int32_t>(m);
     own.pruned = parts.take<std::int32_t>(m);
     own.into = parts.take<std::int32_t>(m);
-    own.gain = parts.take<float>(m);
     own.total = parts.take<float>(m);
     own.size = parts.take<float>(m);
-    own.length = parts.take<float>(m);
+    own.moment = parts.take<float>(m);
     own.grows = parts.take<std::int32_t>(m);
     return own;
   }
@@ -171,8 +169,9 @@ struct OwnSelection {
 template <class S, typename T>
 struct Own {
   AttentionMemory<S, T> attention;
-  float* bias;  // [columns]
-  T* hidden;    // [kMlpRows, kMlpColumns]
+  float* bias;   // [columns]
+  T* hidden;     // [kMlpRows, kMlpColumns]
+  float* share;  // [kMlpRows], of the spread of those rows after the norm
   OwnChoice<S, T> choice;
   OwnSelection<S, T> selection;
 
@@ -186,6 +185,7 @@ struct Own {
     own.attention.p = parts.take<T>(kQueryRows * columns);
     own.bias = parts.take<float>(columns);
     own.hidden = parts.take<T>(kMlpRows * kMlpColumns);
+    own.share = parts.take<float>(kMlpRows);
     own.choice = {};
     own.selection = {};
     if (choosing != nullptr) {

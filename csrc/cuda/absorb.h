@@ -7,7 +7,7 @@ namespace slimvit {
 
 // What a token is kept for. `nearest` is its greatest cosine to a more important patch.
 __device__ inline float score_of(float importance, float nearest) {
-  return importance * (1.0f - nearest);
+  return sqrtf(importance) * (1.0f - nearest);
 }
 
 // Where no patch is more important.
@@ -26,11 +26,6 @@ __device__ inline bool is_ahead(float theirs, float mine, bool earlier) {
 
 // How much a token counts in the mean that it goes into: a mean needs a weight.
 __device__ inline float weight_of(float importance) { return fmaxf(importance, 1e-20f); }
-
-// What a token of that size adds to the size of the one that it goes into.
-__device__ inline float gain_of(float size, float cosine) {
-  return size * sqrtf(fmaxf(cosine, 0.0f));
-}
 
 // The least norm, as of torch's normalize.
 constexpr float kLeastNorm = 1e-12f;

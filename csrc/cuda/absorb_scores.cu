@@ -1,7 +1,7 @@
 // How much of each token of an image no better token stands for:
 //
 //   cosine_ij = cosine of LN(x)_i and LN(x)_j
-//   score_i   = importance_i · (1 - max cosine_ij)
+//   score_i   = sqrt(importance_i) · (1 - max cosine_ij)
 //
 // over the patches j ahead of i in importance, among equals the earlier. Only so many patches of
 // least importance are candidates: the score of any other token is infinite, so that it is kept.

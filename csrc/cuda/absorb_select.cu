@@ -12,13 +12,8 @@ constexpr int kRowsOfWarp = 4;
 
 __device__ inline float lowest() { return __int_as_float(0xff800000); }
 
-struct Nearest {
-  int token;
-  float cosine;
-};
-
 // The kept patch of the greatest cosine, among equals the first; NaN is the lowest. A warp's work.
-__device__ Nearest nearest_of(const Choosing& choosing, const float* cosine, int prefix) {
+__device__ int nearest_of(const Choosing& choosing, const float* cosine, int prefix) {
   const int none = choosing.m;
   float best = lowest();
   int found = none;
@@ -34,7 +29,7 @@ __device__ Nearest nearest_of(const Choosing& choosing, const float* cosine, int
   for (int far = 16; far > 0; far /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, far));
   if (best != most) found = none;
   for (int far = 16; far > 0; far /= 2) found = min(found, __shfl_xor_sync(~0u, found, far));
-  return {found, most};
+  return found;
 }
 
 __global__ void __launch_bounds__(kMostThreads) absorb_select_kernel(AbsorbSelect p) {
@@ -51,19 +46,12 @@ __global__ void __launch_bounds__(kMostThreads) absorb_select_kernel(AbsorbSelec
   const int first = (blockIdx.x * warps + threadIdx.x / 32) * kRowsOfWarp;
   for (int token = first; token < min(first + kRowsOfWarp, p.m); ++token) {
     const std::int64_t at = image * p.m + token;
-    const float size = p.size == nullptr ? 1.0f : p.size[at];
     int target = token;
-    float gain = size;
     if (!choosing.kept.at(token)) {
-      const Nearest nearest = nearest_of(choosing, p.cosine + at * p.m, p.prefix);
-      target = nearest.token;
-      gain = gain_of(size, nearest.cosine);
+      target = nearest_of(choosing, p.cosine + at * p.m, p.prefix);
     }
     const int place = choosing.kept.before(target);
-    if (threadIdx.x % 32 == 0) {
-      p.into[at] = place;
-      p.gain[at] = gain;
-    }
+    if (threadIdx.x % 32 == 0) p.into[at] = place;
   }
 }
 

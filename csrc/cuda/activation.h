@@ -45,4 +45,21 @@ __device__ inline void activate(float (&x)[8], Activation activation) {
   }
 }
 
+// The mean of act(x + sqrt(s) g) over normal g: exactly for GELU, of which the others are
+// approximations. With r = 1 / sqrt(1 + s) and z = r x it is (act(z) + (1 - r²) φ(z)) / r.
+__device__ inline void activate(float (&x)[8], const float (&s)[8], Activation activation) {
+  if (activation == Activation::none) return;
+  float bump[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    x[i] *= rsqrtf(1.0f + s[i]);
+    bump[i] = s[i] * 0.3989422804014327f * __expf(-0.5f * x[i] * x[i]);
+  }
+  activate(x, activation);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    x[i] = rsqrtf(1.0f + s[i]) * fmaf(1.0f + s[i], x[i], bump[i]);
+  }
+}
+
 }  // namespace slimvit

@@ -19,6 +19,8 @@ void bind_linear(const py::kwargs& kwargs) {
   p.stats = in<float>(given.address("stats"));
   p.weight = in(given.address("weight"));
   p.row_sums = in<float>(given.address("row_sums"));
+  p.spread = in<float>(given.address("spread"));
+  p.squares = in<float>(given.address("squares"));
   p.bias = in<float>(given.address("bias"));
   p.residual = in(given.address("residual"));
   p.index = in<std::int64_t>(given.address("index"));

@@ -10,12 +10,15 @@ enum class Type { half, bfloat16 };
 enum class Activation { none, gelu, gelu_tanh, quick_gelu };
 
 // act(LN(x) Wᵀ + b) + residual of n rows of each image, and then, where tail_columns > 0, of all
-// m = x_rows rows for the columns that follow: queries, then keys and values.
+// m = x_rows rows for the columns that follow: queries, then keys and values. With a spread, act is
+// its mean over the tokens that a row stands for: see activation.h.
 struct Linear {
   const void* x;              // [batch, x_rows, groups * inner]
   const float* stats;         // [batch, x_rows, x_parts, 2], or null: no norm
   const void* weight;         // [groups * columns + tail_columns, inner], the norm's weight in it
   const float* row_sums;      // of the weight, [columns + tail_columns], where there is a norm
+  const float* spread;        // more variance of each row than stats have, [batch, x_rows], or null
+  const float* squares;       // of the weight's rows, summed, [columns], where there is a spread
   const float* bias;          // [groups * columns + tail_columns] or null
   const void* residual;       // [batch, residual_rows, columns] or null
   const std::int64_t* index;  // [batch, n]: rows of the residual, or else of x; null: the first n
@@ -130,25 +133,27 @@ void absorb_scores(const AbsorbScores& p, Type type, void* stream);
 struct AbsorbSelect {
   const float* score;   // [batch, m]
   const float* cosine;  // [batch, m, m]
-  const float* size;    // [batch, m] or null: 1
   std::int64_t* index;  // [batch, n]
   int* into;            // [batch, m]
-  float* gain;          // to the size of that one, [batch, m]
   int batch, m, n, prefix;
 };
 void absorb_select(const AbsorbSelect& p, void* stream);
 
-// The kept tokens with what goes into them.
+// The kept tokens with what goes into them; see absorb_merge.cu. Statistics, those of x as well,
+// have width * spread in the squared deviations of a row's first part.
 struct AbsorbMerge {
   const void* x;              // [batch, m, width]
+  const float* stats;         // [batch, m, width / part, 2]
   const float* importance;    // [batch, m]
   const std::int64_t* index;  // [batch, n]
   const int* into;            // [batch, m]
-  const float* gain;          // [batch, m]
+  const float* size;          // [batch, m] or null: 1
+  const float* spread;        // [batch, m] or null: 0
   void* out;                  // [batch, n, width]
   float* out_stats;           // [batch, n, width / part, 2]
   float* out_size;            // [batch, n]
   float* out_bias;            // the log of that
+  float* out_spread;          // [batch, n]
   int batch, m, n, width, part;
 };
 void absorb_merge(const AbsorbMerge& p, Type type, void* stream);

@@ -3,6 +3,9 @@
 //
 //   out = act((x - mean) · rstd · W'ᵀ + b') + residual
 //
+// A row that stands for several tokens may have a spread: it adds to the variance of the norm, and
+// the activation is its mean over those tokens.
+//
 // The product takes x as it is; since (x - mean) W'ᵀ = x W'ᵀ - mean · (row sums of W'), the
 // epilogue puts mean and rstd right.
 
@@ -168,7 +171,7 @@ struct Product {
 // Eight neighbouring columns of a row a thread.
 template <class T, int kM, int kThreads>
 __device__ void write_tile(const Linear& p, const Tile& tile, Shared<float> sums,
-                           Shared<float> mean, Shared<float> rstd) {
+                           Shared<float> mean, Shared<float> rstd, Shared<int> x_row) {
   const int lane = threadIdx.x % (kN / 8) * 8;
   const int column = tile.first_column + lane;
   const bool inside = column < tile.columns;
@@ -196,7 +199,15 @@ __device__ void write_tile(const Linear& p, const Tile& tile, Shared<float> sums
     for (int i = 0; i < 8; ++i) {
       if (p.bias != nullptr) values[i] += p.bias[weight_row + i];
     }
-    activate(values, p.activation);
+    if (p.spread == nullptr) {
+      activate(values, p.activation);
+    } else {
+      const float share = p.spread[x_row[row]] * rstd[row] * rstd[row];
+      float s[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) s[i] = share * p.squares[weight_row + i];
+      activate(values, s, p.activation);
+    }
     if (p.residual != nullptr && live) {
       float more[8];
       const std::int64_t from = std::int64_t(at.image) * p.residual_rows + at.source;
@@ -237,7 +248,8 @@ __global__ void slim_linear_kernel(Linear p) {
       x_row[threadIdx.x] = row;
       if (p.stats != nullptr) {
         const float* stats = p.stats + std::int64_t(row) * p.x_parts * 2;
-        const Norm norm = norm_of(stats, p.x_parts, p.inner, p.eps);
+        const float more = p.spread == nullptr ? 0.0f : p.spread[row];
+        const Norm norm = norm_of(stats, p.x_parts, p.inner, p.eps + more);
         mean[threadIdx.x] = norm.mean;
         rstd[threadIdx.x] = norm.rstd;
       }
@@ -262,7 +274,7 @@ __global__ void slim_linear_kernel(Linear p) {
     }
     product.store(sums + row * kOutStride + column);
     __syncthreads();
-    write_tile<T, kM, kThreads>(p, tile, sums, mean, rstd);
+    write_tile<T, kM, kThreads>(p, tile, sums, mean, rstd, x_row);
   }
 }
 

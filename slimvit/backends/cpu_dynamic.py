@@ -148,40 +148,56 @@ def select_tokens(x: Tensor, pack: Tensor, n: int, prefix: int) -> tuple[Tensor,
 
 
 def dynamic_block(
-    x: Tensor, pack: Tensor, chooser: Tensor, n: int, prefix: int, size: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor,
+    pack: Tensor,
+    chooser: Tensor,
+    n: int,
+    prefix: int,
+    size: Tensor | None = None,
+    spread: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A packed block that keeps n of the alive tokens x [m, B, D] of each image; float32.
 
-    `size` [B, m] tells how many tokens each stands for, None that each stands for itself.
+    `size` [B, m] tells how many tokens each stands for, None that each stands for itself; `spread`
+    [B, m] their mean squared deviation from their average, per channel, None for none.
 
     Returns:
         The kept tokens [n, B, D]; their positions [B, n], ascending; for each pruned token which
-        of the n it went into, [B, m - n], -1 where it was dropped; the sizes [B, n].
+        of the n it went into, [B, m - n], -1 where it was dropped; the sizes and the spreads,
+        [B, n] each.
     """
     rule = "x must be [m, B, D], float32"
     require(x.dim() == 3 and x.dtype == torch.float32 and on_cpu(x), rule, x)
     m, batch, width = x.shape
-    if size is not None:
-        fits = size.shape == (batch, m) and size.is_floating_point() and on_cpu(size)
-        require(fits, f"size must be [B, m] = [{batch}, {m}], floating point", size)
-        size = size.float().contiguous()
+    size, spread = (
+        _per_token(name, of, (batch, m)) for name, of in (("size", size), ("spread", spread))
+    )
     rule = f"n must be in [prefix + 1, m - 1] = [{prefix + 1}, {m - 1}]"
     require(prefix >= 0 and prefix < n < m, rule, n)
     x = x if x.stride(2) == 1 else x.contiguous()
     out = x.new_empty(n, batch, width)
     kept = torch.empty(batch, n, dtype=torch.int64)
     into = torch.full((batch, m - n), -1, dtype=torch.int64)
-    sizes = x.new_empty(batch, n)
+    sizes, spreads = x.new_empty(batch, n), x.new_empty(batch, n)
     call(
         module().dynamic_block,
         *pack_bytes("pack", pack),
         *pack_bytes("chooser", chooser),
         *(address(x), x.stride(1), x.stride(0)),
         *(address(out), out.stride(1), out.stride(0)),
-        *(address(size), address(kept), address(into), address(sizes)),
+        *(address(size), address(spread), address(kept), address(into)),
+        *(address(sizes), address(spreads)),
         *(width, batch, m, n, prefix, torch.get_num_threads()),
     )
-    return out, kept, into, sizes
+    return out, kept, into, sizes, spreads
+
+
+def _per_token(name: str, of: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    if of is None:
+        return None
+    fits = of.shape == shape and of.is_floating_point() and on_cpu(of)
+    require(fits, f"{name} must be [B, m] = {list(shape)}, floating point", of)
+    return of.float().contiguous()
 
 
 def dynamic_vit(

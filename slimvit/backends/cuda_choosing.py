@@ -70,60 +70,66 @@ def absorb_scores(
     return importance, score, cosine
 
 
-def absorb_select(
-    score: Tensor, cosine: Tensor, n: int, prefix: int, *, size: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions of the kept, which of those each token goes into, and what it adds to its size."""
+def absorb_select(score: Tensor, cosine: Tensor, n: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """Positions of the kept tokens, and which of those each token goes into."""
     batch, m = score.shape
     cuda.at_most("m", m, MOST_TOKENS)
     index = score.new_empty(batch, n, dtype=torch.int64)
-    into, gain = score.new_empty(batch, m, dtype=torch.int32), torch.empty_like(score)
+    into = score.new_empty(batch, m, dtype=torch.int32)
     cuda.run(
         cuda.module().absorb_select,
         score,
         score=score,
         cosine=cosine,
-        size=size,
         index=index,
         into=into,
-        gain=gain,
         batch=batch,
         m=m,
         n=n,
         prefix=prefix,
     )
-    return index, into, gain
+    return index, into
 
 
 def absorb_merge(
-    x: Tensor, importance: Tensor, index: Tensor, into: Tensor, gain: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The kept tokens with those that go into them, statistics, sizes, and the log of those."""
+    x: Tensor,
+    stats: Tensor,
+    importance: Tensor,
+    index: Tensor,
+    into: Tensor,
+    *,
+    size: Tensor | None = None,
+    spread: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The kept tokens with those that go into them, statistics, sizes, their log, and spreads."""
     (batch, m, width), n = x.shape, index.shape[1]
     cuda.eights(width=width)
     cuda.at_most("width", width, WIDEST_MERGE)
     part, out = cuda.part_width(width), x.new_empty(batch, n, width)
-    stats = x.new_empty(batch, n, width // part, 2, dtype=torch.float32)
-    size, bias = (x.new_empty(batch, n, dtype=torch.float32) for _ in range(2))
+    out_stats = x.new_empty(batch, n, width // part, 2, dtype=torch.float32)
+    out_size, out_bias, out_spread = (x.new_empty(batch, n, dtype=torch.float32) for _ in range(3))
     cuda.call(
         cuda.module().absorb_merge,
         x,
         x=x,
+        stats=stats,
         importance=importance,
         index=index,
         into=into,
-        gain=gain,
+        size=size,
+        spread=spread,
         out=out,
-        out_stats=stats,
-        out_size=size,
-        out_bias=bias,
+        out_stats=out_stats,
+        out_size=out_size,
+        out_bias=out_bias,
+        out_spread=out_spread,
         batch=batch,
         m=m,
         n=n,
         width=width,
         part=part,
     )
-    return out, stats, size, bias
+    return out, out_stats, out_size, out_bias, out_spread
 
 
 def top_tokens(scores: Tensor, n: int, prefix: int, *, weight: Tensor | None = None) -> Tensor:

@@ -99,6 +99,8 @@ def slim_linear(
     activation: str = "none",
     residual: Tensor | None = None,
     index: Tensor | None = None,
+    spread: Tensor | None = None,
+    squares: Tensor | None = None,
     out: Tensor | None = None,
     emit: bool = False,
     precision: str = "ieee",
@@ -123,6 +125,8 @@ def slim_linear(
         activation=activation,
         residual=residual,
         index=index,
+        spread=spread,
+        squares=squares,
         out=out,
         out_stats=out_stats,
     )
@@ -144,6 +148,8 @@ def _linear(
     activation: str = "none",
     residual: Tensor | None = None,
     index: Tensor | None = None,
+    spread: Tensor | None = None,
+    squares: Tensor | None = None,
     out_stats: Tensor | None = None,
 ) -> None:
     batch, x_rows, stride = x.shape
@@ -156,6 +162,8 @@ def _linear(
         stats=stats,
         weight=weight,
         row_sums=row_sums,
+        spread=spread,
+        squares=squares,
         bias=bias,
         residual=residual,
         index=index,

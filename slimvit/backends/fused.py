@@ -69,13 +69,16 @@ def fused_block(
     tf32: bool = False,
     index: Tensor | None = None,
     key_bias: Tensor | None = None,
+    spread: Tensor | None = None,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
-    """A block's kept rows, and their statistics; `ops.fused_block` says what it takes."""
+    """A block's kept rows, and their statistics; `ops.FusedBlock` says what it takes."""
     part = BlockWeights(*weights)
-    check(backend, x, stats, part, n, index, key_bias)
+    check(backend, x, stats, part, n, index, key_bias, spread)
     if idle and index is not None:
         raise SlimvitError(f"back end {backend}: idle tokens need kept tokens that come first")
+    if idle and spread is not None:
+        raise SlimvitError(f"back end {backend}: idle tokens stand for themselves, without spread")
     x, kernels = x.contiguous(), kernel_set(backend)
     known = ", ".join(kernels.ACTIVATIONS)
     require(
@@ -87,17 +90,20 @@ def fused_block(
     key_bias = None if key_bias is None else key_bias.float().contiguous()
     with on_device(x):
         out = x.clone() if idle and n < x.shape[1] else None
-        if hasattr(kernels, "whole_block") and not part.keys.numel():
+        if hasattr(kernels, "whole_block") and not part.keys.numel() and spread is None:
             whole = kernels.whole_block(
                 x, part, n, heads, activation, eps, key_bias, zero_rows, index, out
             )
             if whole is not None:
                 return whole if out is None else (out, kernels.row_stats(out))
-        stats = kernels.row_stats(x) if stats is None else stats
+        stats = statistics(kernels, x, spread) if stats is None else stats
         shared = {"index": index, "precision": precision_of(tf32)}
         attend = _attend_last if part.keys.numel() else _attend
         a = attend(kernels, x, stats, part, n, heads, eps[0], key_bias, zero_rows, shared)
-        result = second_half(kernels, a, x, part, eps[1], activation, out, shared)
+        if spread is not None:
+            spread = spread[:, :n] if index is None else spread.gather(1, index)
+            spread = spread.contiguous()
+        result = second_half(kernels, a, x, part, eps[1], activation, out, shared, spread)
         return result if out is None else (out, kernels.row_stats(out))
 
 
@@ -171,14 +177,21 @@ def second_half(
     activation: str,
     out: Tensor | None,
     shared: dict,
+    spread: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Projection and MLP with their residuals: one launch where whole rows fit a program."""
+    """Projection and MLP with their residuals: one launch where whole rows fit a program.
+
+    `spread` [B, n] is that of the kept rows, contiguous; the statistics given include it.
+    """
     precision = shared["precision"]
     proj, fc1, fc2 = part[3:5], part[5:7], part[8:10]
+    squares = None if spread is None else part.fc1_squares
+    several = {"spread": spread, "squares": squares}
     if kernels.halves(x.shape[2]):
-        return kernels.slim_mlp(
-            a, x, proj, fc1, fc2, eps=eps, activation=activation, out=out, **shared
+        result, stats = kernels.slim_mlp(
+            a, x, proj, fc1, fc2, eps=eps, activation=activation, out=out, **several, **shared
         )
+        return result, add_spread(stats, spread, x.shape[2])
     y, stats = kernels.slim_linear(a, *proj, stage="proj", residual=x, emit=True, **shared)
     h, _ = kernels.slim_linear(
         y,
@@ -189,10 +202,24 @@ def second_half(
         eps=eps,
         activation=activation,
         precision=precision,
+        **several,
     )
-    return kernels.slim_linear(
+    result, stats = kernels.slim_linear(
         h, *fc2, stage="fc2", residual=y, out=out, emit=True, precision=precision
     )
+    return result, add_spread(stats, spread, x.shape[2])
+
+
+def statistics(kernels: ModuleType, x: Tensor, spread: Tensor | None) -> Tensor:
+    """What blocks pass on of rows, [B, m, parts, 2]: their statistics, spread [B, m] included."""
+    return add_spread(kernels.row_stats(x), spread, x.shape[2])
+
+
+def add_spread(stats: Tensor, spread: Tensor | None, width: int) -> Tensor:
+    """`stats`, changed to include the spread [B, m]: a norm reads it as part of the variance."""
+    if spread is not None:
+        stats[:, :, 0, 1].add_(spread, alpha=width)
+    return stats
 
 
 def scatter_tokens(x: Tensor, index: Tensor, length: int, backend: str = "triton") -> Tensor:

@@ -41,6 +41,7 @@ class BlockWeights(NamedTuple):
         fc2_bias: [D].
         keys: for a block that keeps one or two tokens, the key projection of each head turned over,
             [H·D, d]; else an empty tensor.
+        fc1_squares: sums of the squares of the rows of `fc1`, as rounded, [hidden].
     """
 
     qkv: Tensor
@@ -54,6 +55,7 @@ class BlockWeights(NamedTuple):
     fc2: Tensor
     fc2_bias: Tensor
     keys: Tensor
+    fc1_squares: Tensor
 
 
 def check(
@@ -64,8 +66,9 @@ def check(
     n: int,
     index: Tensor | None,
     key_bias: Tensor | None,
+    spread: Tensor | None = None,
 ) -> None:
-    """Refuse what a block's kernels cannot read; `ops.fused_block` says what each is."""
+    """Refuse what a block's kernels cannot read; `ops.FusedBlock` says what each is."""
     _known(backend)
     width, dtype, device = part.qkv.shape[1], part.qkv.dtype, part.qkv.device
     ask = _ask_once if device.type == "cuda" else _ask  # a GPU stays what it is
@@ -91,6 +94,10 @@ def check(
         fits = key_bias.shape in ((m,), (batch, m)) and key_bias.is_floating_point()
         rule = f"key_bias must be [m] = [{m}] or [B, m] = [{batch}, {m}], floating point"
         require(backend, fits and key_bias.device == device, f"{rule}, on {device}", key_bias)
+    if spread is not None:
+        fits = spread.shape == (batch, m) and spread.dtype == torch.float32
+        rule = f"spread must be [B, m] = [{batch}, {m}], float32, on {device}"
+        require(backend, fits and spread.device == device, rule, spread)
 
 
 def kernel_set(backend: str) -> ModuleType:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slimvit.backends.fused import second_half
+from slimvit.backends.fused import second_half, statistics
 from slimvit.backends.fused_checks import (
     BlockWeights,
     check,
@@ -50,14 +50,14 @@ def absorb_block(
     eps: list[float],
     tf32: bool = False,
     backend: str = "triton",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A block that keeps n tokens of each image and averages the others into them.
 
     Args:
         x: alive tokens, [B, m, D], n < m.
-        stats: their statistics, or None to compute them.
-        sizes: how many tokens each stands for, [B, m], and the log of that; empty where each
-            stands for itself alone. Float32.
+        stats: their statistics, spread included, or None to compute them.
+        sizes: how many tokens each stands for, [B, m], the log of that, and their spread; empty
+            where each stands for itself alone. Float32.
         weights: the `BlockWeights`.
         norm: weight and bias of the block's first norm, [D] each, float32.
         n: tokens to keep, prefix < n.
@@ -71,29 +71,30 @@ def absorb_block(
         backend: whose kernels.
 
     Returns:
-        The kept rows after the block [B, n, D], their statistics, their sizes [B, n] and the log of
-        those, and which of the alive they are, [B, n], int64, ascending.
+        The kept rows after the block [B, n, D], their statistics, spread included, their sizes
+        [B, n], the log of those, their spread, and which of the alive they are, [B, n], int64,
+        ascending.
     """
     part = BlockWeights(*weights)
     require(backend, head_tokens in (1, 2), "head_tokens must be 1 or 2", head_tokens)
-    rule = "sizes must be the sizes and their logs, or nothing"
-    require(backend, len(sizes) in (0, 2), rule, len(sizes))
-    size, key_bias = sizes or (None, None)
+    rule = "sizes must be the sizes, their logs and the spreads, or nothing"
+    require(backend, len(sizes) in (0, 3), rule, len(sizes))
+    size, key_bias, spread = sizes or (None, None, None)
     check(backend, x, stats, part, n, None, key_bias)
     (batch, m, width), inner = x.shape, part.proj.shape[1]
     _check_choice(backend, n, m, prefix)
     rule = f"candidates must be from m - n = {m - n} to the {m - prefix} patches"
     require(backend, m - n <= candidates <= m - prefix, rule, candidates)
-    rule = f"size must be [B, m] = [{batch}, {m}], float32, contiguous"
+    rule = f"sizes must be [B, m] = [{batch}, {m}], float32, contiguous"
     for tensor in sizes:
         fits = tensor.shape == (batch, m) and tensor.dtype == torch.float32
         require(backend, fits and tensor.is_contiguous(), rule, tensor)
     if not batch:
         kept, none = nothing(x, n, width), x.new_empty(0, n, dtype=torch.float32)
-        return *kept, none, none.clone(), none.to(torch.int64)
+        return *kept, none, none.clone(), none.clone(), none.to(torch.int64)
     x, kernels, precision = x.contiguous(), kernel_set(backend), precision_of(tf32)
     with on_device(x):
-        stats = kernels.row_stats(x) if stats is None else stats
+        stats = statistics(kernels, x, spread) if stats is None else stats
         head_q, kv = kernels.slim_qkv(
             *(x, stats, part.qkv, part.qkv_sums, part.qkv_bias, head_tokens, inner),
             eps=eps[0],
@@ -105,9 +106,9 @@ def absorb_block(
             key_bias=key_bias,
             precision=precision,
         )
-        index, into, gain = kernels.absorb_select(score, cosine, n, prefix, size=size)
-        merged, merged_stats, new_size, new_bias = kernels.absorb_merge(
-            x, importance, index, into, gain
+        index, into = kernels.absorb_select(score, cosine, n, prefix)
+        merged, merged_stats, *new_sizes = kernels.absorb_merge(
+            x, stats, importance, index, into, size=size, spread=spread
         )
         q, _ = kernels.slim_linear(
             merged,
@@ -120,8 +121,10 @@ def absorb_block(
         )
         a = kernels.slim_attention(q, kv, heads, key_bias=key_bias, precision=precision)
         shared = {"index": None, "precision": precision}
-        out, out_stats = second_half(kernels, a, merged, part, eps[1], activation, None, shared)
-    return out, out_stats, new_size, new_bias, index
+        out, out_stats = second_half(
+            kernels, a, merged, part, eps[1], activation, None, shared, new_sizes[2]
+        )
+    return out, out_stats, *new_sizes, index
 
 
 def predicted_tokens(

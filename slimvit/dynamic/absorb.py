@@ -23,12 +23,15 @@ class Absorb(Planner):
     Of each image the tokens are kept that the class token reads and that no other stands for:
 
         importance_i = Σ_h A^h[class, i] · ‖V^h_i‖
-        score_i = importance_i · (1 − max cos(y_i, y_j)),  j ahead of i in importance,  y = LN1(x)
+        score_i = sqrt(importance_i) · (1 − max cos(y_i, y_j)),  j ahead of i in importance
+        y = LN1(x)
 
     The lowest scores go, of the patches of least importance: three of them are candidates for each
     that goes, since a score of the others would hardly be low. A pruned token goes into the kept
     patch ahead of it of the greatest cosine, which becomes the average of both, weighted by
-    importance, of their average length; it counts for √cos of its size more.
+    importance, stands for as many tokens as both, and remembers how far they were from it: its
+    spread, by which norms and activations answer as for the mean of its members, not for their
+    mean alone; see `slimvit.ops.spread`.
 
     Args:
         cut: share of the dense model's multiply–accumulates to save, in (0, 1); or
@@ -52,13 +55,11 @@ class Absorb(Planner):
         y = F.normalize(view.y.transpose(0, 1).float(), dim=-1)  # [B, m, D]
         ahead = _ahead(importance, prefix)
         cosine = torch.where(ahead, y @ y.transpose(1, 2), -1.0)
-        score = importance * (1 - cosine.amax(2))
+        score = importance.sqrt() * (1 - cosine.amax(2))
         candidate = ahead.sum(2) >= m - prefix - candidates(m, n, prefix)
         index = top(torch.where(candidate, score, torch.inf), n, prefix)
         rows = rows_of(cosine, complement(index, m)).transpose(1, 2)  # [B, m, m - n]
-        nearest = rows_of(rows, index).max(1)
-        gain = view.size.gather(1, complement(index, m)) * nearest.values.clamp(min=0).sqrt()
-        return Choice(index, nearest.indices, importance.clamp(min=_LEAST), gain)
+        return Choice(index, rows_of(rows, index).max(1).indices, importance.clamp(min=_LEAST))
 
     def parts(self, layer: int) -> AbsorbParts | None:
         """What kernels need; None for a subclass that chooses in another way."""

@@ -20,7 +20,7 @@ class Shape(NamedTuple):
     """
 
     whole: int = 1
-    power: float = 1.3
+    power: float = 1.6
     steepest: float = 0.77
 
 

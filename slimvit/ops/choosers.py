@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from slimvit.backends.fused_selector import WIDEST_SELECTOR
-from slimvit.ops.network import activation_name, layer_norm_of
+from slimvit.ops.modules import activation_name, layer_norm_of
 
 REACH = 3
 """Patches that absorb looks at for each that goes, those of least importance."""
@@ -23,7 +23,8 @@ class AbsorbParts(NamedTuple):
     """Tokens that are attended to and that no other stands for are kept, the others go into them.
 
         importance_i = Σ_h A^h[head tokens, i] · ‖V^h_i‖
-        score_i = importance_i · (1 − max cos(y_i, y_j)),  j ahead of i in importance,  y = LN1(x)
+        score_i = sqrt(importance_i) · (1 − max cos(y_i, y_j)),  j ahead of i in importance
+        y = LN1(x)
 
     Only the `candidates` may be pruned; `slimvit.Absorb` says the whole rule.
 

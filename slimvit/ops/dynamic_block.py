@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slimvit.ops.slim_attention import attention_probabilities
 from slimvit.ops.slim_block import BlockParts, attend, mlp_branch, project_kv, project_q, take
+from slimvit.ops.spread import spread_norm, variance
 
 
 class Alive(NamedTuple):
@@ -23,12 +24,15 @@ class Alive(NamedTuple):
             itself alone. Keys carry log(size) as a bias, as if all of them were still there.
         policy: in training, 0 for tokens that are pruned but still rows, else 1: float32 [B, m],
             with a gradient; no query sees the pruned ones. None where all rows are alive.
+        spread: mean squared deviation, per channel, of the tokens that each stands for from their
+            average, float32 [B, m]; None where every one stands for itself alone.
     """
 
     x: Tensor
     place: Tensor
     size: Tensor | None = None
     policy: Tensor | None = None
+    spread: Tensor | None = None
 
     @property
     def key_bias(self) -> Tensor | None:
@@ -44,14 +48,11 @@ class Choice(NamedTuple):
         into: for each pruned token, in ascending order, which of the n kept ones it is averaged
             into, [B, m - n], int64; None drops the pruned tokens.
         weight: of each alive token in such an average, [B, m], positive; None for its size.
-        gain: what each pruned token adds to the size of the kept one, [B, m - n]; None for its
-            own size.
     """
 
     index: Tensor
     into: Tensor | None = None
     weight: Tensor | None = None
-    gain: Tensor | None = None
 
 
 class View:
@@ -133,43 +134,40 @@ def _ascending(mask: Tensor, n: int) -> Tensor:
 def absorb_tokens(alive: Alive, choice: Choice) -> Alive:
     """The kept tokens, each averaged with the pruned ones that go into it.
 
-        mean_k = Σ w_i x_i / Σ w_i over i = k and the pruned i with into_i = k
-        out_k = mean_k · (Σ w_i ‖x_i‖ / Σ w_i) / ‖mean_k‖,  size_k += Σ gain_i
+        x_k = Σ w_i x_i / Σ w_i over i = k and the pruned i with into_i = k,  size_k = Σ size_i
+        spread_k = Σ w_i (spread_i + var(x_i)) / Σ w_i − var(x_k)
 
-    An average of vectors is shorter than they are, and what a block adds to it would count for
-    too much: hence its length is made theirs. A token that nothing goes into stays as it is. No
-    scatter: a small product, the same on every device in every run.
+    var is over the channels. A token that nothing goes into stays as it is. No scatter: a small
+    product, the same on every device in every run.
     """
     x, place = take(alive.x, choice.index), alive.place.gather(1, choice.index)
     if choice.into is None:
-        size = None if alive.size is None else alive.size.gather(1, choice.index)
-        return Alive(x, place, size)
+        size, spread = (
+            None if of is None else of.gather(1, choice.index) for of in (alive.size, alive.spread)
+        )
+        return Alive(x, place, size, spread=spread)
     wide = torch.promote_types(x.dtype, torch.float32)
     sizes = torch.ones_like(alive.place, dtype=torch.float32) if alive.size is None else alive.size
     weight = (sizes if choice.weight is None else choice.weight).to(wide)
     pruned = complement(choice.index, alive.x.shape[0])
     kept = torch.arange(choice.index.shape[1], device=place.device)
     belongs = choice.into.unsqueeze(1) == kept[:, None]  # [B, n, m - n]
-    gain = sizes.gather(1, pruned) if choice.gain is None else choice.gain
-    size = sizes.gather(1, choice.index) + (belongs * gain.unsqueeze(1)).sum(2)
+    size = sizes.gather(1, choice.index) + (belongs * sizes.gather(1, pruned).unsqueeze(1)).sum(2)
     own, theirs = weight.gather(1, choice.index), belongs * weight.gather(1, pruned).unsqueeze(1)
     total = own + theirs.sum(2)  # [B, n]
+    grows = belongs.any(2)
 
-    def average(kept: Tensor, pruned: Tensor) -> Tensor:
-        added = torch.einsum("bnp,pbd->nbd", theirs, pruned)
-        return (kept * own.t().unsqueeze(-1) + added) / total.t().unsqueeze(-1)
+    added = torch.einsum("bnp,pbd->nbd", theirs, take(alive.x, pruned).to(wide))
+    mean = (x.to(wide) * own.t().unsqueeze(-1) + added) / total.t().unsqueeze(-1)
+    mean = torch.where(grows.t().unsqueeze(-1), mean.to(x.dtype), x)
 
-    gone = take(alive.x, pruned).to(wide)
-    mean = average(x.to(wide), gone)
-    length = average(_length(x.to(wide)), _length(gone))
-    mean = mean * (length / _length(mean).clamp(min=torch.finfo(wide).tiny))
-    merged = torch.where(belongs.any(2).t().unsqueeze(-1), mean.to(x.dtype), x)
-    return Alive(merged, place, size)
-
-
-def _length(x: Tensor) -> Tensor:
-    """Euclidean norms of the rows, [n, B, 1]."""
-    return x.norm(dim=-1, keepdim=True)
+    before = torch.zeros_like(sizes) if alive.spread is None else alive.spread
+    moment = before + variance(alive.x)  # [B, m]
+    added = (theirs @ moment.gather(1, pruned).unsqueeze(-1)).squeeze(-1)
+    moment = (own * moment.gather(1, choice.index) + added) / total
+    spread = (moment - variance(mean)).clamp(min=0).float()
+    spread = torch.where(grows, spread, before.gather(1, choice.index))
+    return Alive(mean, place, size, spread=spread)
 
 
 def dynamic_block(
@@ -187,8 +185,10 @@ def dynamic_block(
         z = x[index], averaged with what is absorbed
         x' = z + ls1 · Attn(LN1(z), K, V);  out = x' + ls2 · MLP(LN2(x'))
 
+    Norms and MLP know of the spread of tokens that stand for several: `slimvit.ops.spread`.
+
     Args:
-        alive: the tokens, m of them, with place and size.
+        alive: the tokens, m of them, with place, size and spread.
         block: the block's modules.
         n: tokens to keep. Where n ≤ `prefix` or n = m there is nothing to choose: the first n.
         choose: asked with a view of the block and n.
@@ -196,7 +196,7 @@ def dynamic_block(
         head_tokens: leading tokens that the head reads.
 
     Returns:
-        The kept tokens, with their places and sizes. Without anything absorbed this is
+        The kept tokens, with their places, sizes and spreads. Without anything absorbed this is
         `slim_block(x, block, index, key_bias=log(size))`.
 
     Raises:
@@ -205,7 +205,7 @@ def dynamic_block(
     m = alive.x.shape[0]
     if n > m:
         raise ValueError(f"n must be at most m = {m}, the alive tokens, got {n}")
-    y = block.norm1(alive.x)
+    y = spread_norm(block.norm1, alive.x, alive.spread)
     view = View(alive, block, y, prefix, head_tokens)
     if n <= prefix or n == m:
         kept = Alive(
@@ -213,16 +213,20 @@ def dynamic_block(
             alive.place[:, :n],
             None if alive.size is None else alive.size[:, :n],
             None if alive.policy is None else alive.policy[:, :n],
+            None if alive.spread is None else alive.spread[:, :n],
         )
         y_kept = take(y, n)
     else:
         choice = choose(view, n)
         _check(choice, (alive.x.shape[1], n), m)
         kept = absorb_tokens(alive, choice)
-        y_kept = take(y, choice.index) if choice.into is None else block.norm1(kept.x)
+        if choice.into is None:
+            y_kept = take(y, choice.index)
+        else:
+            y_kept = spread_norm(block.norm1, kept.x, kept.spread)
     q = project_q(block, y_kept)
     x = attend(kept.x, y_kept, block, q, view.keys, view.values, alive.key_bias, alive.policy)
-    return kept._replace(x=mlp_branch(x, block))
+    return kept._replace(x=mlp_branch(x, block, kept.spread))
 
 
 def _check(choice: Choice, shape: tuple[int, int], m: int) -> None:

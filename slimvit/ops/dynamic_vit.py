@@ -9,13 +9,15 @@ from torch import Tensor
 
 from slimvit.backends import cpu_dynamic
 from slimvit.ops.choosers import REACH, AbsorbParts, ChooserParts, SelectorParts
-from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of
+from slimvit.ops.modules import activation_name, layer_norm_of
+from slimvit.ops.network import NetworkParts
 from slimvit.ops.slim_vit import PackedNetwork
 
 _library = torch.library.Library("slimvit", "FRAGMENT")
 _library.define(
     "dynamic_block(Tensor x, Tensor pack, Tensor chooser, SymInt n, int prefix,"
-    " Tensor? size=None) -> (Tensor out, Tensor index, Tensor into, Tensor size_out)"
+    " Tensor? size=None, Tensor? spread=None) -> (Tensor out, Tensor index, Tensor into,"
+    " Tensor size_out, Tensor spread_out)"
 )
 _library.define(
     "dynamic_vit(Tensor images, Tensor packs, int[] sizes, int[] counts, int rows, int columns)"
@@ -32,14 +34,21 @@ for _name in ("dynamic_block", "dynamic_vit", "select_tokens"):
 
 @torch.library.register_fake("slimvit::dynamic_block", lib=_library)
 def _dynamic_block(
-    x: Tensor, pack: Tensor, chooser: Tensor, n: int, prefix: int, size: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor,
+    pack: Tensor,
+    chooser: Tensor,
+    n: int,
+    prefix: int,
+    size: Tensor | None = None,
+    spread: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     m, batch, width = x.shape
     positions = x.new_empty(batch, m, dtype=torch.int64)
     return (
         x.new_empty(n, batch, width),
         positions.new_empty(batch, n),
         positions.new_empty(batch, m - n),
+        x.new_empty(batch, n),
         x.new_empty(batch, n),
     )
 

@@ -15,7 +15,7 @@ _library.define(
 _library.define(
     "fused_block(Tensor x, Tensor? stats, Tensor[] weights, int n, int heads, str activation,"
     " float[] eps, int zero_rows=0, bool idle=False, bool tf32=False, Tensor? index=None,"
-    " Tensor? key_bias=None, str backend='triton') -> (Tensor, Tensor)"
+    " Tensor? key_bias=None, Tensor? spread=None, str backend='triton') -> (Tensor, Tensor)"
 )
 _library.define(
     "scatter_tokens(Tensor x, Tensor index, SymInt length, str backend='triton') -> Tensor"
@@ -55,6 +55,7 @@ def _fused_block(
     tf32: bool = False,
     index: Tensor | None = None,
     key_bias: Tensor | None = None,
+    spread: Tensor | None = None,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     out = x.new_empty(x.shape[0], x.shape[1] if idle else n, x.shape[2])

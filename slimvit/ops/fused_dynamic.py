@@ -20,13 +20,14 @@ from slimvit.ops.choosers import (
 from slimvit.ops.fused_block import row_statistics
 from slimvit.ops.fused_selector import Selecting
 from slimvit.ops.fused_vit import FusedBlock, FusedNetwork, fold_norm
-from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of
+from slimvit.ops.modules import activation_name, layer_norm_of
+from slimvit.ops.network import NetworkParts
 
 _library = torch.library.Library("slimvit", "FRAGMENT")
 _library.define(
     "absorb_block(Tensor x, Tensor? stats, Tensor[] sizes, Tensor[] weights, Tensor[] norm, int n,"
     " int heads, int prefix, int head_tokens, int candidates, str activation, float[] eps,"
-    " bool tf32=False, str backend='triton') -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " bool tf32=False, str backend='triton') -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "predicted_tokens(Tensor x, Tensor? stats, Tensor[] weights, int n, int prefix,"
@@ -54,10 +55,10 @@ def _absorb_block(
     eps: list[float],
     tf32: bool = False,
     backend: str = "triton",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     out = x.new_empty(x.shape[0], n, x.shape[2])
-    size, bias = (x.new_empty(x.shape[0], n, dtype=torch.float32) for _ in range(2))
-    return out, row_statistics(out), size, bias, _index(x, n)
+    sizes = (x.new_empty(x.shape[0], n, dtype=torch.float32) for _ in range(3))
+    return out, row_statistics(out), *sizes, _index(x, n)
 
 
 @torch.library.register_fake("slimvit::predicted_tokens", lib=_library)
@@ -146,8 +147,13 @@ class _Predicting(nn.Module):
             self.block.tf32,
             self.block.backend,
         )
-        x, stats = self.block(x, index, stats, key_bias=sizes[1] if sizes else None)
+        x, stats = self.block(x, index, stats, **_known(sizes))
         return x, stats, [size.gather(1, index) for size in sizes], index
+
+
+def _known(sizes: list[Tensor]) -> dict[str, Tensor]:
+    """What a block is told of tokens that stand for several."""
+    return {"key_bias": sizes[1], "spread": sizes[2]} if sizes else {}
 
 
 class FusedDynamicNetwork(FusedNetwork):
@@ -203,12 +209,12 @@ class FusedDynamicNetwork(FusedNetwork):
 
     def _run(self, images: Tensor) -> tuple[Tensor, list[Tensor | int]]:
         x, stats = self.embed(images)
-        sizes: list[Tensor] = []  # of the tokens, and the logs of those; none while all are one
+        sizes: list[Tensor] = []  # see `absorb_block`; none while all are one
         kept: list[Tensor | int] = []
         for block, n in zip(self.blocks, self.counts):
             which: Tensor | int = n
             if isinstance(block, FusedBlock):
-                x, stats = block(x, n, stats, key_bias=sizes[1] if sizes else None)
+                x, stats = block(x, n, stats, **_known(sizes))
                 sizes = [size[:, :n].contiguous() for size in sizes]
             else:
                 x, stats, sizes, which = block(x, stats, sizes, n, self.prefix)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from slimvit.backends.fused import BlockWeights
 from slimvit.ops import fused_block  # noqa: F401  defines the ops
 from slimvit.ops.folded_block import FoldedBlock
-from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of, why_not_plain
+from slimvit.ops.modules import activation_name, layer_norm_of
+from slimvit.ops.network import NetworkParts, why_not_plain
 
 _CUDA_HEAD = 128  # see csrc/cuda/slim_attention.cu
 # What a block may keep for its keys and values to be folded away, and how many bytes of a row fit
@@ -55,6 +56,7 @@ class FusedBlock(nn.Module):
         *,
         key_bias: Tensor | None = None,
         idle: bool = False,
+        spread: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The kept rows after the block.
 
@@ -64,6 +66,8 @@ class FusedBlock(nn.Module):
             stats: statistics of `x`, which the op before gave; None to compute them.
             key_bias: added to the attention logits of each alive token, [m] or [B, m].
             idle: give all m rows, those not kept as they were; for a prefix only.
+            spread: of the tokens that each alive one stands for, [B, m], float32, which `stats`
+                include; None where each stands for itself alone.
 
         Returns:
             [B, n, D] (or [B, m, D]), and its statistics.
@@ -82,6 +86,7 @@ class FusedBlock(nn.Module):
             self.tf32,
             index,
             key_bias,
+            spread,
             self.backend,
         )
 
@@ -172,6 +177,7 @@ def _fold(block: FoldedBlock, dtype: torch.dtype, last: bool) -> BlockWeights:
         fc2=block.fc2.weight.detach().to(dtype, copy=True).contiguous(),
         fc2_bias=_bias(block.fc2),
         keys=keys.contiguous() if last else qkv.new_empty(0),
+        fc1_squares=fc1.float().square().sum(1),
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from slimvit.ops.folded_block import FoldedBlock
+from slimvit.ops.modules import activation_name
 from slimvit.ops.slim_block import BlockParts, ExtraKey
 
 
@@ -62,20 +62,3 @@ def _divides(**sizes: int) -> str | None:
         if size % 16:
             return f"{name} must be a multiple of 16, got {size}"
     return None
-
-
-def layer_norm_of(norm: nn.Module) -> tuple[Tensor, Tensor, float] | None:
-    """Weight, bias and eps of a LayerNorm, or None if it is no LayerNorm with weights."""
-    if not isinstance(norm, nn.LayerNorm) or not norm.elementwise_affine:
-        return None
-    bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
-    return norm.weight, bias, norm.eps
-
-
-def activation_name(module: nn.Module) -> str | None:
-    """What the kernels call an activation, or None if they have none such."""
-    if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(
-        type(module).__name__
-    )

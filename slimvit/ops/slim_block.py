@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimvit.ops.slim_attention import masked_attention, slim_attention
+from slimvit.ops.spread import spread_mlp
 
 
 class BlockParts(NamedTuple):
@@ -145,9 +146,11 @@ def attend(
     return x_kept + _drop_path(block.drop_path1, block.ls1(block.proj_drop(block.proj(a))))
 
 
-def mlp_branch(x: Tensor, block: BlockParts) -> Tensor:
-    """x + ls2 · MLP(LN2(x)), [n, B, D]."""
-    return x + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))))
+def mlp_branch(x: Tensor, block: BlockParts, spread: Tensor | None = None) -> Tensor:
+    """x + ls2 · MLP(LN2(x)), [n, B, D]; `spread` [B, n] as in `slimvit.ops.spread`."""
+    return x + _drop_path(
+        block.drop_path2, block.ls2(spread_mlp(block.mlp, block.norm2, x, spread))
+    )
 
 
 def project_qkv(block: BlockParts, y_kept: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

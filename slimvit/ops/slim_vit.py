@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from slimvit.backends import cpu
 from slimvit.ops.folded_block import FoldedBlock
-from slimvit.ops.network import NetworkParts, activation_name, layer_norm_of, why_not_plain
+from slimvit.ops.modules import activation_name, layer_norm_of
+from slimvit.ops.network import NetworkParts, why_not_plain
 from slimvit.ops.slim_block import ExtraKey
 
 _library = torch.library.Library("slimvit", "DEF")

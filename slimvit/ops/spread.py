@@ -1,0 +1,99 @@
+"""Norm and MLP of tokens that stand for several: the mean of what they make of each of them.
+
+A token that others were averaged into is the mean of its members, and its spread, the mean squared
+deviation of the members from it per channel, tells what the mean alone does not: members of unlike
+tokens have a longer way to their own norm, and an activation bends between them. Deviations are
+taken for as large in every direction.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from slimvit.ops.modules import activation_name, layer_norm_of
+
+_MLP = ("fc1", "act", "drop1", "norm", "fc2", "drop2")  # timm's
+
+
+def variance(x: Tensor) -> Tensor:
+    """Of the channels of tokens x [m, B, D]: [B, m], in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.var(-1, unbiased=False).t()
+
+
+def spread_norm(norm: nn.Module, x: Tensor, spread: Tensor | None) -> Tensor:
+    """The mean of the members' norms, to first order in their spread.
+
+        LN(x) = (x − mean) / sqrt(var(x) + spread + eps) · γ + β
+
+    Args:
+        norm: a LayerNorm; another norm is applied as it is.
+        x: [m, B, D].
+        spread: [B, m], or None for none.
+
+    Returns:
+        [m, B, D].
+    """
+    known = layer_norm_of(norm)
+    if spread is None or known is None:
+        return norm(x)
+    weight, bias, eps = known
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = (variance(x) + spread + eps).rsqrt().t().unsqueeze(-1)
+    y = (wide - wide.mean(-1, keepdim=True)) * scale
+    return torch.addcmul(bias.to(y.dtype), y, weight.to(y.dtype)).to(x.dtype)
+
+
+def spread_mlp(mlp: nn.Module, norm: nn.Module, x: Tensor, spread: Tensor | None) -> Tensor:
+    """MLP(norm(x)), the mean of the members', to second order in their spread.
+
+        u = W1 LN(x) + b1,   s_j = spread / (var(x) + spread + eps) · Σ_c (W1_jc γ_c)²
+        r = 1 / sqrt(1 + s),   z = u r,   hidden = (act(z) + (1 − r²) φ(z)) / r
+
+    That is the mean of GELU(u + √s ε) over ε ~ N(0, 1), and of the other activations as nearly as
+    they are GELU.
+
+    Args:
+        mlp: two linear layers and a GELU between them; another MLP is applied as it is.
+        norm: the norm ahead of it.
+        x: [m, B, D].
+        spread: [B, m], or None for none.
+
+    Returns:
+        [m, B, D].
+    """
+    y = spread_norm(norm, x, spread)
+    layers, known = _layers(mlp), layer_norm_of(norm)
+    if spread is None or layers is None or known is None:
+        return mlp(y)
+    fc1, act, rest = layers
+    weight, _, eps = known
+    share = spread / (variance(x) + spread + eps)  # [B, m]
+    squares = (fc1.weight * weight).to(share.dtype).square().sum(1)  # [hidden]
+    s = (share.t().unsqueeze(-1) * squares).to(y.dtype)
+    hidden = spread_activation(act, fc1(y), s)
+    for module in rest:
+        hidden = module(hidden)
+    return hidden
+
+
+def spread_activation(act: nn.Module, u: Tensor, s: Tensor) -> Tensor:
+    """The mean of `act` over a Gaussian of mean u and variance s; exact for GELU."""
+    r = (1 + s).rsqrt()
+    z = u * r
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return (act(z) + s * r * r * density) / r
+
+
+def _layers(mlp: nn.Module) -> tuple[nn.Linear, nn.Module, list[nn.Module]] | None:
+    """First layer, activation and what follows, where that is all there is."""
+    parts = dict(mlp.named_children())
+    plain = isinstance(mlp, nn.Sequential) and len(parts) == 3
+    if not plain and (type(mlp).__name__ != "Mlp" or tuple(parts) != _MLP):
+        return None
+    fc1, act, *rest = parts.values()
+    known = type(fc1) is nn.Linear and activation_name(act) is not None
+    return (fc1, act, rest) if known else None
