@@ -21,7 +21,7 @@ from slimvit.search.reduce import ExactMean, rank
 
 SHAPES = tuple(
     Shape(whole, power, steepest)
-    for whole, power, steepest in itertools.product((1, 2), (1.0, 1.3, 1.6), (0.7, 0.77, 0.84))
+    for whole, power, steepest in itertools.product((1, 2), (1.3, 1.6, 2.0), (0.7, 0.77, 0.84))
 )
 _TRIALS = 6
 
