@@ -97,8 +97,8 @@ struct Activate : FromBias<S> {
 
   template <int MR, int NV>
   SLIMVIT_INLINE void end(typename S::F (&acc)[MR][NV], long row, long column) const {
-    if (share != nullptr)
-      spread(acc, row, column);
+    if (share != nullptr && stand_for_several<MR>(row))
+      mean(acc, row, column);
     else if (kind == Activation::gelu)
       each<MR, NV>(acc, row, column, [](auto x) { return gelu<S, T>(x); });
     else
@@ -106,17 +106,24 @@ struct Activate : FromBias<S> {
   }
 
  private:
+  template <int MR>
+  SLIMVIT_INLINE bool stand_for_several(long row) const {
+    bool any = false;
+    for (int i = 0; i < MR; ++i) any |= share[row + i] != 0.0f;
+    return any;
+  }
+
   template <int MR, int NV>
-  SLIMVIT_INLINE void spread(typename S::F (&acc)[MR][NV], long row, long column) const {
+  SLIMVIT_INLINE void mean(typename S::F (&acc)[MR][NV], long row, long column) const {
     for (int i = 0; i < MR; ++i) {
       const float s = share[row + i];
+#pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
         const long at = column + j * S::kLanes;
-        const auto x = acc[i][j];
-        S::store(out + (row + i) * ld + at,
-                 s == 0.0f
-                     ? activate<S, T>(kind, x)
-                     : activate_spread<S, T>(kind, x, S::mul(S::set(s), S::load(squares + at))));
+        const auto y = s == 0.0f ? activate<S, T>(kind, acc[i][j])
+                                 : activate_spread<S, T>(kind, acc[i][j],
+                                                         S::mul(S::set(s), S::load(squares + at)));
+        S::store(out + (row + i) * ld + at, y);
       }
     }
   }
