@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 RESULTS = Path(__file__).parent / "results"
 DENSE, SLIM, INK = "#b8bfc8", "#1f6feb", "#30363d"
 LINES = ["#1f6feb", "#d1570a", "#2a8a4a", "#8250b8", "#b3263e", "#6b7280"]
+MARKERS = "os^D"
 ORDER = ["torch", "torch.compile", "onnxruntime", "openvino"]
 
 Record = dict[str, str]
@@ -124,28 +125,52 @@ def draw_speed(axes: Axes, rows: list[Record]) -> None:
 
 
 def accuracy(records: list[Record]) -> Figure:
-    """Top-1 over the MACs saved, a panel a model, a line a method; dashes at the dense model."""
-    models = grouped(records, "model")
+    """Top-1 over the MACs saved, a panel a model, a line a method; dashes at the dense model.
+
+    Seeds and cuts of a method are points of its line. Rows whose pruned tokens stay as zero or idle
+    ones are left out: they answer next to nothing.
+    """
+    models = grouped([row for row in records if row["semantics"] == "drop"], "model")
     figure, panels = plt.subplots(
-        1, len(models), figsize=(4.6 * len(models), 3.4), squeeze=False, layout="constrained"
+        *(1, len(models)),
+        figsize=(3.4 * len(models) + 2.2, 3.4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
+    names = list(dict.fromkeys(method(row) for row in records if row["semantics"] == "drop"))
     for axes, ((model,), rows) in zip(panels[0], models.items()):
-        methods = grouped(rows, "method", "score")
-        for color, ((method, score), points) in zip(LINES * len(methods), methods.items()):
-            points = sorted(points, key=lambda row: float(row["cut"]))
+        for number, name in enumerate(names):
+            points = [row for row in rows if method(row) == name]
+            points.sort(key=lambda row: float(row["cut"]))
             x = [100 * float(row["cut"]) for row in points]
             y = [float(row["top1"]) for row in points]
-            label = method if score in ("", method) else f"{method}, {score}"
-            axes.plot(x, y, marker="o", markersize=4, color=color, linewidth=1.5, label=label)
+            line = {"color": LINES[number % len(LINES)], "marker": MARKERS[number // len(LINES)]}
+            style = "-" if x and x[-1] - x[0] > 2 else ""
+            axes.plot(x, y, markersize=5, linewidth=1.5, linestyle=style, label=name, **line)
         axes.axhline(
             float(rows[0]["dense_top1"]), color=INK, linewidth=0.8, linestyle="--", label="dense"
         )
         axes.set_title(model, fontsize=9, color=INK, loc="left")
         axes.set_xlabel("MACs saved, %", fontsize=8)
-        axes.set_ylabel("top-1, %", fontsize=8)
-        axes.legend(fontsize=7, frameon=False, loc="best")
         plain(axes)
+    panels[0][0].set_ylabel("top-1, %", fontsize=8)
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(),
+        loc="outside right center",
+        fontsize=7,
+        frameon=False,
+    )
     return figure
+
+
+def method(row: Record) -> str:
+    """What a row is a point of, whatever its seed and its cut."""
+    name = re.sub(r"(, seed \d+| [\d.]+)$", "", row["method"])
+    if int(row["block_epochs"] or 0):
+        name = name.replace("search", "search with block fine-tuning")
+    score = re.sub(r", seed \d+$", "", row["score"])
+    return f"{name}, {score}" if name == "counts" else name
 
 
 def chosen(row: Record) -> bool:

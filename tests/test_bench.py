@@ -412,12 +412,21 @@ def script(name):
 def test_charts_are_drawn_from_the_results(tmp_path):
     append_csv(tmp_path / "speed.csv", report(ROWS))
     (tmp_path / "accuracy.csv").write_text(
-        "model,method,score,tolerance,cut,top1,dense_top1,agreement\n"
-        "vit,search,eq6,0.01,0.35,77.0,80.0,90.0\n"
-        "vit,search,eq6,0.02,0.46,75.0,80.0,85.0\n"
-        "vit,uniform,,,0.46,70.0,80.0,80.0\n"
+        "model,method,score,block_epochs,semantics,cut,top1,dense_top1\n"
+        "vit,search,eq6,0,drop,0.35,77.0,80.0\n"
+        "vit,search,eq6,3,drop,0.46,75.0,80.0\n"
+        'vit,counts,"random, seed 1",0,drop,0.46,70.0,80.0\n'
+        "vit,absorb 0.41,absorb,,drop,0.41,79.0,80.0\n"
+        "vit,counts,eq6,0,zero,0.46,1.0,80.0\n"
     )
-    script("chart").main([str(path) for path in sorted(tmp_path.glob("*.csv"))])
+    chart = script("chart")
+    chart.main([str(path) for path in sorted(tmp_path.glob("*.csv"))])
+    with (tmp_path / "accuracy.csv").open() as file:
+        figure = chart.accuracy(list(csv.DictReader(file)))
+    drawn = {line.get_label() for line in figure.axes[0].get_lines()}
+    assert drawn == {
+        *("search", "search with block fine-tuning", "counts, random", "absorb", "dense")
+    }
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
     assert pictures == ["accuracy.png", "speed-a-processor-t1-b8-float32.png"]
 
