@@ -37,8 +37,8 @@ struct MergedScale {
 };
 
 // Kept rows [begin, end), those that others go into averaged with them:
-//   x_kept = Σ w x / Σ w,  spread = Σ w (spread + var(x)) / Σ w - var(x_kept),  y_kept =
-//   LN1(x_kept)
+//   x_kept = Σ w x / Σ w,  spread_kept = Σ w (spread + var(x)) / Σ w - var(x_kept),
+//   y_kept = LN1(x_kept)
 // `into` [m - n] may be null. The order of every sum is that of the tokens.
 template <class S, typename T, class Pack>
 class Gather {
