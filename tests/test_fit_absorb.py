@@ -23,23 +23,44 @@ def batches():
 
 
 def kl(model, plan, batches):
+    """Of each image, [5]."""
     images = torch.cat(batches)
     with torch.no_grad():
         p = model(images).double().softmax(1)
         q = apply_masks(model, plan).eval()(images).double().softmax(1)
-    return float((p * (p / q).log()).sum(1).mean())
+    return (p * (p / q).log()).sum(1)
 
 
 def test_takes_the_shape_whose_answers_stay_nearest(tiny_vit, batches):
-    plan, trials = fit_absorb(tiny_vit, batches, cut=0.25, shapes=SHAPES, progress=False)
+    shapes = SHAPES[:1] + SHAPES[2:]  # without Absorb's own
+    plan, trials = fit_absorb(tiny_vit, batches, cut=0.25, shapes=shapes, progress=False)
     shape = spec(tiny_vit)
     assert cut(shape, plan) == pytest.approx(0.25, abs=0.04)
-    tried = absorb._plans(shape, 0.25, SHAPES)
+    tried = absorb._plans(shape, 0.25, shapes)
     assert len(tried) > 1
-    by_hand = [kl(tiny_vit, each, batches) for each in tried]
+    by_hand = [float(kl(tiny_vit, each, batches).mean()) for each in tried]
     assert plan.counts == tried[by_hand.index(min(by_hand))].counts
     assert [trial.counts for trial in trials] == [each.counts for each in tried]
     assert [trial.divergence for trial in trials] == pytest.approx(by_hand, rel=1e-4, abs=1e-9)
+    assert {trial.error for trial in trials} == {0.0}
+
+
+@pytest.mark.parametrize("sure", [0.0, 1.0, 2.0, 1e9])
+def test_its_own_shape_gives_way_to_one_that_is_surely_better(tiny_vit, batches, monkeypatch, sure):
+    monkeypatch.setattr(absorb, "_SURE", sure)
+    plan, trials = fit_absorb(tiny_vit, batches, cut=0.25, shapes=SHAPES, progress=False)
+    own = Absorb(cut=0.25).bind(spec(tiny_vit)).counts
+    found = {t.counts: kl(tiny_vit, Absorb(counts=t.counts), batches) for t in trials}
+    for trial in trials:
+        apart = found[trial.counts] - found[own]
+        error = float(apart.std() / len(apart) ** 0.5)
+        assert trial.error == pytest.approx(error, rel=1e-3, abs=1e-8)
+    best = min(found, key=lambda counts: float(found[counts].mean()))
+    apart = found[own] - found[best]
+    gives_way = apart.mean() > sure * apart.std() / len(apart) ** 0.5
+    assert plan.counts == (best if gives_way else own)
+    assert sure != 1e9 or plan.counts == own
+    assert sure != 0.0 or plan.counts == best
 
 
 def test_is_the_same_however_images_are_batched(tiny_vit, batches):
@@ -111,7 +132,10 @@ def test_prune_absorb_writes_the_best_plan(prune, tiny_vit):
     assert plan.kind == report["plan"] == "absorb"
     assert report["cut"] == pytest.approx(cut(spec(tiny_vit), plan), abs=1e-6)
     best = min(report["trials"], key=lambda trial: trial["divergence"])
-    assert list(plan.counts) == report["kept"] == best["counts"]
+    own = list(Absorb(cut=0.3).bind(spec(tiny_vit)).counts)
+    assert list(plan.counts) == report["kept"]
+    assert report["kept"] in (best["counts"], own)
+    assert out.count("taken") == 1
     assert report["images"] == 6
 
 

@@ -75,14 +75,21 @@ def run(args: argparse.Namespace, model: nn.Module, images: Batches) -> None:
 
 
 def describe(plan: Absorb, trials: tuple[Trial, ...], values: dict[str, Any]) -> str:
-    """A table with one row for each schedule tried, the best first, and the cut in a line."""
+    """A table with one row for each schedule tried, the best first, and the cut in a line.
+
+    The last column tells which was taken, and by how much the others may be off beside Absorb's.
+    """
     rows = [
-        (",".join(map(str, trial.counts)), f"{trial.divergence:.4f}")
+        (
+            ",".join(map(str, trial.counts)),
+            f"{trial.divergence:.4f}",
+            "taken" if trial.counts == plan.counts else f"± {trial.error:.4f}",
+        )
         for trial in sorted(trials, key=lambda trial: trial.divergence)
     ]
     return "\n".join(
         [
-            common.table(rows, ("kept", "KL(dense, slim)")),
+            common.table(rows, ("kept", "KL(dense, slim)", "")),
             "",
             f"{100 * values['cut']:.1f} % fewer MACs, choosing included: {values['gmacs']:.3f} G "
             f"of {values['dense_gmacs']:.3f} G an image; {values['images']} images, "

@@ -17,20 +17,29 @@ from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
 from slimvit.models import Spec, spec
 from slimvit.runtime import apply_masks
 from slimvit.search.budget import measure_speedup
-from slimvit.search.reduce import ExactMean, rank
+from slimvit.search.reduce import ExactMean, all_sum, rank
 
 SHAPES = tuple(
     Shape(whole, power, steepest)
     for whole, power, steepest in itertools.product((1, 2), (1.3, 1.6, 2.0), (0.7, 0.77, 0.84))
 )
 _TRIALS = 6
+_SURE = 2.0  # standard errors
 
 
 class Trial(NamedTuple):
-    """Counts that were tried, and the mean KL(dense ‖ slim) of the answers in nats."""
+    """Counts that were tried, and what the images said of them.
+
+    Attributes:
+        counts: tokens that each block keeps.
+        divergence: mean KL(dense ‖ slim) of the answers, in nats.
+        error: standard error of its difference to the divergence of `Absorb`'s own counts; 0 where
+            those were not tried.
+    """
 
     counts: tuple[int, ...]
     divergence: float
+    error: float
 
 
 def fit_absorb(
@@ -45,8 +54,10 @@ def fit_absorb(
     """An `Absorb` whose counts are chosen by what the model answers, or by a measured speed.
 
     With images, those counts are taken among the `shapes` whose answers stay nearest to the dense
-    model's: the least mean KL(dense ‖ slim). Labels are not needed, nothing is trained, and every
-    image is answered once for each shape. Without images `Absorb`'s own shape is taken.
+    model's: the least mean KL(dense ‖ slim). Where `Absorb`'s own shape is among them, another must
+    be better by more than two standard errors of the difference: the best of many is the luckiest
+    as well. Labels are not needed, nothing is trained, and every image is answered once for each
+    shape. Without images `Absorb`'s own shape is taken.
 
     Args:
         model: a dense timm VisionTransformer; not changed.
@@ -75,20 +86,36 @@ def fit_absorb(
     plans = _plans(shape, cut, shapes if loader is not None else [Shape()])
     if loader is None:
         return plans[0], ()
-    found = divergences(model, plans, loader, progress=progress)
-    trials = [Trial(plan.counts, value) for plan, value in zip(plans, found)]
-    return plans[found.index(min(found))], tuple(trials)
+    own = _own(shape, cut, plans)
+    found = divergences(model, plans, loader, beside=own or 0, progress=progress)
+    trials = [
+        Trial(plan.counts, value, 0.0 if own is None else error)
+        for plan, (value, error) in zip(plans, found)
+    ]
+    best = min(range(len(trials)), key=lambda number: trials[number].divergence)
+    if own is not None:
+        better = trials[own].divergence - trials[best].divergence
+        best = best if better > _SURE * trials[best].error else own
+    return plans[best], tuple(trials)
 
 
 @torch.inference_mode()
 def divergences(
-    model: nn.Module, plans: list[Absorb], loader: Iterable, *, progress: bool = True
-) -> list[float]:
-    """Mean KL(dense ‖ slim) of each plan over the images of a loader, in nats."""
+    model: nn.Module,
+    plans: list[Absorb],
+    loader: Iterable,
+    *,
+    beside: int = 0,
+    progress: bool = True,
+) -> list[tuple[float, float]]:
+    """Mean KL(dense ‖ slim) of each plan over the images of a loader, in nats.
+
+    With it the standard error of its difference to that of the plan number `beside`.
+    """
     dense = model.eval()
     device = next(model.parameters()).device
     slims = [apply_masks(model, plan).eval() for plan in plans]
-    mean, images = ExactMean(len(plans)), 0
+    mean, images = ExactMean(2 * len(plans)), 0
     bar = tqdm(loader, desc="schedules", disable=not progress or rank() != 0)
     for batch in bar:
         batch = (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
@@ -96,17 +123,30 @@ def divergences(
         found = torch.stack([_divergence(wanted, slim(batch)) for slim in slims], 1)
         if not found.isfinite().all():
             raise SlimvitError("the answers are not finite: no schedule can be chosen by them")
-        mean.add(found)
+        mean.add(torch.cat([found, (found - found[:, beside, None]).square()], 1))
         images += len(batch)
     if not images:
         raise DataError("no images to choose a schedule by")
-    return mean.mean().tolist()
+    means, squares = mean.mean().chunk(2)
+    images = int(all_sum(torch.tensor(images)))
+    variance = (squares - (means - means[beside]).square()).clamp(min=0)
+    errors = (variance / max(1, images - 1)).sqrt()
+    return list(zip(means.tolist(), errors.tolist()))
 
 
 def _divergence(wanted: Tensor, logits: Tensor) -> Tensor:
     """KL of each image, [b]."""
     answers = logits.double().log_softmax(1)
     return F.kl_div(answers, wanted, log_target=True, reduction="none").sum(1)
+
+
+def _own(shape: Spec, cut: float, plans: list[Absorb]) -> int | None:
+    """Which of the plans has the counts of `Absorb(cut=cut)`."""
+    try:
+        counts = Absorb(cut=cut).bind(shape).counts
+    except PlanError:
+        return None
+    return next((i for i, plan in enumerate(plans) if plan.counts == counts), None)
 
 
 def _plans(shape: Spec, cut: float, shapes: Iterable[Shape]) -> list[Absorb]:
