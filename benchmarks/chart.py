@@ -130,7 +130,8 @@ def accuracy(records: list[Record]) -> Figure:
     Seeds and cuts of a method are points of its line. Rows whose pruned tokens stay as zero or idle
     ones are left out: they answer next to nothing.
     """
-    models = grouped([row for row in records if row["semantics"] == "drop"], "model")
+    records = [row for row in records if row["semantics"] == "drop"]
+    models, names = grouped(records, "model"), list(dict.fromkeys(map(method, records)))
     figure, panels = plt.subplots(
         *(1, len(models)),
         figsize=(3.4 * len(models) + 2.2, 3.4),
@@ -138,7 +139,6 @@ def accuracy(records: list[Record]) -> Figure:
         squeeze=False,
         layout="constrained",
     )
-    names = list(dict.fromkeys(method(row) for row in records if row["semantics"] == "drop"))
     for axes, ((model,), rows) in zip(panels[0], models.items()):
         for number, name in enumerate(names):
             points = [row for row in rows if method(row) == name]

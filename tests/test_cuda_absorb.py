@@ -1,12 +1,14 @@
 """The CUDA kernels that choose tokens, emulated; cases and references are those of Triton's."""
 
+import functools
 import math
 
 import pytest
+import test_kernels_absorb
 import torch
 from cuda_checks import all_devices, devices, kernels, use
 from emulated import A100, T4
-from kernel_checks import EPS, FLOOR, Random, check_stats, distance, stats_of
+from kernel_checks import EPS, Random, stats_of
 from test_kernels_absorb import (
     CHOICES,
     MERGED,
@@ -14,13 +16,13 @@ from test_kernels_absorb import (
     Case,
     Several,
     alone,
+    check_merged,
     check_scored,
     check_select,
     chosen,
+    given,
     hard_scores,
     inputs,
-    merged,
-    merging,
     several,
 )
 from torch import Tensor
@@ -149,14 +151,7 @@ def test_select(batch, m, n, prefix, kind):
     check_select(kernels.absorb_select, kind, batch, m, n, prefix)
 
 
-def given(case: tuple, dtype: torch.dtype, again: bool) -> tuple:
-    """What `merge` and the reference take; `again`: tokens stand for several already."""
-    return *merging(*case, dtype), several(*case[:2]) if again else Several()
-
-
-def merge(x: Tensor, importance: Tensor, index: Tensor, into: Tensor, of: Several) -> tuple:
-    stats = stats_of(x, of.spread)
-    return kernels.absorb_merge(x, stats, importance, index, into, **of._asdict())
+merge = functools.partial(test_kernels_absorb.merge, kernels=kernels)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
@@ -164,16 +159,7 @@ class TestMerge:
     @devices
     @pytest.mark.parametrize("case", [*MERGED, (1, 17, 5, 1032, 1), (3, 7, 4, 1536, 2)], ids=str)
     def test_errs_no_more_than_torch(self, device, case, again):
-        dtype = use(device)
-        x, *rest = given(case, dtype, again)
-        out, stats, size, bias, spread = merge(x, *rest)
-        wanted, own = (merged(x.to(kind), *rest) for kind in (torch.float64, dtype))
-        exact = wanted.x.transpose(0, 1)
-        assert out.dtype == dtype
-        assert distance(out, exact) <= max(2 * distance(own.x.transpose(0, 1), exact), FLOOR[dtype])
-        check_stats(stats, out, spread)
-        torch.testing.assert_close(size, wanted.size, rtol=1e-6, atol=0)
-        torch.testing.assert_close(bias, size.log(), rtol=1e-6, atol=1e-7)
+        check_merged(kernels, *given(case, use(device), again))
 
     @devices
     @pytest.mark.parametrize("case", [*MERGED, (1, 17, 5, 1032, 1), (3, 7, 4, 1536, 2)], ids=str)

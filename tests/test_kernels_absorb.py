@@ -316,6 +316,11 @@ def several(batch: int, m: int) -> Several:
     return Several(size, spread)
 
 
+def given(case: tuple, dtype: torch.dtype, again: bool) -> tuple:
+    """What `merge` and the reference take; `again`: tokens stand for several already."""
+    return *merging(*case, dtype), several(*case[:2]) if again else Several()
+
+
 def merge(
     x: Tensor,
     importance: Tensor,
@@ -364,17 +369,14 @@ def check_merged(kernels: ModuleType, x: Tensor, *rest: Tensor | Several) -> Non
 class TestMerge:
     """`again`: tokens stand for several already."""
 
-    def given(self, case: tuple, dtype: torch.dtype, again: bool) -> tuple:
-        return *merging(*case, dtype), several(*case[:2]) if again else Several()
-
     @dtypes
     @pytest.mark.parametrize("case", MERGED, ids=str)
     def test_errs_no_more_than_torch(self, dtype, case, again):
-        check_merged(kernels, *self.given(case, dtype, again))
+        check_merged(kernels, *given(case, dtype, again))
 
     @dtypes
     def test_a_token_that_nothing_goes_into_stays_as_it_is(self, dtype, again):
-        x, importance, index, into, of = self.given((3, 63, 40, 48, 2), dtype, again)
+        x, importance, index, into, of = given((3, 63, 40, 48, 2), dtype, again)
         out, stats, size, _, spread = merge(x, importance, index, into, of)
         stays = alone(index, into)
         assert 20 < stays.sum() < 100
@@ -391,10 +393,9 @@ class TestMerge:
 
     @dtypes
     def test_every_image_by_itself(self, dtype, again):
-        given = self.given((3, 63, 40, 48, 2), dtype, again)
-        together = merge(*given)
+        *tensors, of = given((3, 63, 40, 48, 2), dtype, again)
+        together = merge(*tensors, of)
         for b in range(3):
-            *tensors, of = given
             own = Several(*(None if t is None else t[b : b + 1].contiguous() for t in of))
             for one, all_of_them in zip(
                 merge(*(t[b : b + 1].contiguous() for t in tensors), own), together, strict=True
@@ -403,7 +404,7 @@ class TestMerge:
 
     @dtypes
     def test_nan_stays_with_those_that_it_goes_into(self, dtype, again):
-        x, importance, index, into, of = self.given((3, 63, 40, 48, 2), dtype, again)
+        x, importance, index, into, of = given((3, 63, 40, 48, 2), dtype, again)
         wanted = merge(x, importance, index, into, of)
         x[1, 62] = math.nan
         got = merge(x, importance, index, into, of)

@@ -62,7 +62,7 @@ SLIMVIT_INLINE void layer_norm_rows(const float* x, long ldx, long width, const 
 
 // y = (x - mean) · scale · weight + bias for rows of float32, scale = 1 / sqrt(variance + eps) or
 // as `scale_of` says; T or float32 comes out, also in place. `width` is a multiple of the lanes.
-template <class S, typename Out, class ScaleOf = Scale>
+template <class S, typename Out, class ScaleOf>
 void layer_norm(const float* x, long ldx, long rows, long width, const float* weight,
                 const float* bias, const ScaleOf& scale_of, Out* y, long ldy) {
   long r = 0;

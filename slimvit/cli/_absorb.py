@@ -77,13 +77,13 @@ def run(args: argparse.Namespace, model: nn.Module, images: Batches) -> None:
 def describe(plan: Absorb, trials: tuple[Trial, ...], values: dict[str, Any]) -> str:
     """A table with one row for each schedule tried, the best first, and the cut in a line.
 
-    The last column tells which was taken, and by how much the others may be off beside Absorb's.
+    The last column tells which was taken, and the standard errors of the others beside Absorb's.
     """
     rows = [
         (
             ",".join(map(str, trial.counts)),
             f"{trial.divergence:.4f}",
-            "taken" if trial.counts == plan.counts else f"± {trial.error:.4f}",
+            _mark(trial, plan),
         )
         for trial in sorted(trials, key=lambda trial: trial.divergence)
     ]
@@ -96,3 +96,9 @@ def describe(plan: Absorb, trials: tuple[Trial, ...], values: dict[str, Any]) ->
             f"{values['seconds']:.0f} s",
         ]
     )
+
+
+def _mark(trial: Trial, plan: Absorb) -> str:
+    if trial.counts == plan.counts:
+        return "taken"
+    return f"± {trial.error:.4f}" if trial.error else ""

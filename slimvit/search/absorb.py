@@ -33,13 +33,13 @@ class Trial(NamedTuple):
     Attributes:
         counts: tokens that each block keeps.
         divergence: mean KL(dense ‖ slim) of the answers, in nats.
-        error: standard error of its difference to the divergence of `Absorb`'s own counts; 0 where
-            those were not tried.
+        error: standard error of its difference to the divergence of `Absorb`'s own counts; None
+            where those were not tried.
     """
 
     counts: tuple[int, ...]
     divergence: float
-    error: float
+    error: float | None
 
 
 def fit_absorb(
@@ -89,13 +89,12 @@ def fit_absorb(
     own = _own(shape, cut, plans)
     found = divergences(model, plans, loader, beside=own or 0, progress=progress)
     trials = [
-        Trial(plan.counts, value, 0.0 if own is None else error)
+        Trial(plan.counts, value, None if own is None else error)
         for plan, (value, error) in zip(plans, found)
     ]
-    best = min(range(len(trials)), key=lambda number: trials[number].divergence)
-    if own is not None:
-        better = trials[own].divergence - trials[best].divergence
-        best = best if better > _SURE * trials[best].error else own
+    best = min(range(len(found)), key=lambda number: found[number][0])
+    if own is not None and found[own][0] - found[best][0] <= _SURE * found[best][1]:
+        best = own
     return plans[best], tuple(trials)
 
 
