@@ -167,6 +167,12 @@ def _images(model: nn.Module, batch: int, seed: int = 0) -> Tensor:
 
 def _plain(model: nn.Module) -> nn.Module:
     """A copy on the CPU in float32, in eval mode, that needs no gradient."""
+    plan: Any = getattr(model, "plan", None)
+    if plan is not None and plan.ragged:
+        raise ExportError(
+            f"{plan.kind} keeps another number of patches of each image: "
+            "a file has fixed counts, give a plan of these"
+        )
     return copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
 
 

@@ -40,7 +40,7 @@ class TestCounts:
             _ = Absorb(counts=[1]).alive
 
 
-def made_view(m: int, prefix: int) -> View:
+def made_view(m: int, prefix: int, images: slice = slice(2)) -> View:
     """A block between its keys and its queries, of two images; some patches are much alike."""
     generator = torch.Generator().manual_seed(m)
     x = torch.randn(m, 2, 48, generator=generator, dtype=torch.float64)
@@ -48,12 +48,15 @@ def made_view(m: int, prefix: int) -> View:
     size = 1 + torch.rand(2, m, generator=generator)
     place = torch.arange(m).expand(2, -1)
     block = block_parts(build("deit").double())[1]
+    x, place, size = x[:, images], place[images], size[images]
     with torch.no_grad():
         return View(Alive(x, place, size), block, block.norm1(x), prefix, head_tokens=1)
 
 
-def by_loops(view: View, b: int, n: int) -> tuple[list[int], dict[int, int]]:
-    """Which tokens of image b stay, and where each of the others goes."""
+def by_loops(
+    view: View, b: int, n: int | None, below: float = 0.0, some: int = 0
+) -> tuple[list[int], dict[int, int]]:
+    """Which tokens of image b stay, n or all but those below a threshold, and where others go."""
     m, prefix = len(view.y), view.prefix
     lengths = view.values[b].norm(dim=-1)  # [H, m]
     importance = (view.class_attention()[b] * lengths).sum(0).tolist()
@@ -67,8 +70,11 @@ def by_loops(view: View, b: int, n: int) -> tuple[list[int], dict[int, int]]:
     def score(i: int) -> float:
         return importance[i] ** 0.5 * (1 - max((cosine(i, j) for j in ahead[i]), default=-1.0))
 
-    candidates = order[-3 * (m - n) :]
-    pruned = sorted(sorted(candidates, key=score)[: m - n])
+    if n is None:
+        total = sum(importance) ** 0.5
+        pruned = sorted(i for i in order[m - prefix - some :] if score(i) < below * total)
+    else:
+        pruned = sorted(sorted(order[-3 * (m - n) :], key=score)[: m - n])
     kept = [i for i in range(m) if i not in pruned]
     goes = {
         i: max((j for j in ahead[i] if j in kept), key=lambda j, i=i: cosine(i, j)) for i in pruned

@@ -21,6 +21,7 @@ from slimvit.ops import (
     ExtraKey,
     FoldedBlock,
     PredictorParts,
+    Threshold,
     View,
     candidates,
     complement,
@@ -374,6 +375,10 @@ class TestRefused:
         self.refuses("the pack of the chooser is something else", chooser=block)
         self.refuses("the pack of the block is something else", pack=pack(predictor_of(64)))
         self.refuses("the pack of the chooser is too short", chooser=block[:0])
+
+    def test_a_number_of_each_images_own(self):
+        ragged = pack_chooser(AbsorbParts(1, Threshold(0.1, 63, 40)), 64)
+        self.refuses("a block alone must keep a fixed number of tokens", chooser=ragged)
 
     def test_an_extra_key(self):
         parts = block_of(Choosing(63, 40), torch.float32)

@@ -14,7 +14,7 @@ from references import random_images
 from test_fused_dynamic import BLOCKS, alive_of, arguments, model_of, plans, reference, steady
 from torch import Tensor, nn
 
-from slimvit.dynamic import SPViT
+from slimvit.dynamic import Absorb, SPViT
 from slimvit.errors import SlimvitError
 from slimvit.runtime import accelerate, apply_masks
 
@@ -124,6 +124,7 @@ def test_every_image_by_itself(device, plan):
     ("plan", "message"),
     [
         (SPViT([0.7], stages=[1], argmax=True), "block 2: its selector keeps as many patches"),
+        (Absorb(counts=[12, 8, 1], thresholds=[0.1] * 3), "block 1: it keeps as many patches as"),
     ],
     ids=str,
 )

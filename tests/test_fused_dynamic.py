@@ -370,6 +370,10 @@ class TestRefused:
             (Before([17, 8, 1]), "triton has no kernels for the planner before yet"),
             (Pruned([0.7], stages=[1]), "triton has no kernels for the planner pruned yet"),
             (SPViT([0.7], stages=[1], argmax=True), "block 2: its selector keeps as many patches"),
+            (
+                Absorb(counts=[12, 8, 1], thresholds=[0.1] * 3),
+                "block 1: it keeps as many patches as reach its threshold, not a fixed number",
+            ),
             (Halved([17, 8, 1]), "block 2: its predictor's activation is ReLU, not GELU or"),
         ],
         ids=str,

@@ -301,8 +301,10 @@ def test_argmax_keeps_what_is_favoured_of_one_image():
         assert kept.shape[1] == 1 + min(max(wanted, 1), 15) + 1
         found.add(kept.shape[1])
         assert slim(image[None]).isfinite().all()
+    assert torch.equal(slim(images), torch.cat([slim(image[None]) for image in images]))
+    alive = slimvit.ops.Alive(x.expand(-1, 2, -1), torch.arange(17).expand(2, -1))
     with pytest.raises(PlanError, match="one image a call, got 2"):
-        slim(images)
+        slim.plan.before(0, alive)
 
 
 def test_file_keeps_weights_and_settings(tmp_path):

@@ -112,6 +112,16 @@ class Absorb {
     }
   }
 
+  // How many candidates have scores below `threshold` where importance adds up to one.
+  long count_below(long candidates, float threshold) const {
+    float total = 0.0f;
+    for (long i = 0; i < tokens_.m; ++i) total += own_.importance[i];
+    const float bound = threshold * __builtin_sqrtf(total);
+    long below = 0;
+    for (long i = 0; i < candidates; ++i) below += shared_.score[i] < bound;
+    return below;
+  }
+
   // The candidates of the lowest scores are pruned, and n tokens kept.
   void prune(long candidates, long n) const {
     const long pruned = tokens_.m - n;

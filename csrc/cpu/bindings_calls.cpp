@@ -118,6 +118,7 @@ void dynamic_block(Address pack_address, std::int64_t pack_bytes, Address choose
   BlockCall call{};
   call.pack = pack;
   call.chooser = chooser_at(chooser_address, chooser_bytes, *pack, prefix);
+  require(!call.chooser->shape.ragged(), "a block alone must keep a fixed number of tokens");
   call.x = at<const float>(x);
   call.x_image = x_image;
   call.x_token = x_token;
@@ -225,6 +226,7 @@ void slim_vit(Address packs, std::int64_t packs_bytes, const std::vector<std::in
       ragged = ragged || selectors[i]->shape.patches == 0;
     } else if (part.bytes != 0) {
       choosers[i] = chooser_at(part.address, part.bytes, *blocks[i], in.prefix);
+      ragged = ragged || choosers[i]->shape.ragged();
     }
     require(choosers[i] != nullptr || counts[i] == alive || counts[i] <= in.prefix,
             "block " + std::to_string(i + 1) + " keeps " + std::to_string(counts[i]) + " of " +

@@ -76,7 +76,8 @@ HeadWeights head_weights(const std::vector<Address>& a) {
 }
 
 ChooserShape chooser_shape(const std::string& scores, int width, int head_tokens, int reach,
-                           int hidden, const std::string& activation, float eps) {
+                           float threshold, int before, int after, int hidden,
+                           const std::string& activation, float eps) {
   require_multiple("width", width);
   require(scores == "attention" || scores == "predictor",
           "scores must be attention or predictor, got '" + scores + "'");
@@ -84,10 +85,15 @@ ChooserShape chooser_shape(const std::string& scores, int width, int head_tokens
     require(head_tokens > 0 && head_tokens <= 16,
             "head_tokens must be in [1, 16], got " + std::to_string(head_tokens));
     require(reach > 0, "reach must be positive, got " + std::to_string(reach));
-    return {Scores::attention, width, head_tokens, reach, 0, Activation::gelu, 0.0f};
+    require(threshold >= 0, "threshold must not be negative, got " + std::to_string(threshold));
+    require((before == 0 && after == 0) || (0 < after && after < before),
+            "with a threshold after must be in [1, before - 1] = [1, " +
+                std::to_string(before - 1) + "], got " + std::to_string(after));
+    return {Scores::attention, width, head_tokens, reach, threshold, before, after, 0,
+            Activation::gelu,  0.0f};
   }
   require_multiple("hidden", hidden);
-  return {Scores::predictor, width, 0, 0, hidden, activation_of(activation), eps};
+  return {Scores::predictor, width, 0, 0, 0.0f, 0, 0, hidden, activation_of(activation), eps};
 }
 
 ChooserWeights chooser_weights(const std::vector<Address>& a) {
@@ -166,16 +172,17 @@ void bind_packing(py::module_& m) {
       "is 0.");
   m.def(
       "pack_chooser",
-      [](const std::string& scores, int width, int head_tokens, int reach, int hidden,
-         const std::string& activation, float eps, const std::vector<Address>& weights,
-         const std::string& dtype, Address out) {
+      [](const std::string& scores, int width, int head_tokens, int reach, float threshold,
+         int before, int after, int hidden, const std::string& activation, float eps,
+         const std::vector<Address>& weights, const std::string& dtype, Address out) {
         return pack(kernels_for(dtype).pack_chooser,
-                    chooser_shape(scores, width, head_tokens, reach, hidden, activation, eps),
+                    chooser_shape(scores, width, head_tokens, reach, threshold, before, after,
+                                  hidden, activation, eps),
                     chooser_weights(weights), out);
       },
       py::kw_only(), py::arg("scores"), py::arg("width"), py::arg("head_tokens"), py::arg("reach"),
-      py::arg("hidden"), py::arg("activation"), py::arg("eps"), py::arg("weights"),
-      py::arg("dtype"), py::arg("out"),
+      py::arg("threshold"), py::arg("before"), py::arg("after"), py::arg("hidden"),
+      py::arg("activation"), py::arg("eps"), py::arg("weights"), py::arg("dtype"), py::arg("out"),
       "Lay out how a block chooses its tokens; returns the bytes that takes, and only that where "
       "out is 0.");
   m.def(

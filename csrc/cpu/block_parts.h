@@ -17,8 +17,13 @@ struct Kept {
   long bias_image;
   const Choosing* choosing;  // each image's tokens are its own; or null
 
+  // Whether `n` is known only once scores are: until then it is `m`.
+  bool ragged() const {
+    return choosing != nullptr && choosing->pack != nullptr && choosing->pack->shape.ragged();
+  }
   bool chooses() const {
-    return choosing != nullptr && choosing->pack != nullptr && choosing->prefix < n && n < m;
+    if (choosing == nullptr || choosing->pack == nullptr) return false;
+    return ragged() || (choosing->prefix < n && n < m);
   }
   // Whether kept rows must be moved together first.
   bool gathers() const { return index != nullptr || (images > 1 && n < m) || chooses(); }
@@ -68,7 +73,7 @@ class BlockParts {
 
   const BlockPack& pack_;
   const BlockShape& shape_;
-  const Kept kept_;
+  Kept kept_;
   const Team team_;
   Shared<T>& shared_;
   Own<S, T>& own_;

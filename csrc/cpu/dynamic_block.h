@@ -28,16 +28,19 @@ class Chooser : protected BlockParts<S, T> {
   using Base::team_;
   using Base::width;
 
-  // The worker's rows [begin, end) of the kept tokens, chosen where there is a choice.
-  void advance(long begin, long end) {
+  // The worker's rows of the kept tokens, chosen where there is a choice.
+  void advance() {
     const Choosing& choosing = *kept_.choosing;
     for (long image = 0; image < kept_.images; ++image) {
       const Alive before = choosing.before.of(image), after = choosing.after.of(image);
-      const long base = image * kept_.n;
+      if (kept_.chooses()) choose(image);
+      const long rows = kept_.images * kept_.n, base = image * kept_.n;
+      const long begin = share(rows, team_.rank, team_.size);
+      const long end = share(rows, team_.rank + 1, team_.size);
       const long first = least(most(begin - base, 0), kept_.n);
       const long last = least(most(end - base, 0), kept_.n);
       if (kept_.chooses())
-        choose(image, before, after, first, last);
+        gather(image, before, after, first, last);
       else
         keep_first(before, after, first, last);
       for (long k = first; choosing.kept != nullptr && k < last; ++k)
@@ -46,12 +49,20 @@ class Chooser : protected BlockParts<S, T> {
   }
 
  private:
-  void choose(long image, const Alive& before, const Alive& after, long first, long last) {
+  bool absorbs() const { return kept_.choosing->pack->shape.scores == Scores::attention; }
+
+  // own_.choice: which tokens of an image are kept, and where the others go. How many that are is
+  // kept_.n, or becomes it.
+  void choose(long image) {
+    const Stopwatch stopwatch(Phase::choosing);
+    if (!absorbs()) {
+      predict_scores(image);
+      select(shared_.choice.score + kept_.choosing->prefix);
+      return;
+    }
     const Choosing& choosing = *kept_.choosing;
     const ChooserShape& how = choosing.pack->shape;
-    const long m = kept_.m, n = kept_.n;
-    const long row = image * m, to = image * n;
-    const bool absorbs = how.scores == Scores::attention;
+    const long m = kept_.m, row = image * m, to = image * kept_.n;
     const Tokens<T> tokens{m,
                            choosing.prefix,
                            shared_.kv + row * 2 * inner(),
@@ -61,20 +72,18 @@ class Chooser : protected BlockParts<S, T> {
                            how.head_tokens,
                            shared_.y + row * width()};
     const Absorb<S, T> absorb(tokens, shape_, shared_.choice, own_.choice);
-    {
-      const Stopwatch stopwatch(Phase::choosing);
-      if (absorbs) {
-        attend_scores(image, absorb);
-        absorb.prune(candidates(), n);
-        absorb.find_nearest(n);
-      } else {
-        predict_scores(image);
-        select(shared_.choice.score + choosing.prefix);
-      }
-      if (absorbs && choosing.into != nullptr && team_.rank == 0)
-        for (long i = 0; i < m - n; ++i) choosing.into[i] = own_.choice.into[i];
-    }
+    attend_scores(image, absorb);
+    if (how.ragged()) kept_.n = m - absorb.count_below(candidates(), how.threshold);
+    absorb.prune(candidates(), kept_.n);
+    absorb.find_nearest(kept_.n);
+    if (choosing.into != nullptr && team_.rank == 0)
+      for (long i = 0; i < m - kept_.n; ++i) choosing.into[i] = own_.choice.into[i];
+  }
+
+  // Kept rows [first, last) of an image, averaged with what goes into them.
+  void gather(long image, const Alive& before, const Alive& after, long first, long last) {
     const Stopwatch stopwatch(Phase::gathering);
+    const long m = kept_.m, n = kept_.n, row = image * m, to = image * n;
     const Gathering<T> of{width(),
                           m,
                           n,
@@ -84,14 +93,16 @@ class Chooser : protected BlockParts<S, T> {
                           shared_.y_kept + to * width(),
                           before,
                           after};
-    const std::int32_t* into = absorbs ? own_.choice.into : nullptr;
+    const std::int32_t* into = absorbs() ? own_.choice.into : nullptr;
     Gather<S, T, BlockPack>(of, pack_, own_.choice, into).run(first, last);
   }
 
   // How many patches absorb looks at: slimvit/ops/choosers.py.
   long candidates() const {
-    const long reach = kept_.choosing->pack->shape.reach;
-    return least(kept_.m - kept_.choosing->prefix, reach * (kept_.m - kept_.n));
+    const ChooserShape& how = kept_.choosing->pack->shape;
+    const long m = kept_.m, patches = m - kept_.choosing->prefix;
+    if (!how.ragged()) return least(patches, how.reach * (m - kept_.n));
+    return least(patches - 1, how.reach * (m - m * how.after / how.before));
   }
 
   // Candidates, their scores, and their cosines, once all workers are done.

@@ -110,11 +110,18 @@ struct HeadPack {
 struct ChooserShape {
   Scores scores;
   std::int32_t width;
-  std::int32_t head_tokens;  // of `attention`
-  std::int32_t reach;        // there, patches that are looked at for each that goes
-  std::int32_t hidden;       // of `predictor`
+  std::int32_t head_tokens;    // of `attention`
+  std::int32_t reach;  // there, patches that are looked at for each that goes
+  // There, where an average image has so many tokens before and after, and not 0: all patches of
+  // lower scores go, instead of a fixed number.
+  float threshold;
+  std::int32_t before, after;
+  std::int32_t hidden;  // of `predictor`
   Activation activation;
   float eps;
+
+  // Whether each image keeps a number of its own.
+  bool ragged() const { return before > 0; }
 };
 
 struct ChooserWeights {

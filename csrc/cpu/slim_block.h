@@ -32,15 +32,16 @@ class Block : private Chooser<S, T> {
   using Base::Base;
 
   // shared.x [images · m, D] becomes [images · n, D]; where nothing is gathered, rows from n on
-  // stay.
-  void run() {
-    const long rows = kept_.images * kept_.m, rows_out = kept_.images * kept_.n;
+  // stay. Returns n, which may be the image's own.
+  long run() {
+    const long rows = kept_.images * kept_.m;
     keys_and_values(share(rows, team_.rank, team_.size), share(rows, team_.rank + 1, team_.size));
     team_.sync();
+    pack_heads();
+    if (kept_.choosing != nullptr) advance();
+    const long rows_out = kept_.images * kept_.n;
     const long begin = share(rows_out, team_.rank, team_.size);
     const long end = share(rows_out, team_.rank + 1, team_.size);
-    pack_heads();
-    if (kept_.choosing != nullptr) advance(begin, end);
     queries(begin, end);
     if (!kept_.chooses()) team_.sync();  // else all have waited for the packed heads
     if (lone())
@@ -58,6 +59,7 @@ class Block : private Chooser<S, T> {
       shared_.gathered = old;
     }
     team_.sync();
+    return kept_.n;
   }
 
  private:

@@ -98,7 +98,7 @@ class Network {
   // Images of the chunk through a block; those of the call start at `first`.
   void block(long layer, long first, long image, long images) {
     if (selector(layer) != nullptr) select(*selector(layer), alive_[layer % 2].of(image), images);
-    const long n = least(rows_, call_.counts[layer]);
+    long n = least(rows_, call_.counts[layer]);
     Kept kept{images, rows_, n, nullptr, nullptr, 0, nullptr};
     Choosing choosing{};
     if (chooses()) {
@@ -118,10 +118,10 @@ class Network {
       kept.bias = choosing.before.bias;
       kept.bias_image = choosing.before.ld;
       kept.choosing = &choosing;
-      for (long i = n; call_.ragged && team_.rank == 0 && i < call_.counts[layer]; ++i)
-        choosing.kept[i] = -1;
     }
-    Block<S, T>(*call_.blocks[layer], kept, team_, shared_, own_).run();
+    n = Block<S, T>(*call_.blocks[layer], kept, team_, shared_, own_).run();
+    for (long i = n; call_.ragged && team_.rank == 0 && i < call_.counts[layer]; ++i)
+      choosing.kept[i] = -1;
     if (!call_.idle) rows_ = n;
   }
 

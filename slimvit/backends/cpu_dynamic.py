@@ -19,7 +19,16 @@ from slimvit.backends.cpu_module import (
 )
 
 
-def pack_attention(width: int, head_tokens: int, reach: int, dtype: torch.dtype) -> Tensor:
+def pack_attention(
+    width: int,
+    head_tokens: int,
+    reach: int,
+    dtype: torch.dtype,
+    *,
+    threshold: float = 0.0,
+    before: int = 0,
+    after: int = 0,
+) -> Tensor:
     """Scores by attention and redundancy, and absorption, as the kernels read it.
 
     Args:
@@ -27,11 +36,20 @@ def pack_attention(width: int, head_tokens: int, reach: int, dtype: torch.dtype)
         head_tokens: leading tokens that the head reads.
         reach: patches that are looked at for each that goes.
         dtype: what the block computes in, float32 or bfloat16.
+        threshold: scores below it go, where importance adds up to one; 0 for a fixed number.
+        before: with a threshold, tokens that reach the block of an average image, and
+        after: that it keeps of one.
 
     Returns:
         uint8, one-dimensional.
     """
-    options = {"head_tokens": head_tokens, "reach": reach}
+    options = {
+        "head_tokens": head_tokens,
+        "reach": reach,
+        "threshold": threshold,
+        "before": before,
+        "after": after,
+    }
     return _pack("attention", (None,) * 5, width, dtype, **options)
 
 
@@ -70,6 +88,9 @@ def _pack(
     *,
     head_tokens: int = 0,
     reach: int = 0,
+    threshold: float = 0.0,
+    before: int = 0,
+    after: int = 0,
     hidden: int = 0,
     activation: str = "gelu",
     eps: float = 0.0,
@@ -79,6 +100,9 @@ def _pack(
         "width": width,
         "head_tokens": head_tokens,
         "reach": reach,
+        "threshold": threshold,
+        "before": before,
+        "after": after,
         "hidden": hidden,
         "activation": activation,
         "eps": eps,

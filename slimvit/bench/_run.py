@@ -29,10 +29,10 @@ from slimvit.bench._runtimes import (
 from slimvit.dynamic import Planner
 from slimvit.errors import MismatchError, SlimvitError, UsageError
 from slimvit.export import sample_images
-from slimvit.macs import cut, gmacs
+from slimvit.macs import gmacs, mean_gmacs
 from slimvit.masks import Masks
 from slimvit.models import spec
-from slimvit.runtime import PRECISIONS
+from slimvit.runtime import PRECISIONS, apply_masks
 
 _log = logging.getLogger("slimvit")
 _Group = list[tuple[Runtime, Row]]
@@ -87,6 +87,7 @@ def bench(
     model = copy.deepcopy(model).float().eval()
     masks = masks if isinstance(masks, Masks) else masks.bind(shape)
     images = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
+    executed = mean_gmacs(shape, masks, apply_masks(model, masks).eval(), [images])
     with _threads(threads), tempfile.TemporaryDirectory(prefix="slimvit-bench-") as folder:
         work = Workload(model, masks, images, Path(folder))
         groups, left_out = _prepare(work, setting, against, tell)
@@ -103,7 +104,7 @@ def bench(
         batch=batch,
         precision=precision,
         kept=masks.counts,
-        cut=cut(shape, masks),
+        cut=1 - executed / gmacs(shape),
         rows=[row for group in groups for _, row in group],
         left_out=left_out,
         rounds=rounds,

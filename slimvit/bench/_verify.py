@@ -99,7 +99,7 @@ def _shared(got: Tensor, wanted: Tensor, patches: range) -> Tensor:
     """Of each image, how far the places `got` [B, n] and `wanted` [B, n'] agree: [B]."""
     ours, theirs = (
         torch.zeros(places.shape[0], patches.stop + 1, dtype=torch.bool).scatter(
-            1, places.clamp(max=patches.stop), True
+            1, places.where(places >= 0, patches.stop).clamp(max=patches.stop), True
         )[:, patches.start : patches.stop]
         for places in (got, wanted)
     )

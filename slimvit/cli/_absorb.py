@@ -1,4 +1,4 @@
-"""`slimvit prune --absorb`: counts for Absorb, by what the images are answered or by speed."""
+"""`slimvit prune --absorb`: counts for Absorb, and thresholds by which images differ in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slimvit.cli._found_plan import values_of
 from slimvit.dynamic import Absorb
 from slimvit.errors import UsageError
 from slimvit.models import spec
-from slimvit.search import Trial, fit_absorb
+from slimvit.search import Trial, fit_absorb, fit_thresholds
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,12 +32,18 @@ _OTHERS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --absorb."""
-    parser.add_argument_group("absorb").add_argument(
+    """Add --absorb and --per-image."""
+    group = parser.add_argument_group("absorb")
+    group.add_argument(
         "--absorb",
         action="store_true",
         help="with --cut or --speedup: find how many tokens each block should keep where the "
         "others are absorbed; OUTPUT is then a plan",
+    )
+    group.add_argument(
+        "--per-image",
+        action="store_true",
+        help="with --absorb: each image keeps as many patches as it takes, those counts on average",
     )
 
 
@@ -45,9 +51,12 @@ def check(args: argparse.Namespace) -> None:
     """Refuse flags that have no meaning together.
 
     Raises:
-        UsageError: --absorb without a budget of its own, or with a flag of another search.
+        UsageError: --absorb without a budget of its own, or with a flag of another search;
+            --per-image without --absorb.
     """
     if not args.absorb:
+        if args.per_image:
+            raise UsageError("--per-image has no meaning without --absorb")
         return
     for flag, absent in _OTHERS.items():
         if getattr(args, flag) != absent:
@@ -57,15 +66,16 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, model: nn.Module, images: Batches) -> None:
-    """Find the counts, save the plan, print a table, write the JSON."""
-    start = time.perf_counter()
-    plan, trials = fit_absorb(
-        model, images, cut=args.cut, speedup=args.speedup, progress=sys.stderr.isatty()
-    )
+    """Find the counts, and thresholds, save the plan, print a table, write the JSON."""
+    start, progress = time.perf_counter(), sys.stderr.isatty()
+    plan, trials = fit_absorb(model, images, cut=args.cut, speedup=args.speedup, progress=progress)
+    if args.per_image:
+        plan = fit_thresholds(model, plan, images, progress=progress)
     if not common.is_first():
         return
     plan.save(args.output)
     values = values_of(args, plan, spec(model), images, start) | {
+        "thresholds": list(plan.thresholds) if plan.ragged else None,
         "trials": [trial._asdict() for trial in trials],
     }
     print(describe(plan, trials, values))
@@ -92,8 +102,8 @@ def describe(plan: Absorb, trials: tuple[Trial, ...], values: dict[str, Any]) ->
             common.table(rows, ("kept", "KL(dense, slim)", "")),
             "",
             f"{100 * values['cut']:.1f} % fewer MACs, choosing included: {values['gmacs']:.3f} G "
-            f"of {values['dense_gmacs']:.3f} G an image; {values['images']} images, "
-            f"{values['seconds']:.0f} s",
+            f"of {values['dense_gmacs']:.3f} G an image{', on average' * plan.ragged}; "
+            f"{values['images']} images, {values['seconds']:.0f} s",
         ]
     )
 

@@ -6,7 +6,7 @@ import argparse
 
 from slimvit.cli import common
 from slimvit.evaluate import Evaluation, evaluate
-from slimvit.macs import cut, gmacs
+from slimvit.macs import gmacs, mean_gmacs
 from slimvit.models import spec
 from slimvit.runtime import accelerate
 
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     images = common.load_images(args, dense)
     found = evaluate(dense, slim, images, progress=True)
     shape = spec(dense)
+    executed = mean_gmacs(shape, masks, slim, images)
     values = {
         "model": args.model,
         "images": found.images,
@@ -46,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
         "dense_top5": found.dense_top5,
         "agreement": found.agreement,
         "cosine": found.cosine,
-        "gmacs": gmacs(shape, masks),
+        "gmacs": executed,
         "dense_gmacs": gmacs(shape),
-        "cut": cut(shape, masks),
+        "cut": 1 - executed / gmacs(shape),
         "kept": list(masks.counts),
         "semantics": masks.semantics,
         "plan": common.plan_kind(masks),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from slimvit.dynamic.planner import Planner
 from slimvit.dynamic.schedule import check_cut, counts_for_cut
+from slimvit.errors import PlanError
 from slimvit.models import Spec
-from slimvit.ops import AbsorbParts, Choice, View, candidates, complement, rows_of, top
+from slimvit.ops import AbsorbParts, Choice, Threshold, View, candidates, complement, rows_of, top
 
 _LEAST = 1e-20  # importance: an average needs a weight
 
@@ -33,39 +35,114 @@ class Absorb(Planner):
     spread, by which norms and activations answer as for the mean of its members, not for their
     mean alone; see `slimvit.ops.spread`.
 
+    With thresholds each image keeps a number of its own, and the counts are those of an average
+    image. In block l, of the candidates, all go for which
+
+        score_i < threshold_l · sqrt(Σ_j importance_j)
+
+    `slimvit.search.fit_thresholds` finds them. In training the counts hold for every image.
+
     Args:
         cut: share of the dense model's multiply–accumulates to save, in (0, 1); or
         counts: n_1 … n_L, tokens that each block keeps, prefix tokens included.
+        thresholds: one for each block, ≥ 0; those of blocks that need not choose are not looked at.
 
     Raises:
-        PlanError: neither or both are given, or they are out of range.
+        PlanError: neither or both of `cut` and `counts` are given, or something is out of range.
     """
 
     kind = "absorb"
 
-    def __init__(self, cut: float | None = None, *, counts: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        cut: float | None = None,
+        *,
+        counts: Sequence[int] | None = None,
+        thresholds: Sequence[float] | None = None,
+    ) -> None:
         super().__init__(counts)
         check_cut(cut, counts)
         self.cut = cut
+        self.thresholds = None if thresholds is None else tuple(map(float, thresholds))
+        if not all(0 <= value < math.inf for value in self.thresholds or ()):
+            raise PlanError(f"thresholds must be finite and ≥ 0, got {list(self.thresholds)}")
 
-    def choose(self, layer: int, view: View, n: int) -> Choice:
-        """The n tokens of the highest scores; the others go into them."""
+    def bind(self, spec: Spec) -> Absorb:
+        """A copy for a model of this shape."""
+        bound = super().bind(spec)
+        if self.thresholds is not None:
+            _check_average(bound.counts, len(self.thresholds), spec)
+        bound._average = tuple(zip(bound.alive, bound.counts, strict=True))
+        return bound
+
+    @property
+    def ragged(self) -> bool:
+        """Whether there are thresholds."""
+        return self.thresholds is not None
+
+    def count(self, layer: int, received: int) -> int | None:
+        """n_l, or with a threshold None: as many as are chosen."""
+        if not self.ragged or self.training or self.counts[layer] <= self.prefix:
+            return self.counts[layer]
+        return received if self.threshold(layer) is None else None
+
+    def _looked_at(self, layer: int, m: int, n: int | None, prefix: int) -> int:
+        """How many candidates there are."""
+        if n is not None:
+            return candidates(m, n, prefix)
+        return self.threshold(layer).candidates(m, prefix)
+
+    def threshold(self, layer: int) -> Threshold | None:
+        """Block `layer`'s, where it has one and chooses at all."""
+        if self.thresholds is None:
+            return None
+        before, after = self._average[layer]
+        value = self.thresholds[layer]
+        return Threshold(value, before, after) if self.prefix < after < before else None
+
+    def choose(self, layer: int, view: View, n: int | None) -> Choice:
+        """The n tokens of the highest scores; the others go into them.
+
+        None keeps, of one image, all but those below the threshold.
+        """
         prefix, m = view.prefix, view.alive.x.shape[0]
-        importance = (view.class_attention() * view.values.float().norm(dim=-1)).sum(1)  # [B, m]
+        importance, cosine, score = self._scores(layer, view, n)
+        if n is None:
+            if len(score) != 1:
+                raise PlanError(
+                    "absorb with thresholds keeps another number of patches of each image: "
+                    f"it takes one image a call, got {len(score)}"
+                )
+            n = m - int((score < self.thresholds[layer] * importance.sum().sqrt()).sum())
+        index = top(score, n, prefix)
+        rows = rows_of(cosine, complement(index, m)).transpose(1, 2)  # [B, m, m - n]
+        return Choice(index, rows_of(rows, index).max(1).indices, importance.clamp(min=_LEAST))
+
+    def candidates_of(self, layer: int, view: View) -> Tensor:
+        """Scores of one image's candidates over sqrt(Σ importance), which a threshold is for."""
+        importance, _, score = self._scores(layer, view, None)
+        return (score / importance.sum(1, keepdim=True).sqrt())[score != torch.inf]
+
+    def _scores(self, layer: int, view: View, n: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Importance [B, m]; cosines with the patches ahead [B, m, m], else -1; candidates' scores.
+
+        Those of other tokens are infinite.
+        """
+        prefix, m = view.prefix, view.alive.x.shape[0]
+        importance = (view.class_attention() * view.values.float().norm(dim=-1)).sum(1)
         y = F.normalize(view.y.transpose(0, 1).float(), dim=-1)  # [B, m, D]
         ahead = _ahead(importance, prefix)
         cosine = torch.where(ahead, y @ y.transpose(1, 2), -1.0)
         score = importance.sqrt() * (1 - cosine.amax(2))
-        candidate = ahead.sum(2) >= m - prefix - candidates(m, n, prefix)
-        index = top(torch.where(candidate, score, torch.inf), n, prefix)
-        rows = rows_of(cosine, complement(index, m)).transpose(1, 2)  # [B, m, m - n]
-        return Choice(index, rows_of(rows, index).max(1).indices, importance.clamp(min=_LEAST))
+        candidate = ahead.sum(2) >= m - prefix - self._looked_at(layer, m, n, prefix)
+        candidate[:, :prefix] = False
+        return importance, cosine, torch.where(candidate, score, torch.inf)
 
     def parts(self, layer: int) -> AbsorbParts | None:
         """What kernels need; None for a subclass that chooses in another way."""
         if type(self).choose is not Absorb.choose:
             return None
-        return AbsorbParts(self._bound.head_tokens)
+        return AbsorbParts(self._bound.head_tokens, self.threshold(layer))
 
     def counts_for(self, spec: Spec) -> tuple[int, ...]:
         """The counts, or the schedule that saves `cut`."""
@@ -74,18 +151,32 @@ class Absorb(Planner):
         return counts_for_cut(spec, self.cut, lambda counts: Absorb(counts=counts))
 
     def settings(self) -> dict[str, Any]:
-        """The cut, or the counts."""
-        return {"cut": self.cut} if self.counts is None else super().settings()
+        """The cut, or the counts; and the thresholds."""
+        found = {"cut": self.cut} if self.counts is None else super().settings()
+        return found | ({"thresholds": list(self.thresholds)} if self.ragged else {})
 
     def macs(self, spec: Spec) -> int:
         """Class attention, and the candidates' cosines, in each block that prunes."""
         total = 0
-        for m, n in zip(self.alive, self.counts):
-            if spec.prefix < n < m:
-                patches, some = m - spec.prefix, candidates(m, n, spec.prefix)
+        for layer, (m, n) in enumerate(zip(self.alive, self.counts)):
+            free = self.threshold(layer) is not None
+            if free or spec.prefix < n < m:
+                patches = m - spec.prefix
+                some = self._looked_at(layer, m, None if free else n, spec.prefix)
                 cosines = some * patches - some * (some + 1) // 2
                 total += m * spec.heads * spec.head_dim * spec.head_tokens + cosines * spec.width
         return total
+
+
+def _check_average(counts: Sequence[int], thresholds: int, spec: Spec) -> None:
+    """Refuse counts that thresholds cannot be about."""
+    if thresholds != spec.depth:
+        raise PlanError(f"thresholds must be one for each of {spec.depth} blocks, got {thresholds}")
+    if min(counts[:-1], default=spec.tokens) <= spec.prefix or counts[-1] > spec.prefix:
+        raise PlanError(
+            "with thresholds every block but the last must keep a patch, and the last none, "
+            f"got counts {list(counts)} with {spec.prefix} prefix tokens"
+        )
 
 
 def _ahead(importance: Tensor, prefix: int) -> Tensor:

@@ -77,9 +77,20 @@ class Planner(nn.Module):
         """What block `layer`, counted from 0, receives: to remove tokens ahead of its keys."""
         return alive
 
-    def count(self, layer: int, received: int) -> int:
-        """How many tokens block `layer` keeps of those that it receives after `before`."""
+    def count(self, layer: int, received: int) -> int | None:
+        """How many tokens block `layer` keeps of those that it receives after `before`.
+
+        None for as many as `choose`, which is then asked without a number, finds worth it.
+        """
         return self.counts[layer]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether each image keeps a number of tokens of its own, about the counts or up to them.
+
+        In training it does not.
+        """
+        return False
 
     @property
     def acts_before(self) -> tuple[int, ...]:
@@ -111,6 +122,12 @@ class Planner(nn.Module):
     def alive(self) -> tuple[int, ...]:
         """Tokens whose keys and values each block computes, after `before`."""
         return (self._bound.tokens, *self.counts[:-1])
+
+    def with_counts(self, counts: Sequence[int]) -> Planner:
+        """This plan as it runs on an image of which it keeps so many; to count its work."""
+        plan = copy.copy(self)
+        plan.counts = tuple(counts)
+        return plan
 
     @property
     def tokens(self) -> int:

@@ -53,8 +53,8 @@ class SPViT(Planner):
             nothing, being 1 or too near the one before, is left out.
         stages: the blocks that they stand before, counted from 0, rising, the last block excluded;
             None spreads them evenly: 3, 6, 9 of 12.
-        argmax: keep each patch that P favours, instead of a fixed number; for one image a call,
-            but for back end `cpu`, in which each image of a batch keeps a number of its own.
+        argmax: keep each patch that P favours, instead of a fixed number: each image keeps a
+            number of its own.
         temperature: of the Gumbel-softmax in training.
 
     Raises:
@@ -135,7 +135,12 @@ class SPViT(Planner):
     @property
     def alive(self) -> tuple[int, ...]:
         """Tokens whose keys and values each block computes: those that its selector leaves."""
-        return tuple(self._received(self._bound))
+        return (*self.counts[:-1], *self.counts[-2:-1])
+
+    @property
+    def ragged(self) -> bool:
+        """Whether selectors keep what they favour."""
+        return self.argmax
 
     @property
     def acts_before(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from slimvit.models.slim import SlimCalls, base_of
@@ -33,8 +34,13 @@ class _Dynamic(SlimCalls):
     def kept_sets(self, images: Tensor) -> list[Tensor]:
         """Places of the tokens that each block keeps of images [B, C, H, W]: L of [B, n], int64.
 
-        Prefix tokens come first; N and more are package tokens, which stand nowhere.
+        Prefix tokens come first; N and more are package tokens, which stand nowhere. Where each
+        image keeps a number of its own, -1 fills up those of fewer.
         """
+        if self._goes_one_by_one(images):
+            alone = [self.kept_sets(image) for image in images.split(1)]
+            sets = [[places[0] for places in block] for block in zip(*alone, strict=True)]
+            return [pad_sequence(block, batch_first=True, padding_value=-1) for block in sets]
         kept: list[Tensor] = []
         self._blocks(images, lambda alive: kept.append(alive.place))
         return kept
@@ -80,6 +86,8 @@ class _Dynamic(SlimCalls):
         A package token stands in no place and is left out.
         """
         self._refuse_attention_mask(attn_mask, is_causal)
+        if self._goes_one_by_one(x):
+            return torch.cat([self.forward_features(image) for image in x.split(1)])
         alive = self._slim_tokens(x)
         tokens = self.plan.tokens
         place = alive.place.clamp(max=tokens)
@@ -90,7 +98,13 @@ class _Dynamic(SlimCalls):
     ) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]; nothing is scattered on the way."""
         self._refuse_attention_mask(attn_mask, is_causal)
+        if self._goes_one_by_one(x):
+            return torch.cat([self.forward(image) for image in x.split(1)])
         return self.forward_head(self._slim_tokens(x).x.transpose(0, 1))
+
+    def _goes_one_by_one(self, images: Tensor) -> bool:
+        """Whether images keep numbers of their own, which tensors of a batch cannot."""
+        return self.plan.ragged and not self.training and len(images) > 1
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         return _rebuild, (base_of(type(self)),), self.__dict__

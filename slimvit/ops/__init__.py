@@ -5,6 +5,7 @@ from slimvit.ops.choosers import (
     ChooserParts,
     PredictorParts,
     SelectorParts,
+    Threshold,
     candidates,
     why_not_chosen,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "DynamicNetwork",
     "PredictorParts",
     "SelectorParts",
+    "Threshold",
     "pack_chooser",
     "Choice",
     "View",

@@ -19,6 +19,25 @@ def candidates(m: int, n: int, prefix: int) -> int:
     return min(m - prefix, REACH * (m - n))
 
 
+class Threshold(NamedTuple):
+    """Patches of lower scores go, as many as there are of each image, instead of a fixed number.
+
+    Attributes:
+        value: what scores are compared with where importance adds up to one, > 0.
+        before: tokens that reach the block of an average image, and
+        after: that it keeps of one.
+    """
+
+    value: float
+    before: int
+    after: int
+
+    def candidates(self, m: int, prefix: int) -> int:
+        """How many of m tokens may go: as if the same share did as on average, but never all."""
+        n = m * self.after // self.before
+        return min(candidates(m, n, prefix), m - prefix - 1)
+
+
 class AbsorbParts(NamedTuple):
     """Tokens that are attended to and that no other stands for are kept, the others go into them.
 
@@ -30,9 +49,11 @@ class AbsorbParts(NamedTuple):
 
     Attributes:
         head_tokens: leading tokens that the head reads.
+        threshold: for a number of each image's own; None for the block's.
     """
 
     head_tokens: int
+    threshold: Threshold | None = None
 
 
 class PredictorParts(NamedTuple):
@@ -82,7 +103,9 @@ def why_not_chosen(choosers: Sequence[ChooserParts | None], backend: str) -> str
         return "a selector stands among blocks that absorb tokens"
     for number, parts in enumerate(choosers, 1):
         reason = None
-        if isinstance(parts, PredictorParts):
+        if isinstance(parts, AbsorbParts) and parts.threshold is not None and backend != "cpu":
+            reason = "it keeps as many patches as reach its threshold, not a fixed number"
+        elif isinstance(parts, PredictorParts):
             reason = _why_not(parts, backend)
         elif isinstance(parts, SelectorParts):
             reason = _why_no_selector(parts, backend)

@@ -173,8 +173,8 @@ def absorb_tokens(alive: Alive, choice: Choice) -> Alive:
 def dynamic_block(
     alive: Alive,
     block: BlockParts,
-    n: int,
-    choose: Callable[[View, int], Choice],
+    n: int | None,
+    choose: Callable[[View, int | None], Choice],
     *,
     prefix: int,
     head_tokens: int = 1,
@@ -190,7 +190,8 @@ def dynamic_block(
     Args:
         alive: the tokens, m of them, with place, size and spread.
         block: the block's modules.
-        n: tokens to keep. Where n ≤ `prefix` or n = m there is nothing to choose: the first n.
+        n: tokens to keep; None for as many as are chosen. Where n ≤ `prefix` or n = m there is
+            nothing to choose: the first n.
         choose: asked with a view of the block and n.
         prefix: prefix tokens, always kept.
         head_tokens: leading tokens that the head reads.
@@ -203,11 +204,11 @@ def dynamic_block(
         ValueError: n is more than the alive tokens, or the choice is not of n tokens.
     """
     m = alive.x.shape[0]
-    if n > m:
+    if n is not None and n > m:
         raise ValueError(f"n must be at most m = {m}, the alive tokens, got {n}")
     y = spread_norm(block.norm1, alive.x, alive.spread)
     view = View(alive, block, y, prefix, head_tokens)
-    if n <= prefix or n == m:
+    if n is not None and (n <= prefix or n == m):
         kept = Alive(
             take(alive.x, n),
             alive.place[:, :n],
@@ -218,6 +219,7 @@ def dynamic_block(
         y_kept = take(y, n)
     else:
         choice = choose(view, n)
+        n = choice.index.shape[1] if n is None else n
         _check(choice, (alive.x.shape[1], n), m)
         kept = absorb_tokens(alive, choice)
         if choice.into is None:

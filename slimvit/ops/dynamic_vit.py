@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def pack_chooser(parts: ChooserParts, width: int, dtype: torch.dtype = torch.flo
         uint8, one-dimensional; for the instruction set that `slimvit doctor` names.
     """
     if isinstance(parts, AbsorbParts):
-        return cpu_dynamic.pack_attention(width, parts.head_tokens, REACH, dtype)
+        return _pack_attention(parts, width, dtype)
     if isinstance(parts, SelectorParts):
         return _pack_selector(parts, dtype)
     weight, bias, eps = layer_norm_of(parts.norm)
@@ -96,6 +97,14 @@ def pack_chooser(parts: ChooserParts, width: int, dtype: torch.dtype = torch.flo
         activation=activation_name(parts.act),
         eps=eps,
     )
+
+
+def _pack_attention(parts: AbsorbParts, width: int, dtype: torch.dtype) -> Tensor:
+    under = parts.threshold
+    options: dict[str, Any] = {}
+    if under is not None:
+        options = {"threshold": under.value, "before": under.before, "after": under.after}
+    return cpu_dynamic.pack_attention(width, parts.head_tokens, REACH, dtype, **options)
 
 
 def _pack_selector(parts: SelectorParts, dtype: torch.dtype) -> Tensor:
@@ -133,7 +142,7 @@ class DynamicNetwork(PackedNetwork):
         width, empty = parts.table.shape[1], torch.empty(0, dtype=torch.uint8)
         packs = [empty if c is None else pack_chooser(c, width, dtype) for c in choosers]
         super().__init__(parts, dtype, packs)
-        self.ragged = any(isinstance(c, SelectorParts) and c.patches is None for c in choosers)
+        self.ragged = any(map(_is_ragged, choosers))
         if self.ragged:
             self.counts[:-1] = [self.tokens] * (len(self.counts) - 1)
 
@@ -153,3 +162,9 @@ class DynamicNetwork(PackedNetwork):
         return torch.ops.slimvit.dynamic_vit(
             images, self.packs, self.sizes, self.counts, rows, columns
         )
+
+
+def _is_ragged(parts: ChooserParts | None) -> bool:
+    if isinstance(parts, SelectorParts):
+        return parts.patches is None
+    return isinstance(parts, AbsorbParts) and parts.threshold is not None

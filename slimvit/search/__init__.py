@@ -5,6 +5,7 @@ from slimvit.search.api import Result, prune, search
 from slimvit.search.image_scores import TrueScores
 from slimvit.search.predictors import PredictorReport, fit_dps, train_dps
 from slimvit.search.scores import SCORES, LayerView
+from slimvit.search.thresholds import fit_thresholds
 
 __all__ = [
     "SCORES",
@@ -14,6 +15,7 @@ __all__ = [
     "TrueScores",
     "Trial",
     "fit_absorb",
+    "fit_thresholds",
     "fit_dps",
     "prune",
     "search",
