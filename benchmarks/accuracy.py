@@ -24,11 +24,11 @@ from slimvit.data import ImageFolder, image_transform, loader
 from slimvit.dynamic.schedule import share_for_cut
 from slimvit.evaluate import evaluate
 from slimvit.finetune import finetune
-from slimvit.search import Result, search, train_dps
+from slimvit.search import Result, fit_thresholds, search, train_dps
 
 COLUMNS = (
     *("model", "method", "score", "tolerance", "block_epochs", "finetune_epochs", "semantics"),
-    *("kept", "cut", "images", "top1", "dense_top1", "agreement"),
+    *("kept", "cut", "images", "top1", "dense_top1", "agreement", "divergence"),
     *("search_seconds", "finetune_seconds", "samples", "slimvit", "commit", "date"),
 )
 NONE = {"epochs": 0}
@@ -85,6 +85,15 @@ class Experiments:
         bound = plan.bind(spec)
         return Planned(bound, macs.cut(spec, bound)), time.perf_counter() - start
 
+    def thresholds(self, cut: float) -> tuple[Planned, float]:
+        """Absorb with thresholds found on all calibration images; the cut is what it then saves."""
+        start, images = time.perf_counter(), loader(self.images(self.args.calibrate), 25)
+        plan = fit_thresholds(self.model, Absorb(cut=cut), images)
+        seconds, slim = time.perf_counter() - start, apply_masks(self.model, plan).eval()
+        spec = models.spec(self.model)
+        executed = macs.mean_gmacs(spec, plan, slim, loader(self.images(self.args.validate), 25))
+        return Planned(plan, 1 - executed / macs.gmacs(spec)), seconds
+
     def predicted(self, seed: int) -> tuple[Planned, float]:
         """DPS trained on all calibration images."""
         start, spec = time.perf_counter(), models.spec(self.model)
@@ -132,6 +141,7 @@ class Experiments:
             "top1": _percent(measured.top1, "top1"),
             "dense_top1": _percent(measured.dense_top1, "dense_top1"),
             "agreement": _percent(measured.agreement, "agreement"),
+            "divergence": measured.divergence,
             "search_seconds": round(seconds),
             "finetune_seconds": round(tuned) if training["epochs"] else "",
             "samples": self.args.samples,
@@ -154,6 +164,7 @@ class Experiments:
         """Absorb at three cuts, DPS with the counts of the first search, SPViT at its cut."""
         for cut in CUTS:
             self.add(f"absorb {cut}", lambda c=cut: self.planned(Absorb(cut=c)), score="absorb")
+            self.add(f"absorb {cut} per image", lambda c=cut: self.thresholds(c), score="absorb")
         for seed in range(3):
             self.add(f"dps, seed {seed}", lambda s=seed: self.predicted(s), tolerance=0.02)
         cut = float(self.first()["cut"])

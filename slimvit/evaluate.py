@@ -28,6 +28,8 @@ class Evaluation:
         dense_top5: and its top-5.
         agreement: share of images on which both give the same first answer; None for models
             that give features instead of classes.
+        divergence: mean KL(dense ‖ slim) of the answers, in nats; None for models that give
+            features.
         cosine: mean cosine between the outputs of both, in [-1, 1].
     """
 
@@ -38,6 +40,7 @@ class Evaluation:
     dense_top1: float | None
     dense_top5: float | None
     agreement: float | None
+    divergence: float | None
     cosine: float
 
 
@@ -67,7 +70,7 @@ def evaluate(
     """
     device = torch.device(device) if device else next(dense.parameters()).device
     classes = getattr(dense, "num_classes", 1) > 0
-    sums = torch.zeros(8, dtype=torch.float64)
+    sums = torch.zeros(9, dtype=torch.float64)
     for images, targets in tqdm(
         loader, "evaluate", unit="batch", disable=None if progress else True, leave=False
     ):
@@ -85,7 +88,7 @@ def evaluate(
 
 
 def _count(dense: Tensor, slim: Tensor, targets: Tensor, classes: bool) -> Tensor:
-    """Images, labelled ones, hits in top 1 and 5 of slim and dense, agreements, cosines: [8]."""
+    """Images, labelled ones, hits in top 1 and 5 of both, agreements, KL, cosines: sums, [9]."""
     known = targets >= 0
     labelled = int(known.sum()) if classes else 0
     hits = [torch.zeros((), device=dense.device)] * 4
@@ -93,9 +96,12 @@ def _count(dense: Tensor, slim: Tensor, targets: Tensor, classes: bool) -> Tenso
         pairs = [accuracy(answer[known], targets[known], (1, 5)) for answer in (slim, dense)]
         hits = [percent * labelled / 100 for pair in pairs for percent in pair]
     agree = (slim.argmax(1) == dense.argmax(1)).sum()
-    cosine = F.cosine_similarity(slim.double(), dense.double()).sum()
+    slim, dense = slim.double(), dense.double()
+    answers = slim.log_softmax(1), dense.log_softmax(1)
+    divergence = F.kl_div(*answers, reduction="sum", log_target=True)
+    cosine = F.cosine_similarity(slim, dense).sum()
     counts = torch.tensor([len(targets), labelled], device=dense.device)
-    return torch.cat([counts.double(), torch.stack([*hits, agree, cosine]).double()])
+    return torch.cat([counts.double(), torch.stack([*hits, agree, divergence, cosine]).double()])
 
 
 def _sum_over_processes(sums: Tensor, device: torch.device) -> Tensor:
@@ -105,7 +111,7 @@ def _sum_over_processes(sums: Tensor, device: torch.device) -> Tensor:
 
 
 def _percentages(sums: list[float], classes: bool) -> Evaluation:
-    images, labelled, *hits, agree, cosine = sums
+    images, labelled, *hits, agree, divergence, cosine = sums
     if not images:
         raise DataError("there is no image to evaluate on")
     rates = [round(100 * hit / labelled, 4) if labelled else None for hit in hits]
@@ -117,5 +123,6 @@ def _percentages(sums: list[float], classes: bool) -> Evaluation:
         dense_top1=rates[2],
         dense_top5=rates[3],
         agreement=round(100 * agree / images, 4) if classes else None,
+        divergence=round(divergence / images, 6) if classes else None,
         cosine=round(cosine / images, 6),
     )

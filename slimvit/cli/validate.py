@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         "dense_top1": found.dense_top1,
         "dense_top5": found.dense_top5,
         "agreement": found.agreement,
+        "divergence": found.divergence,
         "cosine": found.cosine,
         "gmacs": executed,
         "dense_gmacs": gmacs(shape),
@@ -78,6 +79,7 @@ def describe(model: str, found: Evaluation, values: dict) -> str:
     agreement = f"cosine of the features {found.cosine:.4f}"
     if found.agreement is not None:
         agreement = f"same answer on {found.agreement:.1f} % of the images"
+        agreement += f", KL(dense, slim) {found.divergence:.4f}"
     plan = "" if values["plan"] == "static" else f" by {values['plan']}"
     return "\n".join(
         [
