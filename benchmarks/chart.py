@@ -166,7 +166,7 @@ def accuracy(records: list[Record]) -> Figure:
 
 def method(row: Record) -> str:
     """What a row is a point of, whatever its seed and its cut."""
-    name = re.sub(r"(, seed \d+| [\d.]+)$", "", row["method"])
+    name = re.sub(r"(, seed \d+| [\d.]+)(?= per image|$)", "", row["method"])
     if int(row["block_epochs"] or 0):
         name = name.replace("search", "search with block fine-tuning")
     score = re.sub(r", seed \d+$", "", row["score"])

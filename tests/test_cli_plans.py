@@ -91,6 +91,20 @@ class TestValidate:
         assert 0 <= values["agreement"] <= 100
         assert f"fewer MACs by {kind}" in stdout
 
+    def test_thresholds_save_what_the_images_let_them(self, room, call, tmp_path):
+        path, plan = tmp_path / "plan.safetensors", load_plan(room / "absorb.safetensors")
+        ragged = Absorb(counts=plan.counts, thresholds=[0.01] * len(plan.counts)).bind(plan.spec)
+        ragged.save(path)
+        found = []
+        for backend in ("cpu", "torch"):
+            arguments = ("--masks", path, "--backend", backend, "--json", "v.json")
+            assert call("validate", *arguments)[0] == 0
+            found.append(read("v.json"))
+            assert found[-1]["kept"] == list(plan.counts)
+        for key in ("gmacs", "cut", "agreement", "divergence"):
+            assert found[0][key] == pytest.approx(found[1][key], rel=1e-3, abs=1e-5)
+        assert abs(found[0]["cut"] - cut(plan.spec, plan)) > 0.01
+
     def test_absorb_needs_no_file(self, room, call):
         arguments = ("--absorb", "0.35", "--backend", "torch", "--json", "v.json")
         assert call("validate", *arguments)[0] == 0

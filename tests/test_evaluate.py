@@ -42,6 +42,9 @@ def test_percentages(size):
     assert found.top5 == 37.5  # and image 5, whose label 3 is among the first five
     assert found.agreement == 62.5
     assert -1 <= found.cosine < 1
+    p, q = dense.table.double().softmax(1), slim.table.double().softmax(1)
+    kl = (p * (p / q).log()).sum(1).mean().item()
+    assert found.divergence == pytest.approx(kl, abs=1e-6) and kl > 0.1
 
 
 def test_only_labelled_images_count_for_accuracy():
@@ -66,7 +69,12 @@ def test_fewer_than_five_classes():
 def test_features_have_no_agreement():
     dense, slim = Answers([[1.0, 0], [0, 1]], 0), Answers([[2.0, 0], [1, 0]], 0)
     found = evaluate(dense, slim, batches([0, 1], 1))
-    assert found.agreement is None and found.top1 is None and found.labelled == 0
+    assert (
+        found.agreement is None
+        and found.divergence is None
+        and found.top1 is None
+        and found.labelled == 0
+    )
     assert found.cosine == 0.5
 
 

@@ -156,6 +156,24 @@ class TestModel:
         assert not list(tmp_path.iterdir())
 
 
+def process(rank: int, folder: str, model, batches) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meet"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    plan = fit_thresholds(model, Absorb(cut=0.3), batches[rank::2], progress=False)
+    plan.save(f"{folder}/{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_find_the_thresholds_of_one(tiny_vit, tmp_path):
+    batches = random_images(tiny_vit, 5).split(2)  # three: one process has two, the other one
+    torch.multiprocessing.spawn(process, (str(tmp_path), tiny_vit, batches), nprocs=2)
+    wanted = fit_thresholds(tiny_vit, Absorb(cut=0.3), batches, progress=False).thresholds
+    first, second = (load_plan(tmp_path / f"{rank}.safetensors").thresholds for rank in (0, 1))
+    assert first == second
+    assert first == pytest.approx(wanted, rel=1e-5)
+
+
 class TestFit:
     @pytest.mark.parametrize("name", MODELS)
     def test_images_cost_what_the_counts_do(self, name):

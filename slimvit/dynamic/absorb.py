@@ -135,7 +135,7 @@ class Absorb(Planner):
         cosine = torch.where(ahead, y @ y.transpose(1, 2), -1.0)
         score = importance.sqrt() * (1 - cosine.amax(2))
         candidate = ahead.sum(2) >= m - prefix - self._looked_at(layer, m, n, prefix)
-        candidate[:, :prefix] = False
+        candidate = candidate & (torch.arange(m, device=score.device) >= prefix)
         return importance, cosine, torch.where(candidate, score, torch.inf)
 
     def parts(self, layer: int) -> AbsorbParts | None:
