@@ -153,8 +153,11 @@ def positions(plan: SPViT, kept: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", ["thrice", "thrice_argmax"])
 def test_batch_and_threads_do_not_matter(plan, dtype):
+    check_batches(make("deep", plan, dtype), random_images(model_of("deep"), 13))
+
+
+def check_batches(fast: AcceleratedViT, images: Tensor) -> None:
     """Neither how many images come together nor who computes them: the same bits and tokens."""
-    fast, images = make("deep", plan, dtype), random_images(model_of("deep"), 13)
     torch.set_num_threads(1)
     logits = torch.cat([fast(image) for image in images.split(1)])
     features, kept = fast.packed.kept(images)

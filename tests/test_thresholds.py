@@ -9,6 +9,7 @@ import torch
 from instruction_sets import DTYPES, isa  # noqa: F401
 from references import build, off, random_images
 from test_absorb import by_loops, made_view
+from test_cpu_spvit import check_batches
 from test_cpu_vit import PRECISIONS, mean_off, threads  # noqa: F401
 from test_dynamic_vit import answer
 from torch import Tensor
@@ -256,19 +257,9 @@ class TestKernels:
 @pytest.mark.usefixtures("isa", "threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_batch_and_threads_do_not_matter(dtype):
-    """Neither how many images come together nor who computes them: the same bits and tokens."""
     fast, images = make("deit_distilled", dtype), random_images(build("deit_distilled"), 13)
-    torch.set_num_threads(1)
-    logits = torch.cat([fast(image) for image in images.split(1)])
-    features, kept = fast.packed.kept(images)
-    assert len(set(map(tuple, lengths(kept)))) > 2
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        for batch in (1, 3, 13):
-            assert torch.equal(fast(images[:batch]), logits[:batch]), (count, batch)
-            mine, places = fast.packed.kept(images[-batch:])
-            assert torch.equal(mine, features[-batch:])
-            assert all(torch.equal(got, wanted[-batch:]) for got, wanted in zip(places, kept))
+    assert len(set(map(tuple, lengths(fast.kept_sets(images))))) > 2
+    check_batches(fast, images)
 
 
 @pytest.mark.usefixtures("isa", "threads")

@@ -62,7 +62,7 @@ class Planner(nn.Module):
         Args:
             layer: from 0 to L - 1.
             view: the block between its keys and its queries; `view.top(scores, n)` helps.
-            n: how many to keep, prefix tokens included.
+            n: how many to keep, prefix tokens included; None where `count` leaves it open.
         """
         raise NotImplementedError
 
