@@ -138,21 +138,25 @@ class Problem(NamedTuple):
 def problem(case: Case, dtype: torch.dtype) -> Problem:
     parts = cast(make_parts(case), dtype)
     generator = torch.Generator().manual_seed(case.m + case.batch)
-    x = torch.randn(case.m, case.batch, case.width, generator=generator).to(dtype)
+    # The worst of a few rows is luck: where there are few, PyTorch's error is that of more draws.
+    draws = [
+        torch.randn(case.m, case.batch, case.width, generator=generator).to(dtype)
+        for _ in range(max(1, 24 // (case.batch * case.n)))
+    ]
     index, key_bias = make_index(case), make_key_bias(case)
     keep = case.n if index is None else index
 
     @torch.no_grad()
-    def answer(dtype: torch.dtype) -> Tensor:
+    def answer(x: Tensor, dtype: torch.dtype) -> Tensor:
         own = cast(parts, dtype)
         extra = zero_key(own, case.extra) if case.extra else None
         bias = None if key_bias is None else key_bias.to(dtype)
         return slim_block(x.to(dtype), own, keep, key_bias=bias, extra_key=extra).transpose(0, 1)
 
-    wanted = answer(torch.float64)
+    wanted = [answer(x, torch.float64) for x in draws]
     extra = zero_key(parts, case.extra) if case.extra else None
-    torchs = off(answer(dtype), wanted)
-    return Problem(parts, extra, x.float(), index, key_bias, wanted, torchs)
+    torchs = max(off(answer(x, dtype), right) for x, right in zip(draws, wanted, strict=True))
+    return Problem(parts, extra, draws[0].float(), index, key_bias, wanted[0], torchs)
 
 
 def pack(p: Problem, dtype: torch.dtype, lone: bool = False) -> Tensor:
