@@ -124,13 +124,15 @@ class TestModel:
     def test_fixed_counts_answer_alike(self, name):
         """An image answers as by the plan of the counts that it came to have."""
         images = random_images(build(name), 4)
-        slim = apply_masks(build(name).double(), plan_of(name)).eval()
+        slim, compared = apply_masks(build(name).double(), plan_of(name)).eval(), 0
         for image, counts in zip(
             images.double().split(1), lengths(slim.kept_sets(images.double()))
         ):
             fixed = apply_masks(build(name).double(), Absorb(counts=counts)).eval()
             if all(map(torch.equal, slim.kept_sets(image), fixed.kept_sets(image))):
                 assert off(slim(image), fixed(image)) < 1e-11
+                compared += 1
+        assert compared  # others have other candidates
 
     def test_work_is_counted_for_each_image(self):
         shape, plan = spec(build("deit")), plan_of("deit")
