@@ -32,7 +32,7 @@ from slimvit.export import sample_images
 from slimvit.macs import gmacs, mean_gmacs
 from slimvit.masks import Masks
 from slimvit.models import spec
-from slimvit.runtime import PRECISIONS, apply_masks
+from slimvit.runtime import PRECISIONS
 
 _log = logging.getLogger("slimvit")
 _Group = list[tuple[Runtime, Row]]
@@ -87,9 +87,9 @@ def bench(
     model = copy.deepcopy(model).float().eval()
     masks = masks if isinstance(masks, Masks) else masks.bind(shape)
     images = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
-    executed = mean_gmacs(shape, masks, apply_masks(model, masks).eval(), [images])
     with _threads(threads), tempfile.TemporaryDirectory(prefix="slimvit-bench-") as folder:
         work = Workload(model, masks, images, Path(folder))
+        executed = mean_gmacs(shape, masks, work.network(True), [images])
         groups, left_out = _prepare(work, setting, against, tell)
         calls = [[runtime for runtime, _ in group] for group in groups]
         measured = measure(calls, images, rounds=rounds, seconds=seconds, threads=threads)
