@@ -21,11 +21,27 @@ struct Panels {
   static long size(long n, long k) { return columns(n) * depth(k); }
 };
 
+// Columns stream from the second cache, which stays this many steps ahead of the sums.
+constexpr long kStepsAhead = 24;
+constexpr long kLine = 64;  // bytes of a cache line
+
+// Columns that stay in the second cache, in bytes, while all rows pass them.
+constexpr long kColumnBytes = 384 * 1024;
+
+template <int NV, class S, typename T>
+SLIMVIT_INLINE void prefetch_step(const T* b) {
+  constexpr long kPerLine = kLine / static_cast<long>(sizeof(T));
+#pragma GCC unroll 4
+  for (long i = 0; i < NV * S::kLanes * kStep<T>; i += kPerLine) __builtin_prefetch(b + i);
+}
+
 // acc[i][j] += a[i] · b[:, j] over `steps` steps.
 template <class S, typename T, int MR, int NV>
 SLIMVIT_INLINE void multiply(typename S::F (&acc)[MR][NV], const T* a, long lda, const T* b,
                              long steps) {
+  constexpr long kStride = NV * S::kLanes * kStep<T>;
   for (long s = 0; s < steps; ++s) {
+    prefetch_step<NV, S>(b + kStepsAhead * kStride);
     decltype(S::operand(b)) column[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) column[j] = S::operand(b + j * S::kLanes * kStep<T>);
@@ -36,7 +52,7 @@ SLIMVIT_INLINE void multiply(typename S::F (&acc)[MR][NV], const T* a, long lda,
       for (int j = 0; j < NV; ++j) acc[i][j] = S::dot(acc[i][j], x, column[j]);
     }
     a += kStep<T>;
-    b += NV * S::kLanes * kStep<T>;
+    b += kStride;
   }
 }
 
@@ -76,34 +92,45 @@ SLIMVIT_INLINE void tile_of(int rows, const T* a, long lda, const T* b, long ste
   }
 }
 
+// The columns [begin, end) that a row of tiles passes: whole panels from `begin` on.
+template <class S, typename T, class Epilogue>
+void row_of_tiles(int rows, const T* a, long lda, const Panels<S, T>& b, long k0, long steps,
+                  long row, long begin, long end, Epilogue& epilogue) {
+  constexpr int kMaxVecs = Epilogue::kMaxVecs;
+  for (long column = begin; column < end;) {
+    const long vecs = least(b.vecs, (b.n - column) / S::kLanes);
+    const T* panel = b.data + column * b.k + k0 * vecs * S::kLanes;
+    if (vecs == 1)
+      tile_of<S, T, 1>(rows, a, lda, panel, steps, row, column, epilogue);
+    else if (vecs == 2)
+      tile_of<S, T, 2>(rows, a, lda, panel, steps, row, column, epilogue);
+    else if constexpr (kMaxVecs >= 3) {
+      if (vecs == 3)
+        tile_of<S, T, 3>(rows, a, lda, panel, steps, row, column, epilogue);
+      else if constexpr (kMaxVecs >= 4)
+        tile_of<S, T, 4>(rows, a, lda, panel, steps, row, column, epilogue);
+    }
+    column += vecs * S::kLanes;
+  }
+}
+
 // Rows [0, m) of `a` times all columns of `b`, over k in [k0, k0 + depth); `a` starts at k0.
-// Rows go outside: a tile's rows stay in the first cache while the columns stream past.
+// As many columns as the second cache holds, and within them a tile's rows go outside: these stay
+// in the first cache while the columns stream past.
 template <class S, typename T, class Epilogue>
 void gemm(const T* a, long lda, long m, const Panels<S, T>& b, long k0, long depth,
           Epilogue& epilogue) {
-  constexpr int kMaxVecs = Epilogue::kMaxVecs;
-  const long steps = depth / kStep<T>;
+  const long panel = b.vecs * S::kLanes;
+  const long panel_bytes = panel * depth * static_cast<long>(sizeof(T));
+  const long block = panel * most(1, kColumnBytes / panel_bytes);
   const long tiles = (m + S::rows(b.vecs) - 1) / S::rows(b.vecs);
-  for (long t = 0; t < tiles; ++t) {
-    const long row = m * t / tiles;
-    const int rows = static_cast<int>(m * (t + 1) / tiles - row);
-    for (long column = 0; column < b.n;) {
-      const long vecs = least(b.vecs, (b.n - column) / S::kLanes);
-      const T* panel = b.data + column * b.k + k0 * vecs * S::kLanes;
-      const T* rows_of_a = a + row * lda;
-      if (vecs == 1)
-        tile_of<S, T, 1>(rows, rows_of_a, lda, panel, steps, row, column, epilogue);
-      else if (vecs == 2)
-        tile_of<S, T, 2>(rows, rows_of_a, lda, panel, steps, row, column, epilogue);
-      else if constexpr (kMaxVecs >= 3) {
-        if (vecs == 3)
-          tile_of<S, T, 3>(rows, rows_of_a, lda, panel, steps, row, column, epilogue);
-        else if constexpr (kMaxVecs >= 4)
-          tile_of<S, T, 4>(rows, rows_of_a, lda, panel, steps, row, column, epilogue);
-      }
-      column += vecs * S::kLanes;
+  for (long begin = 0; begin < b.n; begin += block)
+    for (long t = 0; t < tiles; ++t) {
+      const long row = m * t / tiles;
+      const int rows = static_cast<int>(m * (t + 1) / tiles - row);
+      row_of_tiles<S, T>(rows, a + row * lda, lda, b, k0, depth / kStep<T>, row, begin,
+                         least(begin + block, b.n), epilogue);
     }
-  }
 }
 
 template <class S, typename T, class Epilogue>
