@@ -12,7 +12,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 _OFFERED = _extensions.load("_cpu").instruction_sets()
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+# AMX is emulated where the module is one that tests/sanitized.py builds.
+SETS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
+
+
+@pytest.fixture(params=SETS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Packs that are made within the test are for this instruction set."""
     if request.param not in _OFFERED:

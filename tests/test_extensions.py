@@ -11,7 +11,7 @@ import pytest
 from slimvit import _extensions
 
 ROOT = Path(__file__).parent.parent
-SETS = ["portable", "avx2", "avx512", "avx512_bf16"]
+SETS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 
 
 @pytest.fixture
@@ -37,6 +37,7 @@ def test_instruction_sets_are_the_processors(cpu):
         "avx2": {"avx2", "fma"},
         "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
         "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+        "amx": {"avx512_bf16", "amx_tile", "amx_bf16"},
     }
     expected = ["portable", *(name for name, names in needed.items() if names <= flags)]
     assert cpu.instruction_sets() == expected

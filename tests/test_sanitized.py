@@ -1,4 +1,7 @@
-"""A few kernel tests under AddressSanitizer and UBSan; `make sanitize` runs all of them."""
+"""A few kernel tests under AddressSanitizer and UBSan; `make sanitize` runs all of them.
+
+AMX is emulated there, and here its products are tested whole: few processors have them.
+"""
 
 import subprocess
 import sys
@@ -13,6 +16,12 @@ BLOCK = "errs_no_more_than_torch and (quick_gelu or many or twice) or TestRefuse
 NETWORK = "test_float32 and (deit_distilled or oblong)"
 CHOICE = "by_its_choice and (5to3 or 63to62) or nothing_but_nan"
 SELECTION = "packages_the_others and 257 or favours and avx2 and deep"
+FILES = [f"test_cpu_{name}.py" for name in ("block", "vit", "choice", "selector", "spvit")]
+NOT_BY_DEFAULT = """
+from slimvit import _extensions
+module = _extensions.load("_cpu")
+assert module.instruction_sets()[-1] == "amx" and module.chosen() == module.instruction_sets()[-2]
+"""
 OVERRUN = """
 import torch
 from slimvit import _extensions
@@ -34,12 +43,22 @@ def watched() -> None:
 
 @pytest.mark.usefixtures("watched")
 def test_kernels():
-    names = ("block", "vit", "choice", "selector", "spvit")
-    files = [f"test_cpu_{name}.py" for name in names]
-    tests = [*files, "-k", f"{BLOCK} or {NETWORK} or {CHOICE} or {SELECTION}"]
-    done = run(sanitized.command(tests))
+    done = run(
+        sanitized.command([*FILES, "-k", f"{BLOCK} or {NETWORK} or {CHOICE} or {SELECTION}"])
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+@pytest.mark.usefixtures("watched")
+def test_amx():
+    if "avx512" not in _extensions.load("_cpu").instruction_sets():
+        pytest.skip("AMX is emulated with AVX-512, which this processor has not")
+    done = run(sanitized.command([*FILES, "test_dynamic_vit.py", "-k", "amx and bfloat16"]))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+    done = run([sys.executable, "-c", NOT_BY_DEFAULT])
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.usefixtures("watched")

@@ -64,32 +64,70 @@ void tile(const T* a, long lda, const T* b, long steps, long row, long column, E
   epilogue.template end<MR, NV>(acc, row, column);
 }
 
+// fn(Int<rows>), rows up to eight.
+template <class Fn>
+SLIMVIT_INLINE void with_rows(int rows, Fn fn) {
+  switch (rows) {
+    case 1:
+      return fn(Int<1>{});
+    case 2:
+      return fn(Int<2>{});
+    case 3:
+      return fn(Int<3>{});
+    case 4:
+      return fn(Int<4>{});
+    case 5:
+      return fn(Int<5>{});
+    case 6:
+      return fn(Int<6>{});
+    case 7:
+      return fn(Int<7>{});
+    default:
+      return fn(Int<8>{});
+  }
+}
+
+// Whether the instruction set multiplies matrices rather than vectors: see Amx.
+template <class S, typename T>
+constexpr bool kMatrices = S::kIsa == Isa::amx && kStep<T> == 2;
+
+// The same of more rows, by one product of matrices.
+template <class S, int NV, class Epilogue>
+void matrix_tile(int rows, const bf16* a, long lda, const bf16* b, long steps, long row,
+                 long column, Epilogue& epilogue) {
+  alignas(64) float sums[S::rows(NV) * NV * S::kLanes];
+  S::template multiply<NV>(rows, a, lda, b, steps, sums);
+  for (int first = 0; first < rows; first += 8)
+    with_rows(static_cast<int>(least(8, rows - first)), [&](auto count) {
+      constexpr int kCount = decltype(count)::value;
+      typename S::F acc[kCount][NV];
+      epilogue.template begin<kCount, NV>(acc, column);
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j)
+          acc[i][j] = S::add(acc[i][j], S::load(sums + ((first + i) * NV + j) * S::kLanes));
+      epilogue.template end<kCount, NV>(acc, row + first, column);
+    });
+}
+
 template <class S, typename T, int NV, class Epilogue>
 SLIMVIT_INLINE void tile_of(int rows, const T* a, long lda, const T* b, long steps, long row,
                             long column, Epilogue& epilogue) {
-  const auto run = [&](auto count) {
-    constexpr int kCount = decltype(count)::value;
-    if constexpr (kCount <= S::rows(NV))
-      tile<S, T, kCount, NV>(a, lda, b, steps, row, column, epilogue);
-  };
-  switch (rows) {
-    case 1:
-      return run(Int<1>{});
-    case 2:
-      return run(Int<2>{});
-    case 3:
-      return run(Int<3>{});
-    case 4:
-      return run(Int<4>{});
-    case 5:
-      return run(Int<5>{});
-    case 6:
-      return run(Int<6>{});
-    case 7:
-      return run(Int<7>{});
-    default:
-      return run(Int<8>{});
-  }
+  if constexpr (kMatrices<S, T>)
+    matrix_tile<S, NV>(rows, a, lda, b, steps, row, column, epilogue);
+  else
+    with_rows(rows, [&](auto count) {
+      constexpr int kCount = decltype(count)::value;
+      if constexpr (kCount <= S::rows(NV))
+        tile<S, T, kCount, NV>(a, lda, b, steps, row, column, epilogue);
+    });
+}
+
+// Where the rows of tile `t` of `tiles` begin: vectors have equal numbers, matrices whole ones.
+template <class S, typename T>
+long first_row(long m, long t, long tiles, int vecs) {
+  return kMatrices<S, T> ? least(m, t * S::rows(vecs)) : m * t / tiles;
 }
 
 // The columns [begin, end) that a row of tiles passes: whole panels from `begin` on.
@@ -126,8 +164,9 @@ void gemm(const T* a, long lda, long m, const Panels<S, T>& b, long k0, long dep
   const long tiles = (m + S::rows(b.vecs) - 1) / S::rows(b.vecs);
   for (long begin = 0; begin < b.n; begin += block)
     for (long t = 0; t < tiles; ++t) {
-      const long row = m * t / tiles;
-      const int rows = static_cast<int>(m * (t + 1) / tiles - row);
+      const long row = first_row<S, T>(m, t, tiles, b.vecs);
+      const int rows = static_cast<int>(first_row<S, T>(m, t + 1, tiles, b.vecs) - row);
+      if constexpr (kMatrices<S, T>) S::configure(rows);
       row_of_tiles<S, T>(rows, a + row * lda, lda, b, k0, depth / kStep<T>, row, begin,
                          least(begin + block, b.n), epilogue);
     }

@@ -19,6 +19,7 @@ namespace {
 // other: whoever times them learns the peak of this processor.
 template <class S, typename T>
 double peak(long rounds) {
+  if constexpr (kMatrices<S, T>) return S::peak(rounds);
   constexpr int kRows = S::rows(S::kVecs), kVecs = S::kVecs;
   alignas(64) T a[2 * 8 * kStep<T>] = {}, b[4 * 16 * kStep<T>] = {};
   typename S::F acc[kRows][kVecs];
@@ -40,6 +41,12 @@ double peak(long rounds) {
 }
 
 template <class S, typename T>
+constexpr auto finish_of() -> void (*)() {
+  if constexpr (kMatrices<S, T>) return &S::finish;
+  return nullptr;
+}
+
+template <class S, typename T>
 constexpr Kernels make_kernels() {
   return {&pack_block<S, T>,
           &pack_embedding<S, T>,
@@ -54,7 +61,8 @@ constexpr Kernels make_kernels() {
           &select_own_memory<S, T>,
           &select<S, T>,
           &own_memory<S, T>,
-          &peak<S, T>};
+          &peak<S, T>,
+          finish_of<S, T>()};
 }
 
 }  // namespace

@@ -1,5 +1,10 @@
 #include "cpu/isa.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -7,7 +12,24 @@
 namespace slimvit {
 namespace {
 
-constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
+
+#ifdef SLIMVIT_EMULATED_AMX
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
+
+// Linux saves the tiles only of processes that have asked for it, all threads at once.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
 
 bool offers(Isa isa) {
 #if defined(__x86_64__)
@@ -23,6 +45,10 @@ bool offers(Isa isa) {
              __builtin_cpu_supports("avx512vl");
     case Isa::avx512_bf16:
       return offers(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+    case Isa::amx:
+      if (kEmulated) return offers(Isa::avx512);
+      return offers(Isa::avx512_bf16) && __builtin_cpu_supports("amx-tile") &&
+             __builtin_cpu_supports("amx-bf16") && may_use_tiles();
   }
 #endif
   return isa == Isa::portable;
@@ -47,6 +73,8 @@ const char* name(Isa isa) {
       return "avx512";
     case Isa::avx512_bf16:
       return "avx512_bf16";
+    case Isa::amx:
+      return "amx";
   }
   return "unknown";
 }
@@ -61,7 +89,8 @@ std::vector<Isa> offered() {
 Isa chosen() {
   const std::vector<Isa> here = offered();
   const char* forced = std::getenv("SLIMVIT_ISA");
-  if (forced == nullptr || *forced == '\0') return here.back();
+  if (forced == nullptr || *forced == '\0')
+    return kEmulated && here.back() == Isa::amx ? here.end()[-2] : here.back();
   for (Isa isa : kAll) {
     if (name(isa) != std::string(forced)) continue;
     if (offers(isa)) return isa;

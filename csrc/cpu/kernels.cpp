@@ -12,7 +12,7 @@ namespace slimvit {
 extern const Kernels portable_float32, portable_bfloat16;
 #if defined(__x86_64__)
 extern const Kernels avx2_float32, avx2_bfloat16, avx512_float32, avx512_bfloat16;
-extern const Kernels avx512_bf16_float32, avx512_bf16_bfloat16;
+extern const Kernels avx512_bf16_float32, avx512_bf16_bfloat16, amx_bfloat16;
 #endif
 
 const Kernels& kernels(Isa isa, Dtype dtype) {
@@ -27,6 +27,8 @@ const Kernels& kernels(Isa isa, Dtype dtype) {
       return wide ? avx512_float32 : avx512_bfloat16;
     case Isa::avx512_bf16:
       return wide ? avx512_bf16_float32 : avx512_bf16_bfloat16;
+    case Isa::amx:  // whose tiles multiply bfloat16 alone
+      return wide ? avx512_float32 : amx_bfloat16;
 #endif
     default:
       throw std::invalid_argument(std::string("slimvit was built without kernels for ") +

@@ -110,8 +110,8 @@ struct HeadPack {
 struct ChooserShape {
   Scores scores;
   std::int32_t width;
-  std::int32_t head_tokens;    // of `attention`
-  std::int32_t reach;  // there, patches that are looked at for each that goes
+  std::int32_t head_tokens;  // of `attention`
+  std::int32_t reach;        // there, patches that are looked at for each that goes
   // There, where an average image has so many tokens before and after, and not 0: all patches of
   // lower scores go, instead of a fixed number.
   float threshold;

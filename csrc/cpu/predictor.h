@@ -37,8 +37,8 @@ void predict(const ChooserPack& pack, const float* x, long begin, long end, T* y
              float* score) {
   const long width = pack.shape.width;
   const auto down = panels<S, T>(section<T>(pack, pack.down.weight), pack.shape.hidden, width);
-  for (long row = begin; row < end; row += kQueryRows) {
-    const long rows = least(kQueryRows, end - row);
+  for (long row = begin; row < end; row += kQueryRows<S>) {
+    const long rows = least(kQueryRows<S>, end - row);
     layer_norm<S>(x + row * width, width, rows, width, section<float>(pack, pack.norm.weight),
                   section<float>(pack, pack.norm.bias), Scale{pack.norm.eps}, y + row * width,
                   width);

@@ -9,7 +9,9 @@
 namespace slimvit {
 namespace {
 
-constexpr long kQueryRows = 24;  // whole tiles of both products
+// Whole tiles of both products.
+template <class S>
+constexpr long kQueryRows = most(24, S::rows(S::kVecs));
 constexpr float kMinusInfinity = -__builtin_inff();
 constexpr float kLog2E = 1.44269504f;
 
@@ -125,10 +127,10 @@ float softmax_row(const float* logits, const float* largest, long columns, T* p)
 
 template <class S, typename T>
 struct AttentionMemory {
-  float* logits;   // [kQueryRows, columns]
-  float* largest;  // [kQueryRows, lanes]
-  float* scale;    // [kQueryRows]
-  T* p;            // [kQueryRows, columns]
+  float* logits;   // [rows, columns]
+  float* largest;  // [rows, lanes]
+  float* scale;    // [rows]
+  T* p;            // [rows, columns]
 };
 
 // `n` rows of queries, scaled so that logits are logarithms to base 2, over packed keys and values.
@@ -139,8 +141,8 @@ void slim_attention(const T* q, long ldq, long n, const T* keys, const T* values
   const long columns = Panels<S, T>::columns(m), depth = Panels<S, T>::depth(m);
   const Panels<S, T> k{keys, columns, d, S::kVecs};
   const Panels<S, T> v{values, d, depth, value_vecs<S>(d)};
-  for (long row = 0; row < n; row += kQueryRows) {
-    const long rows = least(kQueryRows, n - row);
+  for (long row = 0; row < n; row += kQueryRows<S>) {
+    const long rows = least(kQueryRows<S>, n - row);
     {
       const Stopwatch stopwatch(Phase::logits);
       for (long i = 0; i < rows; ++i)

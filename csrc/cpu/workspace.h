@@ -179,10 +179,10 @@ struct Own {
   static Own make(Parts& parts, long tokens, const BlockShape* choosing) {
     const long columns = Panels<S, T>::columns(tokens + 1);
     Own own;
-    own.attention.logits = parts.take<float>(kQueryRows * columns);
-    own.attention.largest = parts.take<float>(kQueryRows * S::kLanes);
-    own.attention.scale = parts.take<float>(kQueryRows);
-    own.attention.p = parts.take<T>(kQueryRows * columns);
+    own.attention.logits = parts.take<float>(kQueryRows<S> * columns);
+    own.attention.largest = parts.take<float>(kQueryRows<S> * S::kLanes);
+    own.attention.scale = parts.take<float>(kQueryRows<S>);
+    own.attention.p = parts.take<T>(kQueryRows<S> * columns);
     own.bias = parts.take<float>(columns);
     own.hidden = parts.take<T>(kMlpRows * kMlpColumns);
     own.share = parts.take<float>(kMlpRows);
