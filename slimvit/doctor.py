@@ -133,6 +133,11 @@ def _package(name: str) -> dict[str, str | None]:
     return {"version": version.partition("-")[0], "reason": None}
 
 
+# By machine, the instruction set that multiplies bfloat16.
+_HAS_BFLOAT16 = dict.fromkeys(("x86_64", "AMD64"), "avx512_bf16")
+_HAS_BFLOAT16 |= dict.fromkeys(("aarch64", "arm64"), "neon_bf16")
+
+
 def _processor() -> dict[str, Any]:
     cpu = _extensions.load("_cpu")
     sets = cpu.instruction_sets() if cpu else []
@@ -143,7 +148,7 @@ def _processor() -> dict[str, Any]:
         except ValueError as error:  # SLIMVIT_ISA
             reason = str(error)
     torch = sys.modules.get("torch")
-    x86 = platform.machine() in ("x86_64", "AMD64")
+    native = _HAS_BFLOAT16.get(platform.machine())
     return {
         "name": _processor_name(),
         "cores": _cores(),
@@ -151,7 +156,7 @@ def _processor() -> dict[str, Any]:
         "instruction_sets": sets,
         "uses": uses,
         "reason": reason,
-        "bfloat16": "avx512_bf16" in sets if x86 and cpu else None,
+        "bfloat16": native in sets if native and cpu else None,
     }
 
 

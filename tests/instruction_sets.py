@@ -13,7 +13,7 @@ _OFFERED = _extensions.load("_cpu").instruction_sets()
 
 
 # AMX is emulated where the module is one that tests/sanitized.py builds.
-SETS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
+SETS = ["portable", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"]
 
 
 @pytest.fixture(params=SETS)

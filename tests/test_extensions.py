@@ -11,7 +11,7 @@ import pytest
 from slimvit import _extensions
 
 ROOT = Path(__file__).parent.parent
-SETS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
+SETS = ["portable", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"]
 
 
 @pytest.fixture
@@ -30,10 +30,10 @@ def cpu():
 
 
 def test_instruction_sets_are_the_processors(cpu):
-    if platform.machine() != "x86_64":
-        pytest.skip(f"instruction sets are those of x86-64, this is {platform.machine()}")
     flags = set(Path("/proc/cpuinfo").read_text().split())
     needed = {
+        "neon": {"asimd"},
+        "neon_bf16": {"asimd", "bf16"},
         "avx2": {"avx2", "fma"},
         "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
         "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},

@@ -113,16 +113,23 @@ struct Activate : FromBias<S> {
     return any;
   }
 
+  // A loop over rows that is not unrolled: of a copy, so that `acc` need not be in memory before.
   template <int MR, int NV>
   SLIMVIT_INLINE void mean(typename S::F (&acc)[MR][NV], long row, long column) const {
+    typename S::F results[MR][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) results[i][j] = acc[i][j];
     for (int i = 0; i < MR; ++i) {
       const float s = share[row + i];
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
         const long at = column + j * S::kLanes;
-        const auto y = s == 0.0f ? activate<S, T>(kind, acc[i][j])
-                                 : activate_spread<S, T>(kind, acc[i][j],
-                                                         S::mul(S::set(s), S::load(squares + at)));
+        const auto x = results[i][j];
+        const auto y =
+            s == 0.0f ? activate<S, T>(kind, x)
+                      : activate_spread<S, T>(kind, x, S::mul(S::set(s), S::load(squares + at)));
         S::store(out + (row + i) * ld + at, y);
       }
     }

@@ -35,7 +35,9 @@ double peak(long rounds) {
       for (int j = 0; j < kVecs; ++j) acc[i][j] = S::dot(acc[i][j], x, y);
   }
   float rest = 0.0f;
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) rest += S::sum(acc[i][j]);
   return 2.0 * kStep<T> * S::kLanes * kRows * kVecs * static_cast<double>(rounds) + rest;
 }

@@ -3,6 +3,8 @@
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include <cstdlib>
@@ -12,7 +14,8 @@
 namespace slimvit {
 namespace {
 
-constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
+constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512,   Isa::avx512_bf16,
+                        Isa::amx,      Isa::neon, Isa::neon_bf16};
 
 #ifdef SLIMVIT_EMULATED_AMX
 constexpr bool kEmulated = true;
@@ -20,9 +23,10 @@ constexpr bool kEmulated = true;
 constexpr bool kEmulated = false;
 #endif
 
+#if defined(__x86_64__)
 // Linux saves the tiles only of processes that have asked for it, all threads at once.
 bool may_use_tiles() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return granted;
@@ -30,13 +34,26 @@ bool may_use_tiles() {
   return false;
 #endif
 }
+#endif
 
+#if defined(__aarch64__)
+bool multiplies_bfloat16() {
+#if defined(__linux__)
+  constexpr unsigned long kBfloat16 = 1ul << 14;
+  return (getauxval(AT_HWCAP2) & kBfloat16) != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+// Each set includes the ones of its processor before it, so that a kernel may fall back on their
+// instructions.
 bool offers(Isa isa) {
-#if defined(__x86_64__)
-  // Each set includes the ones before it, so that a kernel may fall back on their instructions.
   switch (isa) {
     case Isa::portable:
       return true;
+#if defined(__x86_64__)
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Isa::avx512:
@@ -49,9 +66,15 @@ bool offers(Isa isa) {
       if (kEmulated) return offers(Isa::avx512);
       return offers(Isa::avx512_bf16) && __builtin_cpu_supports("amx-tile") &&
              __builtin_cpu_supports("amx-bf16") && may_use_tiles();
-  }
+#elif defined(__aarch64__)
+    case Isa::neon:
+      return true;
+    case Isa::neon_bf16:
+      return multiplies_bfloat16();
 #endif
-  return isa == Isa::portable;
+    default:
+      return false;
+  }
 }
 
 template <typename Sets>
@@ -75,6 +98,10 @@ const char* name(Isa isa) {
       return "avx512_bf16";
     case Isa::amx:
       return "amx";
+    case Isa::neon:
+      return "neon";
+    case Isa::neon_bf16:
+      return "neon_bf16";
   }
   return "unknown";
 }

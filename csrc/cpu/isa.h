@@ -4,8 +4,8 @@
 
 namespace slimvit {
 
-// Instruction sets that kernels are written for, slowest first.
-enum class Isa { portable, avx2, avx512, avx512_bf16, amx };
+// Instruction sets that kernels are written for, of a processor slowest first.
+enum class Isa { portable, avx2, avx512, avx512_bf16, amx, neon, neon_bf16 };
 
 const char* name(Isa isa);
 

@@ -13,6 +13,8 @@ extern const Kernels portable_float32, portable_bfloat16;
 #if defined(__x86_64__)
 extern const Kernels avx2_float32, avx2_bfloat16, avx512_float32, avx512_bfloat16;
 extern const Kernels avx512_bf16_float32, avx512_bf16_bfloat16, amx_bfloat16;
+#elif defined(__aarch64__)
+extern const Kernels neon_float32, neon_bfloat16, neon_bf16_float32, neon_bf16_bfloat16;
 #endif
 
 const Kernels& kernels(Isa isa, Dtype dtype) {
@@ -29,6 +31,11 @@ const Kernels& kernels(Isa isa, Dtype dtype) {
       return wide ? avx512_bf16_float32 : avx512_bf16_bfloat16;
     case Isa::amx:  // whose tiles multiply bfloat16 alone
       return wide ? avx512_float32 : amx_bfloat16;
+#elif defined(__aarch64__)
+    case Isa::neon:
+      return wide ? neon_float32 : neon_bfloat16;
+    case Isa::neon_bf16:
+      return wide ? neon_bf16_float32 : neon_bf16_bfloat16;
 #endif
     default:
       throw std::invalid_argument(std::string("slimvit was built without kernels for ") +
@@ -50,6 +57,9 @@ void Barrier::wait() {
 #if defined(__x86_64__)
     else
       __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    else
+      asm volatile("yield");
 #endif
   }
 }
