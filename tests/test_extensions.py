@@ -1,7 +1,6 @@
 """Compiled modules: what they answer, and the reason where one cannot be imported."""
 
 import importlib
-import platform
 import subprocess
 import sys
 from pathlib import Path
