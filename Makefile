@@ -35,8 +35,9 @@ $(STAMP): $(BUILT_FROM)
 demo: install
 	$(VENV)/bin/slimvit demo $(ARGS)
 
+# Two processes; one where a test is looked into: make test ARGS="-n 0 --pdb"
 test: install
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 sanitize: install
 	$(VENV)/bin/python tests/sanitized.py $(ARGS)

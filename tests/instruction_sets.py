@@ -1,5 +1,7 @@
 """Every instruction set that C++ kernels are written for, forced in turn."""
 
+import platform
+
 import pytest
 import torch
 
@@ -11,9 +13,10 @@ if (reason := _extensions.why_not("_cpu")) is not None:
 DTYPES = [torch.float32, torch.bfloat16]
 _OFFERED = _extensions.load("_cpu").instruction_sets()
 
-
 # AMX is emulated where the module is one that tests/sanitized.py builds.
-SETS = ["portable", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"]
+X86 = ["avx2", "avx512", "avx512_bf16", "amx"]
+ARM = ["neon", "neon_bf16"]
+SETS = ["portable", *(ARM if platform.machine() in ("aarch64", "arm64") else X86)]
 
 
 @pytest.fixture(params=SETS)
