@@ -91,7 +91,7 @@ SLIMVIT_INLINE void with_rows(int rows, Fn fn) {
 template <class S, typename T>
 constexpr bool kMatrices = S::kIsa == Isa::amx && kStep<T> == 2;
 
-// The same of more rows, by one product of matrices.
+// What `tile` does, of more rows, by one product of matrices.
 template <class S, int NV, class Epilogue>
 void matrix_tile(int rows, const bf16* a, long lda, const bf16* b, long steps, long row,
                  long column, Epilogue& epilogue) {
