@@ -30,6 +30,9 @@ struct Tokens {
   const T* query;  // [head_tokens, H · d], scaled so that logits are logarithms to base 2
   long head_tokens;
   const T* y;  // [m, D], LN1 of the tokens, by whose cosines they are alike
+  // [patches and padding, D], for the patches of y as columns of a product. The kept tokens' rows
+  // come to be here, and those of LN2 of the block before were: it is in the cache.
+  T* packed;
 };
 
 // Where the columns of a vector stand.
@@ -80,7 +83,7 @@ class Absorb {
     const long end = share(patches(), rank + 1, size, kPanel), width = shape_.width;
     for (long first = share(patches(), rank, size, kPanel); first < end; first += kPanel) {
       const long count = least(kPanel, patches() - first);
-      pack_keys<S, T>(patch(first), width, count, width, nullptr, shared_.packed + first * width);
+      pack_keys<S, T>(patch(first), width, count, width, nullptr, tokens_.packed + first * width);
       for (long i = first; i < first + count; ++i) shared_.square[i] = square(patch(i), width);
     }
   }
@@ -172,7 +175,7 @@ class Absorb {
     for (long i = 0; i < rows; ++i)
       __builtin_memcpy(own_.taken + i * width, patch(some[i]), width * sizeof(T));
     Store<S, float> store{{nullptr}, out, columns()};
-    gemm(own_.taken, width, rows, Panels<S, T>{shared_.packed, columns(), width, kAbsorbVecs<S>},
+    gemm(own_.taken, width, rows, Panels<S, T>{tokens_.packed, columns(), width, kAbsorbVecs<S>},
          store);
   }
 

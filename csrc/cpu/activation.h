@@ -72,12 +72,26 @@ SLIMVIT_INLINE typename S::F activate(Activation kind, typename S::F x) {
   return gated<S, T>(x, S::mul(cube, S::set(1.59576912f)));
 }
 
+// 1 / sqrt(x), off by two roundings of float32 at most; for bfloat16 as the processor guesses it.
+template <class S, typename T>
+SLIMVIT_INLINE typename S::F inverse_root(typename S::F x) {
+  if constexpr (kStep<T> != 1) {
+    return S::inverse_root(x);
+  } else if constexpr (S::kRefinesRoots) {  // by a step of Newton's
+    const auto guess = S::inverse_root(x);
+    const auto half = S::mul(S::mul(x, S::set(-0.5f)), guess);
+    return S::mul(guess, S::fma(half, guess, S::set(1.5f)));
+  } else {
+    return S::div(S::set(1.0f), S::sqrt(x));
+  }
+}
+
 // The mean of an activation over a Gaussian of mean x and variance s, exactly that of GELU:
 //   (act(z) + (1 - r²) φ(z)) / r,  r = 1 / sqrt(1 + s),  z = r x
 template <class S, typename T>
 SLIMVIT_INLINE typename S::F activate_spread(Activation kind, typename S::F x, typename S::F s) {
   const auto t = S::add(S::set(1.0f), s);
-  const auto r = kStep<T> == 1 ? S::div(S::set(1.0f), S::sqrt(t)) : S::inverse_root(t);
+  const auto r = inverse_root<S, T>(t);
   const auto z = S::mul(x, r);
   const auto density = exp2<S, T>(S::mul(S::mul(z, z), S::set(-0.721347520f)));
   const auto weight = S::mul(S::mul(s, S::set(0.398942280f)), S::mul(r, r));

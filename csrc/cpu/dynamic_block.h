@@ -70,7 +70,8 @@ class Chooser : protected BlockParts<S, T> {
                            packed_size(),
                            shared_.q + to * inner(),
                            how.head_tokens,
-                           shared_.y + row * width()};
+                           shared_.y + row * width(),
+                           shared_.y_kept + to * width()};
     const Absorb<S, T> absorb(tokens, shape_, shared_.choice, own_.choice);
     attend_scores(image, absorb);
     if (how.ragged()) kept_.n = m - absorb.count_below(candidates(), how.threshold);

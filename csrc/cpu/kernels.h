@@ -101,7 +101,7 @@ struct Kernels {
   std::int64_t (*own_memory)(long tokens, const BlockShape* choosing);
 
   double (*peak)(long rounds);  // floating-point operations of a run of nothing but products
-  void (*finish)();             // after any of these, on the same thread; or null
+  void (*finish)();             // after any of these, on the same thread
 };
 
 // Throws std::invalid_argument where this build has no kernels for `isa`.

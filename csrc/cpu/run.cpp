@@ -135,7 +135,7 @@ void run(const BlockCall& call, int threads) {
   divide(call, threads, k.own_memory(call.m, choosing), k.block_memory(call),
          [&](long first, long count, const Team& team, char* shared, char* own) {
            k.block(call, first, count, team, shared, own);
-           if (k.finish != nullptr) k.finish();
+           k.finish();
          });
 }
 
@@ -145,7 +145,7 @@ void run(const SelectCall& call, int threads) {
   divide(call, threads, k.select_own_memory(call), k.select_memory(call),
          [&](long first, long count, const Team& team, char* shared, char* own) {
            k.select(call, first, count, team, shared, own);
-           if (k.finish != nullptr) k.finish();
+           k.finish();
          });
 }
 
@@ -158,7 +158,7 @@ void run(NetworkCall call, int threads) {
   divide(call, threads, own_bytes, k.network_memory(call),
          [&](long first, long count, const Team& team, char* shared, char* own) {
            k.network(call, first, count, team, shared, own);
-           if (k.finish != nullptr) k.finish();
+           k.finish();
          });
 }
 
@@ -180,7 +180,7 @@ double measure_peak(Isa isa, Dtype dtype) {
     const auto start = std::chrono::steady_clock::now();
     const double operations = k.peak(20000);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    if (k.finish != nullptr) k.finish();
+    k.finish();
     best = std::max(best, operations / seconds.count());
   }
   return best;

@@ -17,7 +17,6 @@ constexpr long kMaxLanes = 16;   // of any instruction set
 // What a team needs to choose among the m tokens of an image. Columns are padded to whole vectors.
 template <typename T>
 struct SharedChoice {
-  T* packed;            // LN1 of the patches, as columns of a product
   float* square;        // [m], squares of the norms of that
   float* cosines;       // [m, columns] of candidates with the patches ahead of them
   float* value_square;  // [H, columns], ‖value‖²
@@ -26,7 +25,6 @@ struct SharedChoice {
   static SharedChoice make(Parts& parts, long m, const BlockShape& shape) {
     const long columns = round_up(m, kMaxLanes);
     SharedChoice shared;
-    shared.packed = parts.take<T>(columns * shape.width);
     shared.square = parts.take<float>(m);
     shared.cosines = parts.take<float>(m * columns);
     shared.value_square = parts.take<float>(shape.heads * columns);
@@ -65,7 +63,8 @@ struct SharedSelection {
 template <typename T>
 struct Shared {
   float *x, *gathered;  // [rows, D]
-  T *y, *y_kept;        // [rows, D]
+  T* y;                 // [rows, D]
+  T* y_kept;            // the same, and more where blocks choose: see Tokens::packed
   T *q, *a;             // [rows, H · d]
   T* kv;                // [rows, 2 · H · d]
   T *keys, *values;     // packed, by image and head
@@ -80,7 +79,7 @@ struct Shared {
     shared.x = parts.take<float>(rows * shape.width);
     shared.gathered = parts.take<float>(rows * shape.width);
     shared.y = parts.take<T>(rows * shape.width);
-    shared.y_kept = parts.take<T>(rows * shape.width);
+    shared.y_kept = parts.take<T>((rows + (choice > 0 ? kMaxLanes : 0)) * shape.width);
     shared.q = parts.take<T>(rows * inner);
     shared.a = parts.take<T>(rows * inner);
     shared.kv = parts.take<T>(rows * 2 * inner);

@@ -7,7 +7,7 @@
 #include <cstring>
 
 // The tiles of AMX in memory, for csrc/cpu/amx_tiles.h: as Intel's manual defines them, and an
-// end to the process where a processor would raise a fault.
+// end to the process where a processor would raise a fault or a thread ends with tiles still held.
 
 namespace slimvit {
 namespace {
@@ -76,17 +76,27 @@ class Tiles {
     alignas(64) char data[16][64] = {};
   };
 
+  struct Held {
+    Tile tiles[8];
+    ~Held() {
+      for (const Tile& tile : tiles)
+        if (tile.rows != 0) fail("at the end of a thread", "its tiles released");
+    }
+  };
+
   static Tile* tiles() {
-    static thread_local Tile all[8];
-    return all;
+    static thread_local Held held;
+    return held.tiles;
   }
   static Tile& used(int i) {
     require(tiles()[i].rows > 0, "a tile that is configured");
     return tiles()[i];
   }
   static void require(bool holds, const char* what) {
-    if (holds) return;
-    std::fprintf(stderr, "AMX would fault: wanted %s\n", what);
+    if (!holds) fail("AMX would fault", what);
+  }
+  [[noreturn]] static void fail(const char* where, const char* what) {
+    std::fprintf(stderr, "%s: wanted %s\n", where, what);
     std::abort();
   }
 };
