@@ -70,6 +70,7 @@ def test_errs_no_more_than_torch(device, case):
         (A100, CASES[0]._replace(width=128, heads=2)),
         (A100, CASES[0]._replace(width=256)),
         (A100, CASES[0]._replace(hidden=80)),
+        (H200, CASES[0]._replace(head_dim=32)),
         (RTX3090, CASES[-2]),
         (H200, CASES[0]._replace(m=197, n=193)),
         (A100, WIDER[-1]),

@@ -168,6 +168,10 @@ class TestRefused:
                 wide, stats, wide[:, :1], 64, eps=1e-6
             ),
         }
+        many = torch.zeros(65536, 1, 32, dtype=HALF)
+        wrong["batch must be at most 65535, got 65536$"] = lambda: kernels.slim_attention(
+            many[..., :16].contiguous(), many, 1
+        )
         for message, call in wrong.items():
             with pytest.raises(SlimvitError, match=f"^back end cuda: {message}"):
                 call()

@@ -170,7 +170,10 @@ template <class P>
 void launch(const char* name, void (*kernel)(P), dim3 grid, int threads, int shared, void* stream,
             const P& params) {
   if (shared > 48 << 10) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
+    // All there is, and never less for a later launch: an earlier one may be in a graph by then.
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               shared_memory_limit()),
+          name);
   }
   kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(params);
   check(cudaGetLastError(), name);

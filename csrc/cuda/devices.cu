@@ -1,5 +1,7 @@
 #include <cuda_runtime_api.h>
 
+#include <thread>
+
 #include "cuda/devices.h"
 
 namespace slimvit {
@@ -24,19 +26,37 @@ std::string message(cudaError_t status) {
   return std::string(cudaGetErrorString(status)) + " (" + cudaGetErrorName(status) + ")";
 }
 
-__global__ void write_one(int* out) { *out = 1; }
+// The architecture that this kernel was compiled for, times ten.
+__global__ void write_architecture(int* out) {
+#ifdef __CUDA_ARCH__
+  *out = __CUDA_ARCH__;
+#endif
+}
 
 cudaError_t launch_and_read(int& value) {
   int* out = nullptr;
   cudaError_t status = cudaMalloc(&out, sizeof(int));
   if (status != cudaSuccess) return status;
-  write_one<<<1, 1>>>(out);
+  write_architecture<<<1, 1>>>(out);
   status = cudaGetLastError();
   if (status == cudaSuccess) {
     status = cudaMemcpy(&value, out, sizeof(int), cudaMemcpyDeviceToHost);
   }
   cudaFree(out);
   return status;
+}
+
+// Of the current device. Code for architectures before sm_80 runs on later ones where the driver
+// compiles it anew, but has no body for kernels that the host chooses there: see compiled_for.
+std::string why_not_run(int device) {
+  int value = 0, major = 0;
+  std::string error = message(launch_and_read(value));
+  if (error.empty()) {
+    error = message(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  }
+  if (error.empty() && value == 0) return "a kernel ran but did not write its output";
+  if (error.empty() && major >= 8 && value < 800) return message(cudaErrorNoKernelImageForDevice);
+  return error;
 }
 
 }  // namespace
@@ -62,16 +82,15 @@ std::vector<Device> devices() {
   return found;
 }
 
+// On a thread of its own, which has a current device of its own: to go back to the caller's would
+// take memory of a device that nobody may use.
 std::string probe(int device) {
-  int before = 0;
-  std::string error = message(cudaGetDevice(&before));
-  if (error.empty()) error = message(cudaSetDevice(device));
-  if (!error.empty()) return error;
-  int value = 0;
-  error = message(launch_and_read(value));
-  if (error.empty() && value != 1) error = "a kernel ran but did not write its output";
-  const std::string restored = message(cudaSetDevice(before));
-  return error.empty() ? restored : error;
+  std::string error;
+  std::thread([&] {
+    error = message(cudaSetDevice(device));
+    if (error.empty()) error = why_not_run(device);
+  }).join();
+  return error;
 }
 
 int driver_version() {

@@ -289,7 +289,8 @@ void launch_linear(const Linear& p, void* stream) {
 template <class M>
 void launch_linear(const Linear& p, void* stream) {
   // Few rows: smaller tiles, for there are more of them than multiprocessors only then.
-  if (p.batch * p.n <= 2048) return launch_linear<M, 32>(p, stream);
+  const int rows = p.tail_columns > 0 && p.x_rows > p.n ? p.x_rows : p.n;
+  if (p.batch * rows <= 2048) return launch_linear<M, 32>(p, stream);
   launch_linear<M, 128>(p, stream);
 }
 

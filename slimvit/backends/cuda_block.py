@@ -56,6 +56,8 @@ def fused_block(
     """
     batch, m, width = x.shape
     hidden = part.fc1.shape[0]
+    if part.proj.shape[1] != width:
+        return None
     if not cuda.module().fused_block_stages(width=width, heads=heads, hidden=hidden, m=m, n=n):
         return None
     out = x.new_empty(batch, n, width) if out is None else out
