@@ -44,7 +44,9 @@ class Config:
 
 def family(arch: int) -> int:
     """The architecture of the table that a compute capability, such as 89, is taken for."""
-    return FAMILIES.get(arch, max(known for known in (80, 90, 100) if known <= max(arch, 80)))
+    if arch in FAMILIES:
+        return FAMILIES[arch]
+    return 86 if arch > 120 else max(known for known in (80, 90, 100) if known <= max(arch, 80))
 
 
 @functools.cache

@@ -182,13 +182,15 @@ def launch_ends(
     x = empty(dtype, batch, m, width)
     stats, d = kernels.row_stats(x), width // heads
     kernels.scatter_tokens(x, order[:m], tokens)
-    if width * dtype.itemsize > 2048:  # too wide a row for the kernel: see ops/fused_vit.py
+    if width * dtype.itemsize > 1536:  # too wide a row for the kernel: see ops/fused_vit.py
         return
     q, _ = kernels.slim_linear(
         x, *matrix(dtype, width, width), n=1, stats=stats, row_sums=table[0], eps=1e-6
     )
     u, _ = kernels.slim_linear(q, empty(dtype, heads * width, d), None, groups=heads)
     z = kernels.last_attention(x, stats, u.view(batch, heads, width), d, eps=1e-6)
+    twice = empty(dtype, batch, 2 * heads, width)  # a class and a distillation token
+    kernels.last_attention(x, stats, twice, d, eps=1e-6)
     a, _ = kernels.slim_linear(z.view(batch, 1, -1), *matrix(dtype, width, width), groups=heads)
     up, down = matrix(dtype, 4 * width, width), matrix(dtype, width, 4 * width)
     second_half(a, x, matrix(dtype, width, width), up, down)

@@ -3,6 +3,7 @@
 Nothing here uses slimvit's operations: these are the oracles that it is tested against.
 """
 
+import copy
 import functools
 import inspect
 import math
@@ -86,6 +87,18 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             value = 1.5 * noise / math.sqrt(parameter[0].numel())
         parameter.copy_(value)
     return model
+
+
+def transposed(model: nn.Module) -> nn.Module:
+    """A copy whose weights have the same values and other strides."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.t().contiguous().t()
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
+    assert not any(block.mlp.fc1.weight.is_contiguous() for block in twin.blocks)
+    return twin
 
 
 def random_images(model: nn.Module, batch: int, seed: int = 0) -> Tensor:

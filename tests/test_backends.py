@@ -4,9 +4,13 @@ import logging
 
 import pytest
 import torch
+from references import build, random_images, random_masks
+from torch import Tensor, nn
 
+from slimvit import Absorb, Masks
 from slimvit.backends import NAMES, choose, select, why_not
 from slimvit.errors import SlimvitError, UsageError
+from slimvit.runtime import accelerate
 
 
 def test_names():
@@ -105,3 +109,37 @@ class TestChoice:
         monkeypatch.setattr(select, "why_not", only("torch"))
         with pytest.raises(SlimvitError, match=r"back end cpu: cpu is not here \(slimvit doctor"):
             choose("cpu", "cpu", torch.float32)
+
+    def test_triton_refuses_gpus_of_others(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        reason = "its tiles are made for NVIDIA GPUs, this is AMD's"
+        assert why_not("triton", "cuda", torch.float16) == reason
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_a_state_dict_is_not_loaded_into_laid_out_weights(name):
+    model = build("deit")
+    if (reason := why_not(name, "cpu")) is not None:
+        pytest.skip(f"back end {name}: {reason}")
+    fast = accelerate(model, random_masks(model), backend=name, precision="float32")
+    message = f"back end {name} has weights of its own that no state dict holds"
+    for module in (fast, nn.Sequential(fast)):
+        with pytest.raises(SlimvitError, match=message):
+            module.load_state_dict(module.state_dict())
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_default_device_does_not_matter(name, dynamic):
+    model = build("deit")
+    images = random_images(model, 2)
+
+    def answer() -> Tensor:
+        masks = Absorb(counts=[12, 8, 1]) if dynamic else Masks.from_counts([12, 8, 1], (4, 4))
+        return accelerate(model, masks, backend=name, precision="float32")(images)
+
+    wanted = answer()
+    with torch.device("meta"):
+        got = answer()
+    assert torch.equal(got, wanted)

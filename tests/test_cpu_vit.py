@@ -9,7 +9,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 from instruction_sets import DTYPES, isa  # noqa: F401
-from references import MODELS, build, off, random_images, random_masks, reference_features
+from references import (
+    MODELS,
+    build,
+    off,
+    random_images,
+    random_masks,
+    reference_features,
+    transposed,
+)
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -98,6 +106,12 @@ class TestAnswers:
         errors = map(mean_off, got, exact(name, semantics, 16))
         for error, torchs in zip(errors, torchs_error(name, semantics, 16)):
             assert error <= 2 * torchs
+
+
+def test_weights_of_any_strides():
+    images, masks = images_of("deit", 2), masks_of("deit", "drop")
+    fast = accelerate(transposed(model_of("deit")), masks, backend="cpu", precision="float32")
+    assert torch.equal(fast(images), make("deit")(images))
 
 
 def test_every_other_model_is_refused():

@@ -9,7 +9,14 @@ from cuda_checks import devices, use
 from emulated import A100, V100
 from fused_blocks import Case, inputs, make, make_parts
 from kernel_checks import FLOOR, check, check_stats, distance
-from references import MODELS, build, random_images, random_masks, reference_features
+from references import (
+    MODELS,
+    build,
+    random_images,
+    random_masks,
+    reference_features,
+    transposed,
+)
 from test_fused_block import CASES, reference
 from torch import Tensor, nn
 
@@ -103,6 +110,15 @@ def test_a_network_errs_no_more_than_torch(device, name, number):
     images = images.bfloat16().float()
     errs_no_more_than_torch(model, fast, images)
     assert torch.equal(fast(images), fast.forward_head(fast.forward_features(images)))
+
+
+@devices
+def test_weights_of_any_strides(device):
+    dtype, model = use(device), model_of("deit")
+    masks, images = random_masks(model), random_images(model, 2)
+    wanted = accelerated(model, masks, dtype)(images)
+    got = accelerated(transposed(model), masks, dtype)(images)
+    assert distance(got, wanted.double()) <= 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("device", [V100], ids=str)

@@ -10,7 +10,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, FLOOR, distance
-from references import MODELS, build, random_images, random_masks, reference_features
+from references import (
+    MODELS,
+    build,
+    random_images,
+    random_masks,
+    reference_features,
+    transposed,
+)
 from torch import Tensor, nn
 
 from slimvit import Masks
@@ -108,6 +115,11 @@ class TestAnswers:
     def test_logits(self, dtype, semantics):
         fast, images = make("depth_1", semantics, dtype), images_of("depth_1")
         assert torch.equal(fast(images), fast.forward_head(fast.forward_features(images)))
+
+    def test_weights_of_any_strides(self):
+        model, masks = model_of("deit").to(DEVICE), masks_of("deit", "drop")
+        fast = accelerate(transposed(model), masks, backend="triton", precision="float32")
+        torch.testing.assert_close(fast(images_of()), make()(images_of()))
 
     @dtypes
     def test_one_token_is_left(self, dtype):
@@ -217,6 +229,41 @@ class TestModule:
                 module.to(dtype)
         fast.to(DEVICE, torch.float32)
         assert torch.equal(fast(images), wanted)
+
+    @pytest.mark.parametrize(
+        "move",
+        [
+            lambda module: module.half(),
+            lambda module: module.to(DEVICE, torch.float16),
+            lambda module: module.to(memory_format=torch.channels_last),
+        ],
+        ids=["half", "to", "channels_last"],
+    )
+    def test_its_own_precision_changes_nothing(self, move):
+        fast, images = make("deit3", dtype=torch.float16), images_of("deit3", 1)
+        wanted = fast(images)
+        before = {name: buffer.dtype for name, buffer in fast.named_buffers()}
+        assert set(before.values()) >= {torch.float16, torch.float32}
+        move(nn.Sequential(fast))
+        assert {name: buffer.dtype for name, buffer in fast.named_buffers()} == before
+        assert torch.equal(fast(images), wanted)
+
+    def test_norms_that_autocast_has_in_float32(self):
+        class Wide(nn.Module):
+            def __init__(self, norm: nn.Module) -> None:
+                super().__init__()
+                self.norm = norm
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.norm(x).float()
+
+        fast, images = make("clip", dtype=torch.float16), images_of("clip", 1)
+        wanted = fast(images), fast.forward_features(images)
+        fused = fast.fused
+        assert not isinstance(fused.norm_pre, nn.Identity)
+        fused.norm_pre, fused.norm = Wide(fused.norm_pre), Wide(fused.norm)
+        assert torch.equal(fast(images), wanted[0])
+        assert torch.equal(fast.forward_features(images), wanted[1])
 
     def test_moves(self):
         fast = make("depth_1").to("meta")

@@ -32,13 +32,17 @@ def images_of(batch: int, seed: int = 0) -> Tensor:
 
 
 class TestGraphs:
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        ("backend", "dtype"),
+        [*(("triton", dtype) for dtype in DTYPES), ("cuda", torch.float16)],
+        ids=str,
+    )
     @pytest.mark.parametrize("semantics", SEMANTICS)
-    def test_equal_the_eager_answer(self, semantics, dtype):
-        precision = str(dtype).removeprefix("torch.")
-        fast = make(semantics, sizes=(1, 3), precision=precision)
+    def test_equal_the_eager_answer(self, semantics, backend, dtype):
+        options = {"backend": backend, "precision": str(dtype).removeprefix("torch.")}
+        fast = make(semantics, sizes=(1, 3), **options)
         assert {shape[0] for shape in fast._graphs} == {1, 3}
-        eager = make(semantics, precision=precision)
+        eager = make(semantics, **options)
         assert not eager._graphs
         for batch in (1, 3, 1):
             for seed in (0, 1):
@@ -84,6 +88,29 @@ class TestGraphs:
         )
         with pytest.raises(SlimvitError, match="images must be floating point, got uint8"):
             fast(images.byte())
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device here")
+    def test_one_on_each_device(self):
+        images = images_of(2)
+        wanted = make(sizes=(2,))(images)
+        other = make().to("cuda:1")
+        other.warm_up(2, cuda_graph=True)
+        assert torch.equal(other(images.to("cuda:1")).cpu(), wanted.cpu())
+
+    def test_made_in_inference_mode(self):
+        images = images_of(2)
+        with torch.inference_mode():
+            fast = make(sizes=(2,))
+            wanted = fast(images)
+        assert torch.equal(fast(images), wanted)
+
+    def test_images_that_require_a_gradient(self):
+        fast, images = make(sizes=(2,)), images_of(2)
+        wanted = fast(images)
+        for _ in range(2):
+            got = fast(images.clone().requires_grad_())
+            assert not got.requires_grad
+            assert torch.equal(got, wanted)
 
     def test_threads_take_turns(self):
         """On streams of their own, through one graph."""
@@ -138,6 +165,20 @@ class TestGraphs:
             got = fast(images)
         graph.replay()
         assert torch.equal(got, wanted)
+
+
+class TestAutocast:
+    @pytest.mark.parametrize("backend", ["triton", "cuda"])
+    def test_changes_nothing(self, backend):
+        model, images = build("clip"), random_images(build("clip"), 2).cuda()
+        fast = accelerate(
+            model.cuda(), random_masks(build("clip")), backend=backend, precision="float16"
+        )
+        wanted = fast(images), fast.forward_features(images)
+        with torch.autocast("cuda"):
+            got = fast(images), fast.forward_features(images)
+        assert torch.equal(got[0], wanted[0])
+        assert torch.equal(got[1], wanted[1])
 
 
 class TestDevices:

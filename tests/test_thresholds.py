@@ -134,6 +134,12 @@ class TestModel:
                 compared += 1
         assert compared  # others have other candidates
 
+    def test_no_cuda_graphs(self):
+        """Their counts are read on the host."""
+        message = "cuda_graphs needs a plan whose images all keep as many patches"
+        with pytest.raises(UsageError, match=message):
+            accelerate(build("deit"), plan_of("deit"), batch_sizes=[1], cuda_graphs=True)
+
     def test_work_is_counted_for_each_image(self):
         shape, plan = spec(build("deit")), plan_of("deit")
         slim, images = apply_masks(build("deit"), plan).eval(), random_images(build("deit"), 5)

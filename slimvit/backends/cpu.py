@@ -167,7 +167,7 @@ def join(packs: Sequence[Tensor]) -> Tensor:
     A network reads its weights from end to end for every image, and small pages cost time.
     """
     size = sum(pack.numel() for pack in packs)
-    room = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
+    room = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8, device="cpu")
     start = -room.data_ptr() % _HUGE_PAGE
     module().prefer_huge_pages(address(room), room.numel())
     return torch.cat(list(packs), out=room[start : start + size])
@@ -239,7 +239,7 @@ def run_network(
     images = images.contiguous()
     rows, columns = shape[-2:]
     sides = (images.shape[0], rows, columns) if rows else (images.shape[0], columns)
-    out = torch.empty(sides, dtype=torch.float32)
+    out = torch.empty(sides, dtype=torch.float32, device="cpu")
     call(
         module().slim_vit,
         *pack_bytes("packs", packs),

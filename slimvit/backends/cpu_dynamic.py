@@ -160,7 +160,7 @@ def select_tokens(x: Tensor, pack: Tensor, n: int, prefix: int) -> tuple[Tensor,
     require(0 < n <= m, f"n must be in [1, m] = [1, {m}]", n)
     x = x if x.stride(2) == 1 else x.contiguous()
     out = x.new_empty(n, batch, width)
-    place = torch.empty(batch, n, dtype=torch.int64)
+    place = torch.empty(batch, n, dtype=torch.int64, device="cpu")
     call(
         module().select_tokens,
         *pack_bytes("pack", pack),
@@ -200,8 +200,8 @@ def dynamic_block(
     require(prefix >= 0 and prefix < n < m, rule, n)
     x = x if x.stride(2) == 1 else x.contiguous()
     out = x.new_empty(n, batch, width)
-    kept = torch.empty(batch, n, dtype=torch.int64)
-    into = torch.full((batch, m - n), -1, dtype=torch.int64)
+    kept = torch.empty(batch, n, dtype=torch.int64, device="cpu")
+    into = torch.full((batch, m - n), -1, dtype=torch.int64, device="cpu")
     sizes, spreads = x.new_empty(batch, n), x.new_empty(batch, n)
     call(
         module().dynamic_block,
@@ -241,5 +241,5 @@ def dynamic_vit(
     block after block, [B, Σ n], int64: N and more for packages, and -1 after the last where each
     image keeps a number of its own and `counts` are how many at most.
     """
-    kept = torch.empty(images.shape[0], sum(counts), dtype=torch.int64)
+    kept = torch.empty(images.shape[0], sum(counts), dtype=torch.int64, device="cpu")
     return run_network(images, packs, (sizes, counts, False, rows, columns), kept), kept

@@ -44,7 +44,7 @@ def make_pack(
         weights = [address(array) for array in plain]
         return function(**options, weights=weights, dtype=DTYPES[dtype], out=out)
 
-    pack = torch.empty(call(fill, 0), dtype=torch.uint8)
+    pack = torch.empty(call(fill, 0), dtype=torch.uint8, device="cpu")
     call(fill, address(pack))
     return pack
 

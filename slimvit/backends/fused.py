@@ -52,7 +52,8 @@ def patch_embedding(
         return nothing(weight, *table.shape)
     with on_device(images):
         return kernel_set(backend).patch_embedding(
-            images.contiguous(), weight, table, order, prefix, precision=precision_of(tf32)
+            *(images.contiguous(), weight.contiguous(), table, order, prefix),
+            precision=precision_of(tf32),
         )
 
 

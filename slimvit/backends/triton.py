@@ -26,6 +26,8 @@ def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
         return f"it computes on CUDA GPUs, not on {device.type}"
     elif not torch.cuda.is_available():
         return "no CUDA GPU is available to torch"
+    elif torch.version.hip is not None:
+        return "its tiles are made for NVIDIA GPUs, this is AMD's"
     else:
         major, minor = torch.cuda.get_device_capability(device)
         if 10 * major + minor < OLDEST:

@@ -30,7 +30,11 @@ class Static(Planner):
     def __init__(self, masks: Masks | None = None, *, shape: tuple[int, int] | None = None) -> None:
         if masks is not None and masks.semantics != "drop":
             raise PlanError(f"masks must have semantics 'drop', got {masks.semantics!r}")
-        keep = torch.ones(shape or (1, 1), dtype=torch.bool) if masks is None else masks.keep
+        keep = (
+            torch.ones(shape or (1, 1), dtype=torch.bool, device="cpu")
+            if masks is None
+            else masks.keep
+        )
         super().__init__(keep.sum(1).tolist())
         self.keep: Tensor
         self.register_buffer("keep", keep.clone())

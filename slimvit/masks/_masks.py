@@ -132,7 +132,7 @@ class Masks:
     @staticmethod
     def dense(depth: int, grid: tuple[int, int], prefix: int = 1, **info: object) -> Masks:
         """Masks that keep every token in every block."""
-        keep = torch.ones(depth, grid[0] * grid[1] + prefix, dtype=torch.bool)
+        keep = torch.ones(depth, grid[0] * grid[1] + prefix, dtype=torch.bool, device="cpu")
         return Masks(keep, prefix, grid, **info)  # type: ignore[arg-type]
 
     @staticmethod
@@ -160,7 +160,7 @@ class Masks:
         if any(b > a for a, b in zip(counts, counts[1:], strict=False)):
             raise MasksError(f"kept counts must not grow with depth, got {list(counts)}")
         if scores is None:
-            ranking = torch.cat([torch.arange(prefix), prefix + even_spread(grid)])
+            ranking = torch.cat([torch.arange(prefix, device="cpu"), prefix + even_spread(grid)])
         else:
             if tuple(scores.shape) != (tokens,):
                 raise MasksError(f"scores must be [N] = [{tokens}], got {list(scores.shape)}")
@@ -169,7 +169,7 @@ class Masks:
             first = scores.double().clone().cpu()
             first[:prefix] = torch.inf
             ranking = torch.argsort(first, descending=True, stable=True)
-        keep = torch.zeros(len(counts), tokens, dtype=torch.bool)
+        keep = torch.zeros(len(counts), tokens, dtype=torch.bool, device="cpu")
         for layer, n in enumerate(counts):
             keep[layer, ranking[:n]] = True
         return Masks(keep, prefix, grid, **info)  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ def even_spread(grid: tuple[int, int]) -> Tensor:
         column = int((0.5 + step / plastic**2) % 1 * width)
         ranking[row * width + column] = None
         step += 1
-    return torch.tensor(list(ranking))
+    return torch.tensor(list(ranking), device="cpu")
 
 
 def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:

@@ -139,7 +139,7 @@ class DynamicNetwork(PackedNetwork):
     def __init__(
         self, parts: NetworkParts, choosers: Sequence[ChooserParts | None], dtype: torch.dtype
     ) -> None:
-        width, empty = parts.table.shape[1], torch.empty(0, dtype=torch.uint8)
+        width, empty = parts.table.shape[1], torch.empty(0, dtype=torch.uint8, device="cpu")
         packs = [empty if c is None else pack_chooser(c, width, dtype) for c in choosers]
         super().__init__(parts, dtype, packs)
         self.ragged = any(map(_is_ragged, choosers))

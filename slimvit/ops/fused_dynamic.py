@@ -219,4 +219,4 @@ class FusedDynamicNetwork(FusedNetwork):
             else:
                 x, stats, sizes, which = block(x, stats, sizes, n, self.prefix)
             kept.append(which)
-        return self.norm(x), kept
+        return self.norm(x).to(self.dtype), kept

@@ -13,8 +13,8 @@ from slimvit.ops.network import NetworkParts, why_not_plain
 
 _CUDA_HEAD = 128  # see csrc/cuda/slim_attention.cu
 # What a block may keep for its keys and values to be folded away, and how many bytes of a row fit
-# the registers that are left: see kernels/last_attention.py.
-_LAST_TOKENS, _LAST_QUERIES, _LAST_BYTES = 2, 32, 2048
+# the registers that are left: see kernels/last_attention.py and csrc/cuda/last_attention.cu.
+_LAST_TOKENS, _LAST_QUERIES, _LAST_BYTES = 2, 32, {"triton": 1536, "cuda": 2048}
 
 
 class FusedBlock(nn.Module):
@@ -117,7 +117,7 @@ class FusedNetwork(nn.Module):
         self.register_buffer("order", parts.order.clone(), persistent=False)
         self.norm_pre, self.norm = parts.norm_pre.to(dtype), parts.norm.to(dtype)
         queries = [n * block.heads for block, n in zip(parts.blocks, self.counts)]
-        folds = self.table.shape[1] * dtype.itemsize <= _LAST_BYTES
+        folds = self.table.shape[1] * dtype.itemsize <= _LAST_BYTES[backend]
         self.blocks = nn.ModuleList(
             FusedBlock(
                 block,
@@ -135,7 +135,7 @@ class FusedNetwork(nn.Module):
         x, stats = self.embed(images)
         for block, n in zip(self.blocks, self.counts):
             x, stats = block(x, n, stats, idle=self.idle)
-        return self.norm(x)
+        return self.norm(x).to(self.dtype)  # autocast would have norms in float32
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens ahead of the first block, [B, N, D], and their statistics where known."""
@@ -144,7 +144,7 @@ class FusedNetwork(nn.Module):
         )
         if isinstance(self.norm_pre, nn.Identity):
             return x, stats
-        return self.norm_pre(x), None
+        return self.norm_pre(x).to(self.dtype), None
 
 
 def why_not_fused(parts: NetworkParts, backend: str = "triton") -> str | None:
@@ -185,7 +185,7 @@ def fold_norm(norm: nn.LayerNorm, linear: nn.Module) -> tuple[Tensor, Tensor]:
     """LN(x) Wᵀ + b = x̂ (W diag(γ))ᵀ + (b + W β): the weight and the bias of the right-hand side."""
     gamma, beta, _ = layer_norm_of(norm)
     weight = linear.weight.float()
-    return weight * gamma.float(), _bias(linear) + weight @ beta.float()
+    return (weight * gamma.float()).contiguous(), _bias(linear) + weight @ beta.float()
 
 
 def _bias(linear: nn.Module) -> Tensor:

@@ -67,12 +67,14 @@ def accelerate(
     if precision not in PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     dtype = PRECISIONS[precision]
+    plan = getattr(slim, "plan", None)
+    if cuda_graphs and plan is not None and plan.ragged:
+        raise UsageError("cuda_graphs needs a plan whose images all keep as many patches")
     if cuda_graphs and (not token.is_cuda or not batch_sizes):
         why = f"the model is on {token.device}" if batch_sizes else "batch_sizes is empty"
         raise UsageError(f"cuda_graphs needs a model on a GPU and batch_sizes: {why}")
     if any(size < 1 for size in batch_sizes):
         raise UsageError(f"batch_sizes must be positive, got {list(batch_sizes)}")
-    plan = getattr(slim, "plan", None)
     spec = models.spec(model)
     # Kernels read a dynamic model as one whose masks keep everything in the model's own order.
     folded = slim if plan is None else apply_masks(model, _dense(spec))

@@ -63,8 +63,9 @@ class AcceleratedViT(nn.Module):
         images = token.new_zeros(batch_size, *self.image_shape)
         if cuda_graph:
             self._graphs[images.shape] = Graph(self._logits, images)
-        else:
-            self._logits(images)
+            return
+        for dtype in {images.dtype, torch.float32}:  # kernels are compiled for each
+            self._logits(images.to(dtype))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Kept tokens after the final norm in their places, [B, N, D], zero elsewhere."""
@@ -124,3 +125,11 @@ def check_floating(images: Tensor) -> None:
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype as users name it, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def no_state(backend: str) -> str:
+    """Why a model of a back end that lays weights out anew loads no state dict."""
+    return (
+        f"back end {backend} has weights of its own that no state dict holds: load it into the "
+        "dense model and accelerate that, or save the whole module"
+    )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slimvit.errors import SlimvitError
 from slimvit.ops import FusedNetwork, NetworkParts
-from slimvit.runtime.accelerated import AcceleratedViT, check_floating, dtype_name
+from slimvit.runtime.accelerated import AcceleratedViT, check_floating, dtype_name, no_state
 
 
 class FusedViT(AcceleratedViT):
@@ -62,4 +62,13 @@ class FusedViT(AcceleratedViT):
                 f"weights are folded for {self.precision}, got {dtype_name(moved.dtype)}: "
                 "accelerate the model anew with that precision, or with backend='torch'"
             )
-        return super()._apply(fn, recurse)
+
+        def moved_alone(tensor: Tensor) -> Tensor:
+            """Sums and biases stay float32, and rows where kernels look for them."""
+            moved = fn(tensor)
+            return (moved if moved.dtype == tensor.dtype else tensor.to(moved.device)).contiguous()
+
+        return super()._apply(moved_alone, recurse)
+
+    def _load_from_state_dict(self, *_: object) -> None:
+        raise SlimvitError(no_state(self.backend))

@@ -23,18 +23,25 @@ class Graph:
 
     def __init__(self, call: Callable[[Tensor], Tensor], example: Tensor) -> None:
         self._lock = threading.Lock()
-        self._input = example.clone()
-        with torch.cuda.device(example.device), torch.no_grad():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UP):  # kernels are compiled and buffers found ahead
-                    call(self._input)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph, self._done = torch.cuda.CUDAGraph(), torch.cuda.Event()
-            with torch.cuda.graph(self._graph):
-                self._output = call(self._input)
+        # Not a tensor of inference mode, into which nothing can be copied outside it.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
+            self._input = example.clone()
+            self._capture(call)
 
+    def _capture(self, call: Callable[[Tensor], Tensor]) -> None:
+        # A stream of its own: torch's for captures is that of whichever device came first.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):  # kernels are compiled and buffers found ahead
+                call(self._input)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph, self._done = torch.cuda.CUDAGraph(), torch.cuda.Event()
+        # Other threads, such as those that pin memory, may go on.
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._output = call(self._input)
+
+    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """What `call` gives for `x`."""
         with self._lock, torch.cuda.device(self._input.device):

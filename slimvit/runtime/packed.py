@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slimvit.errors import SlimvitError
 from slimvit.ops import NetworkParts, PackedNetwork
-from slimvit.runtime.accelerated import AcceleratedViT, check_floating, dtype_name
+from slimvit.runtime.accelerated import AcceleratedViT, check_floating, dtype_name, no_state
 
 
 class PackedViT(AcceleratedViT):
@@ -63,3 +63,6 @@ class PackedViT(AcceleratedViT):
                 "backend='torch'"
             )
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *_: object) -> None:
+        raise SlimvitError(no_state(self.backend))
