@@ -5,12 +5,14 @@
     fast = slimvit.accelerate(model, masks)                # inference: same call, same outputs
     fast = slimvit.accelerate(model, slimvit.Absorb(cut=0.45))  # each image its own patches
 
-Names load on first use, so that `import slimvit` costs nothing.
+Names, and subpackages such as `slimvit.search`, load on first use, so that `import slimvit` costs
+nothing.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -50,9 +52,12 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"slimvit.{name}") is not None:
+        value = importlib.import_module(f"slimvit.{name}")
+    else:
         raise AttributeError(f"module 'slimvit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 

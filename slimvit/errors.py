@@ -11,6 +11,10 @@ class UsageError(SlimvitError):
     """The call itself is wrong (an unknown model, a number out of range): status 2 of a command."""
 
 
+class SearchError(SlimvitError):
+    """A search that would fail again: a budget out of reach, or numbers that are not finite."""
+
+
 class MasksError(SlimvitError):
     """A masks file or a set of masks that breaks a rule (nesting, prefix tokens, shape, format)."""
 

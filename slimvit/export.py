@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from slimvit.errors import ExportError, MismatchError, UsageError
-from slimvit.files import atomic_write
+from slimvit.files import atomic_write, is_device, put_in_place
 
 TOLERANCE = 1e-4
 """Largest relative error of a file's float32 logits; 1e-6 is usual."""
 OPSET = 18
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; one ONNX file cannot hold more
-_CHECKED_BATCHES = (1, 3)
 _CHECKED_SEEDS = 3
 
 
@@ -80,9 +79,8 @@ def export_onnx(
             assert program is not None
             program.save(temporary, external_data=False)
         if check:
-            batches = _CHECKED_BATCHES if batch == "dynamic" else (int(batch),)
-            _compare("ONNX Runtime", model, _onnxruntime(temporary), batches)
-        os.replace(temporary, path)
+            _compare("ONNX Runtime", model, _onnxruntime(temporary), checked_batches(batch))
+        put_in_place(temporary, path)
 
 
 def export_program(model: nn.Module, path: str | os.PathLike[str], *, check: bool = True) -> None:
@@ -107,11 +105,16 @@ def export_program(model: nn.Module, path: str | os.PathLike[str], *, check: boo
     if check:
         buffer.seek(0)
         loaded = torch.export.load(buffer).module()
-        _compare("torch.export", model, loaded, _CHECKED_BATCHES)
+        _compare("torch.export", model, loaded, checked_batches())
     try:
         atomic_write(path, buffer.getvalue())
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror}") from error
+
+
+def checked_batches(batch: str | int = "dynamic") -> tuple[int, ...]:
+    """The batch sizes at which a file that takes `batch` is compared with its model."""
+    return (1, 3) if batch == "dynamic" else (int(batch),)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
@@ -220,12 +223,13 @@ def _require(*modules: str) -> None:
 
 @contextlib.contextmanager
 def _beside(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A temporary neighbour of `path`, gone afterwards unless it was renamed."""
-    path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
+    """A temporary neighbour of what `path` names, gone afterwards unless it was renamed."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir() or not target.parent.is_dir():
         raise ExportError(f"cannot write {path}: it is a folder or in none that exists")
+    beside = None if is_device(path) else target.parent
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=beside) as folder:
             yield os.path.join(folder, "model")
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}") from error

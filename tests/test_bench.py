@@ -73,7 +73,9 @@ def test_kept_counts_are_read(text, counts):
     assert parse_keep(format_keep(counts)) == counts
 
 
-@pytest.mark.parametrize("text", ["", "1,,2", "a", "3x", "x3", "-1", "1.5", "3x0", "0x0"])
+@pytest.mark.parametrize(
+    "text", ["", "1,,2", "a", "3x", "x3", "-1", "1.5", "3x0", "0x0", "3x" + "9" * 21]
+)
 def test_kept_counts_are_refused(text):
     with pytest.raises(UsageError, match="kept counts look like"):
         parse_keep(text)

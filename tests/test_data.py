@@ -48,6 +48,11 @@ def test_labels_from_a_class_map(folder, tmp_path):
     assert images.targets == [4] * 4 + [3] * 4 + [1] * 4
 
 
+def test_a_class_map_may_begin_with_a_byte_order_mark(folder, tmp_path):
+    (tmp_path / "map.txt").write_text("ca\ncb\ncc\n", encoding="utf-8-sig")
+    assert ImageFolder(folder, tmp_path / "map.txt").targets == [0] * 4 + [1] * 4 + [2] * 4
+
+
 @pytest.mark.parametrize("num_classes", [None, 2, 1000])
 def test_no_labels_without_a_class_map(folder, num_classes):
     images = ImageFolder(folder, num_classes=num_classes)

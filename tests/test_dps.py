@@ -66,7 +66,7 @@ def test_predictor_by_hand(m, batch, width, hidden):
             torch.testing.assert_close(got[b, i], expected, rtol=1e-10, atol=1e-12)
 
 
-def test_predictors_stand_where_patches_are_pruned(tiny_vit):
+def test_predictors_stand_where_patches_are_pruned(tiny_vit, monkeypatch):
     plan = DPS(COUNTS).bind(spec(tiny_vit))
     assert plan.pruning == CHOOSING
     assert tuple(map(int, plan.predictors)) == CHOOSING
@@ -78,7 +78,10 @@ def test_predictors_stand_where_patches_are_pruned(tiny_vit):
         plan.macs(spec(tiny_vit)) / 1e9
     )
     assert slim < dense
+    state = torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)  # GPUs' generators are the caller's
     again = DPS(COUNTS).bind(spec(tiny_vit))
+    assert torch.equal(torch.get_rng_state(), state)
     for name, value in plan.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 
@@ -141,11 +144,12 @@ def true_scores(model: nn.Module, images: Tensor) -> tuple[list[Tensor], list[Te
     return [features.at(t, 0) for t in range(5)], parts[::-1]
 
 
-def test_training_finds_the_ranks_of_new_images(tiny_vit):
+def test_training_finds_the_ranks_of_new_images(tiny_vit, monkeypatch):
     """Kept counts that prune nothing above, so that the true scores need no kept sets."""
     counts = (16, 16, 16, 16, 16, 1)
     before = copy.deepcopy(tiny_vit.state_dict())
     state = torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)  # GPUs' generators are the caller's
     plan, report = fit_dps(
         tiny_vit, smooth_images(64).split(16), counts, epochs=15, spread=0, progress=False
     )
@@ -182,7 +186,10 @@ def test_true_scores_keep_what_each_image_needs(tiny_vit):
             alive = {0, *best} if n < len(alive) else alive
             assert set(kept[layer][b].tolist()) == alive
     # One image alone has the same scores: nothing leaks from its neighbours.
+    tiny_vit.blocks[2].train()
+    modes = [module.training for module in tiny_vit.modules()]
     slim.plan.look(tiny_vit, images[1:2])
+    assert modes == [module.training for module in tiny_vit.modules()]
     torch.testing.assert_close(slim.plan.scores[:, 0], scores[:, 1], rtol=1e-4, atol=1e-6)
 
 
@@ -198,6 +205,8 @@ def test_training_is_the_same_twice_and_only_then(tiny_vit):
     assert torch.equal(weights(seed=3), first)
     assert torch.equal(weights(seed=3, cache_bytes=0), first)  # from disk
     assert not torch.equal(weights(seed=4), first)
+    counts = torch.tensor(COUNTS)
+    assert train_dps(tiny_vit, smooth_images(2).split(2), counts, epochs=1).counts == COUNTS
     assert not torch.equal(weights(seed=3, spread=0), first)
     assert not torch.equal(weights(seed=3, flip=False), first)
 
@@ -289,6 +298,7 @@ def test_what_does_not_fit_is_refused(tiny_vit, tmp_path):
     refused(PlanError, "one for each of 6 blocks, got 2", (17, 1))
     refused(PlanError, "not grow", (9, 13, 13, 9, 6, 1))
     refused(DataError, "no calibration images", loader=())
+    refused(SlimvitError, "floating point, got uint8", loader=(images.byte(),))
     refused(UsageError, "epochs must be at least 1, got 0", epochs=0)
     refused(UsageError, "lr must be .* above 0, got nan", lr=float("nan"))
     refused(UsageError, "spread must be .* at least 0, got -1", spread=-1)

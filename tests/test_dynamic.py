@@ -166,8 +166,21 @@ class TestGivenModelAndPlan:
         _, slim = pair("absorb")
         with pytest.raises(PlanError, match="the plan is of .*17 tokens.*, got .*21 tokens"):
             apply_masks(other, slim.plan)
+        with pytest.raises(PlanError, match="; prefix must be 1, got 5"):
+            apply_masks(other, slim.plan)
         again = apply_masks(build("deit", seed=3), slim.plan)
         assert again.plan.counts == slim.plan.counts
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_bound_to_a_model_of_other_classes(self, kind):
+        model, slim = pair(kind, "deit")
+        images = random_images(model, 2)
+        model.reset_classifier(3)
+        again = apply_masks(model, slim.plan)
+        assert again.plan.spec == spec(model) and again(images).shape == (2, 3)
+        assert torch.equal(
+            torch.cat(again.kept_sets(images), 1), torch.cat(slim.kept_sets(images), 1)
+        )
 
 
 class TestAccelerate:

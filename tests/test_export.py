@@ -1,8 +1,10 @@
 """Exported files answer like the model, in any batch, and appear whole or not at all."""
 
 import os
+import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -140,6 +142,21 @@ def test_a_file_that_answers_wrong_is_not_put_in_place(vit, tmp_path, monkeypatc
     assert path.read_bytes() == b"before"
 
 
+def test_links_and_devices_stay_what_they_are(vit, tmp_path):
+    kept, link, pipe = (tmp_path / name for name in ("kept.onnx", "link.onnx", "pipe"))
+    kept.touch(0o600)
+    link.symlink_to(kept)
+    export_onnx(vit, link, check=False)
+    assert link.is_symlink() and stat.S_IMODE(kept.stat().st_mode) == 0o600
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        content = pool.submit(pipe.read_bytes)
+        export_onnx(vit, pipe, check=False)
+        assert len(content.result(60)) == kept.stat().st_size
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.onnx", "link.onnx", "pipe"}
+
+
 def test_what_cannot_be_exported_says_so(vit, tmp_path):
     with pytest.raises(ExportError, match="Linear cannot be exported"):
         export_onnx(torch.nn.Linear(2, 2), tmp_path / "a.onnx")
@@ -175,8 +192,12 @@ def test_the_command(tmp_path, capsys):
     for name in ("slim.onnx", "slim.pt2"):
         output = tmp_path / name
         assert main([*model, "--masks", str(masks), "--output", str(output)]) == 0
-        assert f"wrote {output}" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert f"wrote {output}" in out and out.endswith("like PyTorch at batch 1 and 3\n")
         assert output.stat().st_size > 100_000
+    fixed = ["--output", str(tmp_path / "fixed.onnx"), "-b", "2"]
+    assert main([*model, "--masks", str(masks), *fixed]) == 0
+    assert capsys.readouterr().out.endswith("like PyTorch at batch 2\n")
 
 
 def test_the_command_refuses_bad_usage(tmp_path, capsys):

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from slimvit.files import atomic_write
+from slimvit.files import atomic_write, put_in_place
 
 
 def full_disk(*args):
@@ -28,6 +28,15 @@ def test_mode_follows_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a.bin").stat().st_mode) == 0o640
+
+
+def test_a_file_leaves_its_mode_to_its_successor(tmp_path):
+    path = tmp_path / "a.bin"
+    for mode in (0o600, 0o664):
+        path.touch()
+        path.chmod(mode)
+        atomic_write(path, b"new")
+        assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
 @pytest.mark.parametrize("existing", [None, b"old"])
@@ -103,5 +112,11 @@ def test_a_device_is_written_to(tmp_path):
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     atomic_write(tmp_path / "pipe", b"new")
     assert os.read(reader, 9) == b"new"
+    (tmp_path / "finished").write_bytes(b"newer")
+    put_in_place(tmp_path / "finished", tmp_path / "pipe")
+    assert os.read(reader, 9) == b"newer"
+    # As a shell's >(…) has it: a link whose target is no name.
+    atomic_write(f"/proc/self/fd/{os.open(tmp_path / 'pipe', os.O_WRONLY)}", b"again")
+    assert os.read(reader, 9) == b"again"
     os.close(reader)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

@@ -1,8 +1,11 @@
+import contextlib
 import errno
 import json
 import math
+import random
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -98,6 +101,31 @@ def test_learns_to_agree_and_leaves_the_dense_model_alone(pair, batches):
     assert log[-1]["agreement"] >= log[0]["agreement"]
     assert math.isclose(log[-1]["lr"], 1e-3 * 0.01, rel_tol=0.9)
     json.dumps(result.report, allow_nan=False)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_teacher_and_the_generators_are_as_they_were(pair, batches, fails):
+    slim, dense = pair
+    dense.train().blocks[2].eval()
+    modes = [module.training for module in dense.modules()]
+
+    def stop(_):
+        assert not any(module.training for module in dense.modules())
+        if fails:
+            raise KeyboardInterrupt
+
+    def drawn():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    wanted = drawn()
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    with pytest.raises(KeyboardInterrupt) if fails else contextlib.nullcontext():
+        finetune(slim, dense, batches, epochs=1, on_epoch=stop, **QUICK)
+    assert drawn() == wanted
+    assert modes == [module.training for module in dense.modules()]
 
 
 def test_output_loads_in_plain_timm(pair, batches, tmp_path):

@@ -11,7 +11,7 @@ from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
 from slimvit.macs import cut
 from slimvit.models import spec
 from slimvit.runtime import apply_masks
-from slimvit.search import absorb, fit_absorb
+from slimvit.search import absorb, fit_absorb, fit_thresholds
 
 SHAPES = (Shape(0), Shape(1), Shape(2, 1.6), Shape(1, 1.0, 0.6))
 
@@ -62,6 +62,23 @@ def test_its_own_shape_gives_way_to_one_that_is_surely_better(tiny_vit, batches,
     assert plan.counts == (best if gives_way else own)
     assert sure != 1e9 or plan.counts == own
     assert sure != 0.0 or plan.counts == best
+
+
+@pytest.mark.parametrize("options", [{"cut": 0.3}, {"speedup": 1.01}])
+def test_the_model_stays_in_its_mode(tiny_vit, batches, monkeypatch, options):
+    monkeypatch.setattr(absorb, "measure_speedup", lambda *_: 2.0)
+    tiny_vit.train().blocks[2].eval()
+    modes = [module.training for module in tiny_vit.modules()]
+    fit_absorb(tiny_vit, batches, shapes=SHAPES, progress=False, **options)
+    assert modes == [module.training for module in tiny_vit.modules()]
+
+
+def test_images_of_integers_have_not_been_normalised(tiny_vit, batches):
+    integers = [batch.byte() for batch in batches]
+    with pytest.raises(SlimvitError, match="images must be floating point, got uint8"):
+        fit_absorb(tiny_vit, integers, cut=0.3, progress=False)
+    with pytest.raises(SlimvitError, match="images must be floating point, got uint8"):
+        fit_thresholds(tiny_vit, Absorb(cut=0.3), integers, progress=False)
 
 
 def test_is_the_same_however_images_are_batched(tiny_vit, batches):

@@ -26,7 +26,7 @@ LAYERS = (
     ("kernels", "_cpu", "_cuda", "_extensions"),
     ("data",),
     ("masks",),
-    ("files",),
+    ("files", "images"),
     ("errors",),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

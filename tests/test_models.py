@@ -1,6 +1,7 @@
 """Models: what is read, what is refused and why, and weights from files."""
 
 import functools
+import sys
 
 import pytest
 import timm
@@ -439,6 +440,14 @@ class TestCheckpoint:
         if what == "text":
             path.write_text("hello")
         self.refused(path, "is not a readable checkpoint")
+
+    def test_no_code_is_run_whatever_timm_does_by_itself(self, tmp_path, monkeypatch):
+        asked, home = [], sys.modules[load_checkpoint.__module__]
+        monkeypatch.setattr(
+            home, "load_state_dict", lambda *_, **options: asked.append(options) or weights()
+        )
+        load_checkpoint(create(NAME, img_size=64, num_classes=10), self.saved(tmp_path))
+        assert asked == [{"weights_only": True}]
 
     def test_not_a_tensor(self, tmp_path):
         torch.save({**weights(), "norm.bias": 3}, tmp_path / "w.pt")

@@ -1,14 +1,16 @@
-"""Algorithm 1: what it promises, its budgets, fine-tuning, resuming and several processes."""
+"""Algorithm 1: what it promises, its budgets, fine-tuning and several processes."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
 from slimvit import Masks, macs, models, prune
-from slimvit.errors import SlimvitError, UnsupportedModelError, UsageError
-from slimvit.search import search
+from slimvit.errors import DataError, SlimvitError
+from slimvit.search import fit_absorb, search
+from slimvit.search.budget import measure_speedup
 
 
 @pytest.fixture
@@ -133,12 +135,13 @@ def test_speedup_is_measured(tiny_vit, batches, monkeypatch):
     assert 1 / (1 - result.cut) >= 1.5
 
 
-def test_measured_speedup_is_a_ratio_of_times(tiny_vit):
-    from slimvit.search.budget import measure_speedup
-
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_measured_speedup_is_a_ratio_of_times_on_the_models_device(tiny_vit, device):
     masks = Masks.from_counts((5, 5, 5, 5, 5, 1), (4, 4))
     images = torch.randn(8, 3, 64, 64)
-    assert measure_speedup(tiny_vit, masks, images, rounds=1) > 0
+    assert measure_speedup(tiny_vit.to(device), masks, images, rounds=1) > 0
+    with pytest.raises(DataError, match="no images to measure a speed-up with"):
+        measure_speedup(tiny_vit, masks, None)
 
 
 def test_own_score_is_one_function(tiny_vit, batches):
@@ -146,8 +149,9 @@ def test_own_score_is_one_function(tiny_vit, batches):
         wanted = torch.arange(view.paths.shape[1]).sub(8).abs()
         return torch.exp(-wanted.double()).expand(len(view.paths), -1)
 
-    masks = quick(tiny_vit, batches, counts=(6, 6, 6, 6, 6, 1), score=middle).masks
-    assert masks.keep[0].nonzero().squeeze(1).tolist() == [0, 6, 7, 8, 9, 10]
+    for score in (middle, functools.partial(middle)):
+        masks = quick(tiny_vit, batches, counts=(6, 6, 6, 6, 6, 1), score=score).masks
+        assert masks.keep[0].nonzero().squeeze(1).tolist() == [0, 6, 7, 8, 9, 10]
 
 
 def test_wrong_score_is_named(tiny_vit, batches):
@@ -192,94 +196,6 @@ def test_diverged_fine_tuning_is_an_error(tiny_vit, batches):
         quick(tiny_vit, batches, counts=(9, 9, 9, 9, 9, 1), epochs=3, lr=1e30)
 
 
-class Interrupted:
-    """A score that raises at its n-th call, as Ctrl-C would."""
-
-    def __init__(self, calls: int) -> None:
-        self.calls = calls
-        self.__name__ = "eq6"
-
-    def __call__(self, view):
-        from slimvit.search.scores import eq6
-
-        self.calls -= 1
-        if self.calls < 0:
-            raise KeyboardInterrupt
-        return eq6(view)
-
-
-@pytest.mark.parametrize("options", [{"tolerance": 0.02, "epochs": 1}, {"cut": 0.4}])
-def test_interrupted_search_ends_alike(tiny_vit, batches, tmp_path, options):
-    state = tmp_path / "search.state"
-    whole = quick(tiny_vit, batches, **options)
-    for calls in (3, 9, 14):
-        with pytest.raises(KeyboardInterrupt):
-            quick(tiny_vit, batches, state=state, score=Interrupted(calls), **options)
-        assert state.exists()
-    resumed = quick(tiny_vit, batches, state=state, **options)
-    assert torch.equal(resumed.masks.keep, whole.masks.keep)
-    assert torch.equal(resumed.masks.errors, whole.masks.errors)
-    assert torch.equal(resumed.masks.scores, whole.masks.scores)
-    assert not state.exists()
-    if whole.model is not None:
-        for name, value in whole.model.state_dict().items():
-            assert torch.equal(resumed.model.state_dict()[name], value), name
-
-
-def test_state_of_another_search_is_refused(tiny_vit, batches, tmp_path):
-    state = tmp_path / "search.state"
-    with pytest.raises(KeyboardInterrupt):
-        quick(tiny_vit, batches, tolerance=0.02, state=state, score=Interrupted(3))
-    content = state.read_bytes()
-    with pytest.raises(
-        SlimvitError, match="another search: its tolerance is 0.02, here it is 0.03"
-    ):
-        quick(tiny_vit, batches, tolerance=0.03, state=state)
-    with pytest.raises(SlimvitError, match="another search: its calibration images"):
-        quick(tiny_vit, batches[:1], tolerance=0.02, state=state)
-    assert state.read_bytes() == content
-    quick(tiny_vit, batches, tolerance=0.03, state=state, restart=True)
-    assert not state.exists()
-
-
-def test_broken_state_is_an_error(tiny_vit, batches, tmp_path):
-    state = tmp_path / "search.state"
-    state.write_bytes(b"not a state")
-    with pytest.raises(SlimvitError, match="not a readable search state"):
-        quick(tiny_vit, batches, tolerance=0.02, state=state)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"tolerance": 0.0}, "tolerance must be finite and above 0, got 0.0"),
-        ({"tolerance": float("nan")}, "tolerance must be finite and above 0, got nan"),
-        ({}, "exactly one of tolerance, cut, speedup and counts, got none"),
-        ({"tolerance": 0.1, "cut": 0.5}, "got tolerance and cut"),
-        ({"cut": 1.0}, "cut must lie between 0 and 1, got 1.0"),
-        ({"speedup": 1.0}, "speedup must be finite and above 1"),
-        ({"tolerance": 0.1, "granularity": 0}, "granularity must be at least 1 token, got 0"),
-        ({"tolerance": 0.1, "epochs": -1}, "epochs must be at least 0, got -1"),
-        ({"tolerance": 0.1, "lr": 0.0}, "lr must be finite and above 0"),
-        ({"tolerance": 0.1, "score": "best"}, "score must be one of eq6, attention, random"),
-        ({"tolerance": 0.1, "semantics": "gone"}, "semantics must be one of drop, zero, idle"),
-        ({"tolerance": 0.1, "uniform": True}, "uniform needs a cut"),
-        ({"counts": (5, 4)}, r"keep must be \[L, N\] = \[6, 17\], got \[2, 17\]"),
-        ({"counts": (5, 6, 5, 5, 5, 1)}, "must not grow with depth"),
-    ],
-)
-def test_bad_options_are_named(tiny_vit, batches, options, message):
-    with pytest.raises(SlimvitError, match=message):
-        quick(tiny_vit, batches, **options)
-
-
-def test_usage_errors_are_usage_errors(tiny_vit, batches):
-    with pytest.raises(UsageError):
-        quick(tiny_vit, batches, tolerance=-1)
-    with pytest.raises(UnsupportedModelError):
-        quick(torch.nn.Linear(2, 2), batches, tolerance=0.1)
-
-
 PLANS = {"plain": {"tolerance": 0.02}, "tuned": {"tolerance": 0.05, "epochs": 1}}
 
 
@@ -290,6 +206,12 @@ def process(rank: int, folder: str, model, batches) -> None:
     for name, options in PLANS.items():
         masks = quick(model, batches[rank::2], **options).masks
         masks.save(f"{folder}/{name}-{rank}.safetensors")
+    few = quick(model, batches[rank:1], cut=0.4).masks
+    few.save(f"{folder}/few-{rank}.safetensors")
+    images = None if rank == 0 else batches[0]
+    speed = measure_speedup(model, few, images, rounds=1)
+    plan = fit_absorb(model, batches[rank:1], cut=0.3, progress=False)[0]
+    torch.save((speed, plan.counts), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -303,3 +225,9 @@ def test_two_processes_find_the_masks_of_one(tiny_vit, batches, tmp_path):
             assert torch.equal(two.keep, one.keep)
             assert two.data == one.data
             torch.testing.assert_close(two.scores, one.scores)
+    few = quick(tiny_vit, batches[:1], cut=0.4).masks  # the other process has no batch at all
+    for rank in (0, 1):
+        assert torch.equal(Masks.load(tmp_path / f"few-{rank}.safetensors").keep, few.keep)
+    (speed, counts), second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert speed > 0 and (speed, counts) == second
+    assert counts == fit_absorb(tiny_vit, batches[:1], cut=0.3, progress=False)[0].counts

@@ -319,12 +319,24 @@ def test_file_keeps_weights_and_settings(tmp_path):
     assert torch.equal(torch.cat(again.kept_sets(images), 1), torch.cat(slim.kept_sets(images), 1))
 
 
-def test_weights_are_the_same_wherever_it_is_bound():
+def test_weights_are_the_same_wherever_it_is_bound(monkeypatch):
     spec = models.spec(slim_dense("deit"))
     first = slimvit.SPViT(KEEP, stages=STAGES).bind(spec).state_dict()
     torch.manual_seed(99)
+    state = torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)  # GPUs' generators are the caller's
     second = slimvit.SPViT(KEEP, stages=STAGES).bind(spec).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_its_weights_go_to_a_model_of_other_classes():
+    model, slim = slim_dense("deit"), slimmed()
+    model.reset_classifier(3)
+    again = slimvit.apply_masks(model, slim.plan)
+    assert again.plan.spec.num_classes == 3
+    weights = slim.plan.state_dict()
+    assert all(torch.equal(v, weights[k]) for k, v in again.plan.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from slimvit.errors import UsageError
 
-_TERM = re.compile(r"(\d+)(?:x(\d+))?")
+_TERM = re.compile(r"(\d{1,9})(?:x(\d{1,4}))?")  # numbers that lists and tensors can have
 
 
 def parse_keep(text: str) -> tuple[int, ...]:

@@ -165,13 +165,18 @@ def latency_table(
         raise UsageError(f"batch and rounds must be at least 1, got {batch} and {rounds}")
     if shape.depth < 3:
         raise UsageError(f"the model must have three blocks or more, got {shape.depth}")
+    tokens = list(dict.fromkeys(shape.prefix + max(2, round(r * shape.patches)) for r in ratios))
+    if len(tokens) < 2:
+        raise UsageError(
+            f"ratios must give two or more numbers of the {shape.patches} patches, got {ratios}, "
+            f"which give {tokens[0] - shape.prefix} alone"
+        )
     options = {"backend": backend, "precision": precision}
     probe = accelerate(model, SPViT((0.5,), stages=(0,)), **options)
     wholes = [SPViT((1.0,)), SPViT([0.7**i for i in falls(shape)])]
     whole = [accelerate(model, plan, **options) for plan in wholes]
     device = next(model.parameters()).device
     images = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
-    tokens = list(dict.fromkeys(shape.prefix + max(2, round(r * shape.patches)) for r in ratios))
     runs = [run for n in tokens for run in pieces(probe, n, batch, shape)] + whole
     times = time_calls(runs, images, rounds=rounds, seconds=seconds, threads=threads)
     rows = []

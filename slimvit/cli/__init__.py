@@ -1,17 +1,21 @@
 """The command line: `slimvit COMMAND …`.
 
 A command's module is imported only when it is called, so that `slimvit --help` is instant.
-Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from slimvit import __version__
@@ -52,13 +56,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(parser)
         if "--debug" not in parser._option_string_actions:
             parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
-        return module.run(parser.parse_args(arguments[1:])) or 0
+        _print_any_name()
+        with _terminable():
+            status = module.run(parser.parse_args(arguments[1:])) or 0
+        print(end="", flush=True)  # what stdout refuses is an error here, not at exit
+        return status
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
         if debug:
             traceback.print_exc()
         return _status(prog, error)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, so that temporary folders are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    def end(*_: object) -> NoReturn:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -76,13 +101,20 @@ def _top_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _print_any_name() -> None:
+    """Let stdout escape what its encoding lacks, as stderr does: file names hold any bytes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _status(prog: str, error: BaseException) -> int:
     """Say in one line what went wrong; the exit status for it."""
     if isinstance(error, KeyboardInterrupt):
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
+    if isinstance(error, OSError):
+        _drop_unprinted()
     if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no complaint at exit
         return 1
     if isinstance(error, SlimvitError):
         usage = isinstance(error, UsageError)
@@ -94,6 +126,14 @@ def _status(prog: str, error: BaseException) -> int:
         return 1
     _fail(prog, f"{type(error).__name__}: {error} (--debug shows where)")
     return 1
+
+
+def _drop_unprinted() -> None:
+    """Send what stdout refuses nowhere, so that Python does not complain at exit."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(prog: str, message: str, hint: bool = False) -> None:

@@ -78,10 +78,9 @@ def run(args: argparse.Namespace, model: nn.Module, images: Batches) -> None:
         "thresholds": list(plan.thresholds) if plan.ragged else None,
         "trials": [trial._asdict() for trial in trials],
     }
-    print(describe(plan, trials, values))
-    print(f"wrote {args.output}")
-    if args.json is not None:
-        common.write_json(args.json, values)
+    with common.then_say(f"{describe(plan, trials, values)}\nwrote {args.output}"):
+        if args.json is not None:
+            common.write_json(args.json, values)
 
 
 def describe(plan: Absorb, trials: tuple[Trial, ...], values: dict[str, Any]) -> str:

@@ -44,10 +44,10 @@ def add_kept_arguments(
 
 
 def add_masks_arguments(
-    parser: argparse.ArgumentParser,
+    parser: argparse.ArgumentParser, required: bool = True
 ) -> argparse._MutuallyExclusiveGroup:
     """Add --masks, --absorb and --slim-checkpoint; the group of the first two."""
-    kept = add_kept_arguments(parser)
+    kept = add_kept_arguments(parser, required)
     parser.add_argument(
         "--slim-checkpoint",
         type=Path,

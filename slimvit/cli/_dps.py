@@ -98,10 +98,9 @@ def run(args: argparse.Namespace, model: nn.Module, images: Batches, masks: Mask
         "blocks": [vars(entry) for entry in report],
         "options": options,
     }
-    print(describe(args.model, plan, report, values))
-    print(f"wrote {args.output}")
-    if args.json is not None:
-        common.write_json(args.json, values)
+    with common.then_say(f"{describe(args.model, plan, report, values)}\nwrote {args.output}"):
+        if args.json is not None:
+            common.write_json(args.json, values)
 
 
 def describe(

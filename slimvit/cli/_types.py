@@ -6,17 +6,20 @@ import argparse
 import math
 from collections.abc import Callable
 
+_MOST_BLOCKS = 10_000
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """A whole number, at least `least`."""
+
+def whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """A whole number within bounds: least <= value <= most."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
+        if not least <= value <= most:
+            rule = f"<= {most}" if value > most else f">= {least}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {rule}, got {text!r}")
         return value
 
     return parse
@@ -52,12 +55,13 @@ def kept_counts(text: str) -> list[int]:
     try:
         for part in text.split(","):
             count, _, times = part.partition("x")
-            counts += [int(count)] * int(times or 1)
-    except ValueError:
+            counts += [whole_number(1)(count)] * whole_number(1, _MOST_BLOCKS)(times or "1")
+    except argparse.ArgumentTypeError:
         counts = []
     grows = any(later > earlier for earlier, later in zip(counts, counts[1:]))
-    if not counts or min(counts) < 1 or grows:
+    if not counts or grows:
         rule = "whole numbers n1,…,nL >= 1 that do not grow (111x7 for seven times 111)"
+        rule += f", at most {_MOST_BLOCKS}"
         raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
     return counts
 

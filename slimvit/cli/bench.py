@@ -67,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table and the ratios, write the files."""
     from slimvit.bench import append_csv, bench, check_csv
 
-    common.check_output("--json", args.json)
-    common.check_output("--csv", args.csv)
+    common.check_outputs(args, {"--json": args.json, "--csv": args.csv})
     if args.csv is not None:
         check_csv(args.csv)
     model = common.load_model(args)
@@ -84,11 +83,11 @@ def run(args: argparse.Namespace) -> int:
         seconds=args.seconds,
         tell=lambda line: print(line, file=sys.stderr),
     )
-    common.say(describe(report))
-    if args.json is not None:
-        common.write_json(args.json, report.to_json())
-    if args.csv is not None:
-        append_csv(args.csv, report)
+    with common.then_say(describe(report)):
+        if args.json is not None:
+            common.write_json(args.json, report.to_json())
+        if args.csv is not None:
+            append_csv(args.csv, report)
     return 0
 
 

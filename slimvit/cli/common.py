@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
-import math
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slimvit.cli._arguments import (
     add_data_arguments,
@@ -20,9 +17,17 @@ from slimvit.cli._arguments import (
     add_model_arguments,
     add_run_arguments,
 )
+from slimvit.cli._outputs import (
+    check_output,
+    check_outputs,
+    is_first,
+    say,
+    then_say,
+    warn,
+    write_json,
+)
 from slimvit.cli._types import kept_counts, number, whole_number
 from slimvit.errors import UsageError
-from slimvit.files import atomic_write
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +46,7 @@ __all__ = [
     "add_run_arguments",
     "backends",
     "check_output",
+    "check_outputs",
     "device",
     "fit_masks",
     "is_first",
@@ -55,7 +61,9 @@ __all__ = [
     "read_masks",
     "say",
     "table",
+    "then_say",
     "warn",
+    "warn_of_tuned_weights",
     "weights_beside",
     "whole_number",
     "write_json",
@@ -153,13 +161,19 @@ def load_slim_weights(args: argparse.Namespace, dense: nn.Module) -> nn.Module:
     """The dense model with the weights of --slim-checkpoint; itself where there are none."""
     from slimvit import models
 
+    warn_of_tuned_weights(args)
     if args.slim_checkpoint is None:
-        for tuned in tuned_beside(args.masks):
-            warn(f"--slim-checkpoint is not given, but there are tuned weights: {tuned}")
         return dense
     slim = copy.deepcopy(dense)
     models.load_checkpoint(slim, args.slim_checkpoint)
     return slim
+
+
+def warn_of_tuned_weights(args: argparse.Namespace) -> None:
+    """Where --slim-checkpoint is not given, name the weights that belong to --masks."""
+    if args.slim_checkpoint is None:
+        for tuned in tuned_beside(args.masks):
+            warn(f"--slim-checkpoint is not given, but there are tuned weights: {tuned}")
 
 
 def tuned_beside(masks: Path | None) -> list[Path]:
@@ -231,34 +245,6 @@ def processes(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
     dist.destroy_process_group()
 
 
-def is_first() -> bool:
-    """Whether this is the process that prints and writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def check_output(flag: str, path: Path | None) -> None:
-    """Refuse a file that could not be written, before minutes are spent on what goes into it.
-
-    Raises:
-        UsageError: its folder is missing or not writable, or it is a folder itself.
-    """
-    if path is None:
-        return
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise UsageError(f"{flag} must be a file, but {path} is a folder")
-    if not folder.is_dir():
-        raise UsageError(f"{flag} {path}: the folder {folder} does not exist")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"{flag} {path}: the folder {folder} is not writable")
-
-
-def write_json(path: str | os.PathLike[str], values: dict[str, Any]) -> None:
-    """Write `values` as JSON, whole or not at all; NaN and infinity become null."""
-    text = json.dumps(_finite(values), indent=2, allow_nan=False, ensure_ascii=False)
-    atomic_write(path, (text + "\n").encode())
-
-
 def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
     """Rows under a header, columns aligned: the first to the left, the rest to the right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
@@ -270,25 +256,3 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
 
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
-
-
-def say(message: str) -> None:
-    """Print a result; under torchrun the first process only."""
-    if is_first():
-        print(message, flush=True)
-
-
-def warn(message: str) -> None:
-    """One line on stderr; under torchrun from the first process only."""
-    if is_first():
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value

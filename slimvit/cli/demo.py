@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 HELP = "prune, fine-tune, validate and time a small model in a few minutes"
 
 
+_FILES = ("masks.safetensors", "kept.png", "pyramid.png", "report.md")  # and demo.json, as --json
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `slimvit demo`."""
     parser.add_argument(
@@ -59,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     common.check_output("--json", args.json)
     folder = _make(args.output_dir)
+    common.check_outputs(args, {name: folder / name for name in _FILES} | {"--json": args.json})
     start = time.perf_counter()
     settings = demo.Settings(
         tolerance=args.tolerance,
@@ -72,14 +76,14 @@ def run(args: argparse.Namespace) -> int:
         device=common.device(args),
     )
     outcome = demo.run(settings, say=common.say, progress=sys.stderr.isatty())
+    written = _write(folder, outcome)
+    if args.json is not None:
+        common.write_json(args.json, demo.to_json(outcome))
     common.say(f"\n{common.table(demo.rows(outcome), demo.HEADER)}\n\n{demo.caption(outcome)}")
     if outcome.ways:
         common.say(f"\n{common.table(demo.ways(outcome), demo.WAYS_HEADER)}\n")
     for line in demo.left_out(outcome):
         common.say(line)
-    written = _write(folder, outcome)
-    if args.json is not None:
-        common.write_json(args.json, demo.to_json(outcome))
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     common.say(f"{', '.join(written)} in {folder}/ after {minutes} min {seconds} s")
     return 0

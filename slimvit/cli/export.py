@@ -14,7 +14,7 @@ _FORMATS = {".onnx": "onnx", ".pt2": "pt2"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `slimvit export`."""
     common.add_model_arguments(parser)
-    common.add_kept_arguments(parser, required=False)
+    common.add_masks_arguments(parser, required=False)
     parser.add_argument(
         "--format", choices=tuple(_FORMATS.values()), help="default: by the suffix of --output"
     )
@@ -33,22 +33,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export, check the file against the model, put it in place."""
     from slimvit.errors import UsageError
-    from slimvit.export import export_onnx, export_program
+    from slimvit.export import checked_batches, export_onnx, export_program
     from slimvit.runtime import apply_masks
 
-    common.check_output("--output", args.output)
+    common.check_outputs(args, {"--output": args.output})
     kind = args.format or _FORMATS.get(args.output.suffix)
     if kind is None:
         raise UsageError(f"--format is not given and {args.output} ends in neither .onnx nor .pt2")
     if kind == "pt2" and args.batch_size is not None:
         raise UsageError("--batch-size fixes the batch of ONNX files only, pt2 takes any batch")
-    model = common.load_model(args, need_weights=True)
-    if args.masks is not None or args.absorb is not None:
+    dense = args.masks is None and args.absorb is None
+    if dense and args.slim_checkpoint is not None:
+        raise UsageError("--slim-checkpoint needs --masks or --absorb")
+    model = common.load_model(args, checkpoint=args.slim_checkpoint, need_weights=True)
+    if not dense:
+        common.warn_of_tuned_weights(args)
         model = apply_masks(model, common.load_masks(args, model))
+    batch = args.batch_size or "dynamic"
     if kind == "onnx":
-        export_onnx(model, args.output, batch=args.batch_size or "dynamic", opset=args.opset)
+        export_onnx(model, args.output, batch=batch, opset=args.opset)
     else:
         export_program(model, args.output)
-    size = args.output.stat().st_size / 1e6
-    common.say(f"wrote {args.output}: {size:.1f} MB, answers like PyTorch at batch 1 and 3")
+    size = f": {args.output.stat().st_size / 1e6:.1f} MB" if args.output.is_file() else ""
+    batches = " and ".join(map(str, checked_batches(batch)))
+    common.say(f"wrote {args.output}{size}, answers like PyTorch at batch {batches}")
     return 0

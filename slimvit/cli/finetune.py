@@ -12,7 +12,14 @@ from slimvit.cli import _spvit, common
 from slimvit.cli.common import number, whole_number
 from slimvit.dynamic import Planner, SPViT
 from slimvit.errors import UsageError
-from slimvit.finetune import Settings, finetune, plan_path, spvit_settings, timm_weights
+from slimvit.finetune import (
+    Settings,
+    finetune,
+    plan_path,
+    resume_path,
+    spvit_settings,
+    timm_weights,
+)
 from slimvit.macs import cut
 from slimvit.models import spec
 from slimvit.runtime import apply_masks
@@ -92,10 +99,9 @@ def run(args: argparse.Namespace) -> int:
     """Fine-tune, write the weights and the JSON, print what was gained."""
     if args.precision is not None:
         args.amp = "none" if args.precision == "float32" else args.precision
-    common.check_output("--output", args.output)
-    common.check_output("--json", args.json)
     if args.output.suffix != ".safetensors":
         raise UsageError(f"--output must end in .safetensors, got {args.output}")
+    common.check_outputs(args, _outputs(args))
     with common.processes(args) as (rank, world):
         _spvit.check(args, world)
         dense = common.load_model(args, need_weights=True)
@@ -126,6 +132,16 @@ def run(args: argparse.Namespace) -> int:
         if common.is_first():
             _report(args, result, images, cut(spec(dense), kept), _measure(latency, dense, result))
     return 0
+
+
+def _outputs(args: argparse.Namespace) -> dict[str, Path | None]:
+    """What is written, by the flag or the words that name it."""
+    return {
+        "--output": args.output,
+        "--json": args.json,
+        "the plan beside --output": plan_path(args.output),
+        "what an unfinished run goes on from": resume_path(args.output),
+    }
 
 
 def _kept(
@@ -163,9 +179,6 @@ def _report(
     latency: dict[str, Any] | None,
 ) -> None:
     plan = plan_path(args.output) if "plan" in result.report else None
-    common.say(f"wrote {args.output}" + (f" and {plan}" if plan else ""))
-    if args.json is None:
-        return
     values = {
         "model": args.model,
         "images": len(images.dataset),
@@ -178,7 +191,9 @@ def _report(
         values["plan_output"] = str(plan)
     if latency is not None:
         values["latency"] = latency
-    common.write_json(args.json, values | result.report)
+    with common.then_say(f"wrote {args.output}" + (f" and {plan}" if plan else "")):
+        if args.json is not None:
+            common.write_json(args.json, values | result.report)
 
 
 def _line(entry: dict[str, Any], epochs: int) -> str:

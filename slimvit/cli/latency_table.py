@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from slimvit.cli import common
 from slimvit.cli._types import ratios
+
+if TYPE_CHECKING:
+    from slimvit.bench import LatencyTable
 
 HELP = "measure what blocks cost by the share of patches that they keep"
 
@@ -45,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the JSON."""
-    from slimvit.bench import LatencyTable, latency_table
+    from slimvit.bench import latency_table
 
-    common.check_output("--json", args.json)
+    common.check_outputs(args, {"--json": args.json})
     options = {} if args.keep_ratios is None else {"ratios": args.keep_ratios}
-    table: LatencyTable = latency_table(
+    table = latency_table(
         common.load_model(args),
         backend=args.backend,
         precision=args.precision or "float32",
@@ -59,19 +63,24 @@ def run(args: argparse.Namespace) -> int:
         seconds=args.seconds,
         **options,
     )
+    with common.then_say(describe(table)):
+        if args.json is not None:
+            common.write_json(args.json, table.to_json())
+    return 0
+
+
+def describe(table: LatencyTable) -> str:
+    """Milliseconds by the share of patches, and of the rest, under a line on what was measured."""
     rows = [
         [f"{row.keep:.2f}", row.tokens, *(f"{ms:.3f}" for ms in (row.block_ms, row.last_ms))]
         + [f"{row.selector_ms:.3f}"]
         for row in table.rows
     ]
     threads = f"{table.threads} thread{'s' * (table.threads > 1)}"
-    common.say(
+    return (
         f"{table.model}, batch {table.batch}, {table.precision}, {table.device_name}, {threads}, "
         f"back end {table.backend}; milliseconds\n\n"
         + common.table(rows, ("patches kept", "tokens", "block", "last block", "selector"))
         + f"\n\nembedding, head and the rest {table.rest_ms:.3f}, "
         f"the whole model unpruned {table.dense_ms:.3f}"
     )
-    if args.json is not None:
-        common.write_json(args.json, table.to_json())
-    return 0

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 HELP = "search which patches each block needs (Algorithm 1) and save the masks"
 SAMPLES = 512
 TOLERANCE = 0.02
+_OUTPUTS = ("--output", "--weights-output", "--json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights after block fine-tuning (default with --epochs: OUTPUT.weights.safetensors)",
     )
     parser.add_argument(
-        "--restart", action="store_true", help="do not go on from where a stopped search was"
+        "--restart",
+        action="store_true",
+        help="do not go on from where a stopped search was; with --absorb, or with --dynamic and "
+        "--masks, every call begins anew",
     )
     common.add_data_arguments(parser, samples=SAMPLES)
     common.add_run_arguments(parser, precision="of the search: float32")
@@ -73,7 +77,10 @@ def _add_budget(group: argparse._MutuallyExclusiveGroup) -> None:
         help="images per second over the dense model's, measured on this device",
     )
     group.add_argument(
-        "--counts", type=kept_counts, metavar="n1,…,nL", help="tokens that each block keeps"
+        "--counts",
+        type=kept_counts,
+        metavar="n1,…,nL",
+        help="tokens that each block keeps, the last one what the head reads: 1, or 2 if distilled",
     )
 
 
@@ -117,13 +124,15 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
     size = group.add_mutually_exclusive_group()
     size.add_argument(
         "--cache-gb",
-        type=number(least=0),
+        type=number(least=0, most=1e6),
         default=1.0,
         metavar="X",
         help="memory for the images' features in GiB; the rest goes to a temporary folder "
         "(default 1)",
     )
-    size.add_argument("--cache-bytes", type=whole_number(0), metavar="N", help="the same in bytes")
+    size.add_argument(
+        "--cache-bytes", type=whole_number(0, 2**50), metavar="N", help="the same in bytes"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -138,26 +147,29 @@ def run(args: argparse.Namespace) -> int:
         if args.masks is not None:
             _dps.run(args, model, images, _read_masks(args, model))
             return 0
-        state = args.output.with_name(f"{args.output.stem}.search.safetensors")
+        state = _state_beside(args.output)
         start = time.perf_counter()
         try:
             result = search(
                 model,
                 images,
                 state=state,
+                keep_state=True,
                 restart=args.restart,
                 progress=sys.stderr.isatty(),
                 **_options(args),
             )
-        except KeyboardInterrupt:
+            seconds = time.perf_counter() - start
+            if common.is_first():
+                _save(args, model, images, result, seconds)
+            if args.dynamic:
+                _dps.run(args, model, images, result.masks)
+        except (KeyboardInterrupt, SystemExit):
             if state.exists():
                 common.warn(f"stopped; the same command goes on from {state}")
             raise
-        seconds = time.perf_counter() - start
         if common.is_first():
-            _save(args, model, images, result, seconds)
-        if args.dynamic:
-            _dps.run(args, model, images, result.masks)
+            state.unlink(missing_ok=True)  # not before what was found is on disk
     return 0
 
 
@@ -169,8 +181,7 @@ def _read_masks(args: argparse.Namespace, model: nn.Module) -> Masks:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for flag in ("output", "weights_output", "json"):
-        common.check_output("--" + flag.replace("_", "-"), getattr(args, flag))
+    common.check_output("--output", args.output)
     if args.weights_output is not None and args.epochs == 0:
         raise UsageError("--weights-output needs --epochs >= 1: without, the weights stay")
     if args.uniform and args.cut is None:
@@ -181,6 +192,21 @@ def _check(args: argparse.Namespace) -> None:
     _absorb.check(args)
     if args.weights_output is None and args.epochs > 0:
         args.weights_output = common.weights_beside(args.output)
+    common.check_outputs(args, _outputs(args))
+
+
+def _outputs(args: argparse.Namespace) -> dict[str, Path | None]:
+    """What is written, by the flag or the words that name it."""
+    outputs = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in _OUTPUTS}
+    if args.masks is None and not args.absorb:
+        outputs["the state of the search"] = _state_beside(args.output)
+        if args.dynamic:
+            outputs["the masks beside --output"] = _dps.masks_beside(args.output)
+    return outputs
+
+
+def _state_beside(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.search.safetensors")
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -217,12 +243,12 @@ def _save(
         "blocks": [vars(entry) for entry in result.report],
         "options": _options(args),
     }
-    print(describe(args.model, result, values))
-    print(f"wrote {output}")
+    lines = [describe(args.model, result, values), f"wrote {output}"]
     if result.model is not None:
-        print(f"wrote {args.weights_output}: the masks belong to these weights")
-    if args.json is not None and not args.dynamic:
-        common.write_json(args.json, values)
+        lines.append(f"wrote {args.weights_output}: the masks belong to these weights")
+    with common.then_say("\n".join(lines)):
+        if args.json is not None and not args.dynamic:
+            common.write_json(args.json, values)
 
 
 def describe(name: str, result: Result, values: dict[str, Any]) -> str:

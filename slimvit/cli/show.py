@@ -55,9 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table of kept counts and write the files asked for."""
-    for flag, path in (("--output", args.output), ("--pyramid", args.pyramid)):
-        _check_path(flag, path)
-    common.check_output("--save", args.save)
+    outputs = {"--output": args.output, "--pyramid": args.pyramid, "--save": args.save}
+    for flag in ("--output", "--pyramid"):
+        _check_suffix(flag, outputs[flag])
+    common.check_outputs(args, outputs)
     if args.image is not None and args.output is None:
         raise UsageError("--image needs --output, the picture to write")
     kept = common.read_masks(args)
@@ -77,7 +78,7 @@ def _show_masks(args: argparse.Namespace, masks: Masks) -> int:
         figures[args.output] = masks.plot(image)
     if args.pyramid is not None:
         figures[args.pyramid] = masks.plot_pyramid()
-    _write(describe(masks), figures)
+    _write(masks, figures)
     return 0
 
 
@@ -97,10 +98,7 @@ def _show_plan(args: argparse.Namespace, plan: Planner) -> int:
             figures[args.output] = _plot_image(model, plan, args.image)
     if args.pyramid is not None:
         figures[args.pyramid] = plot_counts(plan)
-    _write(describe(plan), figures)
-    if args.save is not None:
-        plan.save(args.save)
-        common.say(f"wrote {args.save}")
+    _write(plan, figures, args.save)
     return 0
 
 
@@ -112,7 +110,7 @@ def _plot_image(model: nn.Module, plan: Planner, path: Path) -> Figure:
 
     transform = image_transform(model)
     mode = "L" if _spec(model).in_chans == 1 else "RGB"
-    image = transform(_read(path).convert(mode))
+    image = transform(_read(path, mode))
     normalise = transform.transforms[-1]
     mean, std = (
         torch.as_tensor(values).view(-1, 1, 1) for values in (normalise.mean, normalise.std)
@@ -120,12 +118,15 @@ def _plot_image(model: nn.Module, plan: Planner, path: Path) -> Figure:
     return plot_kept(apply_masks(model, plan), image[None], (image * std + mean).clamp(0, 1))
 
 
-def _write(text: str, figures: dict[Path, Figure]) -> None:
+def _write(kept: Masks | Planner, figures: dict[Path, Figure], save: Path | None = None) -> None:
+    """Write the pictures, and the plan to `save`; then print the table of kept counts."""
     drawn = {path: render(figure, path.suffix) for path, figure in figures.items()}
-    common.say(text)
     for path, content in drawn.items():
         atomic_write(path, content)
-        common.say(f"wrote {path}")
+    if save is not None:
+        kept.save(save)
+    written = [*drawn, *([] if save is None else [save])]
+    common.say("\n".join([describe(kept), *(f"wrote {path}" for path in written)]))
 
 
 def _spec(model: nn.Module) -> Spec:
@@ -162,17 +163,17 @@ def render(figure: Figure, suffix: str) -> bytes:
     return buffer.getvalue()
 
 
-def _check_path(flag: str, path: Path | None) -> None:
+def _check_suffix(flag: str, path: Path | None) -> None:
     if path is not None and path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{flag} must end in {', '.join(SUFFIXES)}, got {path}")
-    common.check_output(flag, path)
 
 
-def _read(path: Path) -> Image:
-    from PIL import Image, ImageOps
+def _read(path: Path, mode: str = "RGB") -> Image:
+    from PIL.Image import DecompressionBombError
+
+    from slimvit.images import read_image
 
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return read_image(path, mode)
+    except (OSError, SyntaxError, ValueError, DataError, DecompressionBombError) as error:
         raise DataError(f"--image {path} cannot be read as an image: {error}") from error

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run both models over the images, print a table, write the JSON."""
-    common.check_output("--json", args.json)
+    common.check_outputs(args, {"--json": args.json})
     dense = common.load_model(args, need_weights=True)
     masks = common.load_masks(args, dense)
     weights = common.load_slim_weights(args, dense)
@@ -60,11 +60,11 @@ def run(args: argparse.Namespace) -> int:
         "precision": slim.precision,
         "device": str(next(dense.parameters()).device),
     }
-    common.say(describe(args.model, found, values))
+    with common.then_say(describe(args.model, found, values)):
+        if args.json is not None:
+            common.write_json(args.json, values)
     if not images.dataset.labelled:
         common.warn(f"no top-1 and top-5, only agreement: {images.dataset.why_unlabelled}")
-    if args.json is not None:
-        common.write_json(args.json, values)
     return 0
 
 

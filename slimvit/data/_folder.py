@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from slimvit.data._labels import NO_LABEL, classes, find_images
 from slimvit.data._transform import Transform
 from slimvit.errors import DataError, UsageError
+from slimvit.images import read_image
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int] | Unreadable:
         try:
-            with Image.open(self.root / self.names[index]) as file:
-                image = file.convert(self.mode)  # decodes
+            image = read_image(self.root / self.names[index], self.mode)
         except Exception as error:  # PIL raises nearly anything on a damaged file
             return Unreadable(index, " ".join(str(error).split()) or type(error).__name__)
         return (self.transform(image) if self.transform else image), self.targets[index]

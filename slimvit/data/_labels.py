@@ -79,7 +79,7 @@ def read_class_map(path: Path) -> dict[str, int]:
         DataError: the file is unreadable, empty, or names a folder twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a text file"
         raise DataError(f"class map {path} cannot be read: {reason}") from error

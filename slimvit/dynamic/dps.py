@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from slimvit.dynamic.planner import Planner
+from slimvit.dynamic.seeded import seeded
 from slimvit.errors import PlanError
 from slimvit.models import Spec
 from slimvit.ops import Choice, PredictorParts, View
@@ -80,8 +80,7 @@ class DPS(Planner):
         bound = super().bind(spec)
         if not bound.predictors:
             # The same weights wherever the same plan is bound.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with seeded(0):
                 for layer in bound.pruning:
                     bound.predictors[str(layer)] = Predictor(spec.width, bound.channels)
         return bound

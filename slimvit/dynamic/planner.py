@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -153,11 +154,13 @@ class Planner(nn.Module):
     def bind(self, spec: Spec) -> Planner:
         """A copy for a model of this shape, its counts worked out and checked.
 
+        A plan that is bound already may be bound again to a model with another number of classes.
+
         Raises:
             PlanError: the plan is of another model, or the counts do not fit this one.
         """
-        if self.spec is not None and self.spec != spec:
-            raise PlanError(f"the plan is of {_shape(self.spec)}, got {_shape(spec)}")
+        if self.spec is not None:
+            _check_model(self.spec, spec)
         bound = copy.deepcopy(self)
         bound.counts = tuple(self.counts_for(spec))
         bound.spec = spec
@@ -176,6 +179,15 @@ class Planner(nn.Module):
 
 def _shape(spec: Spec) -> str:
     return f"{spec.name} ({spec.depth} blocks, {spec.tokens} tokens, {spec.width} wide)"
+
+
+def _check_model(wanted: Spec, got: Spec) -> None:
+    """Refuse a model of another shape; what its head answers has no say in what is kept."""
+    names = (field.name for field in dataclasses.fields(Spec) if field.name != "num_classes")
+    pairs = [(name, getattr(wanted, name), getattr(got, name)) for name in names]
+    rules = [f"{name} must be {a!r}, got {b!r}" for name, a, b in pairs if a != b]
+    if rules:
+        raise PlanError(f"the plan is of {_shape(wanted)}, got {_shape(got)}: {'; '.join(rules)}")
 
 
 def _check(counts: Sequence[int], spec: Spec) -> None:

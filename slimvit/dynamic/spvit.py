@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimvit.dynamic.planner import Planner
+from slimvit.dynamic.seeded import seeded
 from slimvit.dynamic.selector import Selector
 from slimvit.errors import PlanError
 from slimvit.models import Spec
@@ -95,8 +96,7 @@ class SPViT(Planner):
         bound = super().bind(spec)
         bound._stage_at = {stage.layer: stage for stage in bound.plan_stages(spec)}
         if not bound.selectors:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with seeded(0):
                 for layer, stage in bound._stage_at.items():
                     start = stage.patches / stage.before
                     bound.selectors[str(layer)] = Selector(spec.width, spec.heads, start)

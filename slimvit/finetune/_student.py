@@ -49,10 +49,13 @@ class Student(nn.Module):
 
 
 class Teacher:
-    """The dense model, asked for its logits and, if wanted, for what its last block receives."""
+    """The dense model, asked for its logits and, if wanted, for what its last block receives.
+
+    It has to be in evaluation mode.
+    """
 
     def __init__(self, dense: nn.Module, want_tokens: bool) -> None:
-        self.dense, self.want_tokens = dense.eval(), want_tokens
+        self.dense, self.want_tokens = dense, want_tokens
         shape = spec(dense)
         self._last, self._prefix = block_module(dense, shape.depth), shape.prefix
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3, random_seed
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
 from slimvit.evaluate import evaluate
 from slimvit.finetune._objective import Objective
 from slimvit.finetune._optimizer import make_optimizer, make_schedule
+from slimvit.finetune._random import generators_kept, seed_generators
 from slimvit.finetune._settings import Settings, choose_amp
 from slimvit.finetune._state import (
     fingerprint,
@@ -31,7 +32,7 @@ from slimvit.finetune._state import (
     save_weights,
 )
 from slimvit.finetune._student import Student, plan_of
-from slimvit.models import spec
+from slimvit.models import evaluating, spec
 
 Loader = Iterable[tuple[Tensor, Tensor]]
 
@@ -68,7 +69,8 @@ def finetune(
 
     A dynamic plan stays as it is, but for one that learns: SPViT's selectors are trained with the
     model by SPViT's losses, at first alone. Under torch.distributed every process trains on its
-    own shard, with averaged gradients.
+    own shard, with averaged gradients. The generators of random numbers are seeded for the run and
+    then as they were.
 
     Args:
         slim: what `apply_masks` returns; trained in place.
@@ -91,9 +93,10 @@ def finetune(
         PlanError: the plan has no kind to be saved under, and `output` is given.
         SlimvitError: a loss or gradient that is not finite; the last epoch's files remain.
     """
-    run = _Run(slim, dense, loader, Settings(**settings), output, info or {})
-    run.val_loader, run.progress, run.on_epoch = val_loader, progress, on_epoch
-    return run.train(restart)
+    with evaluating(dense), generators_kept(next(slim.parameters()).device):
+        run = _Run(slim, dense, loader, Settings(**settings), output, info or {})
+        run.val_loader, run.progress, run.on_epoch = val_loader, progress, on_epoch
+        return run.train(restart)
 
 
 class _Run:
@@ -110,7 +113,7 @@ class _Run:
         output: str | Path | None,
         info: dict[str, Any],
     ) -> None:
-        self.slim, self.dense, self.loader, self.settings = slim, dense.eval(), loader, settings
+        self.slim, self.dense, self.loader, self.settings = slim, dense, loader, settings
         self.output = Path(output) if output is not None else None
         self.device = next(slim.parameters()).device
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -189,7 +192,7 @@ class _Run:
                 log.append(self._tell(self._epoch(epoch) | self._evaluate()))
                 done = epoch + 1
                 self._save(done, log)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             self._stopped(done)
             raise
         finally:
@@ -216,7 +219,8 @@ class _Run:
         start, total, count = time.perf_counter(), 0.0, 0.0
         self._freeze(self.learns and epoch < self.settings.frozen_epochs)
         self._shares: list[Tensor] = []
-        random_seed(self.settings.seed + epoch * 1009, dist.get_rank() if self.world > 1 else 0)
+        rank = dist.get_rank() if self.world > 1 else 0
+        seed_generators(self.settings.seed + epoch * 1009 + rank, self.device)
         if hasattr(self.loader, "epoch"):
             self.loader.epoch = epoch
         self.model.train()

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from slimvit.errors import DataError, SlimvitError
+from slimvit.images import convert
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -239,7 +240,7 @@ def fit(image: object, grid: tuple[int, int]) -> numpy.ndarray:
 
 def _picture(image: object) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return convert(image)
     array = (
         image.detach().float().cpu().numpy()
         if isinstance(image, torch.Tensor)

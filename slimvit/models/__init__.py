@@ -2,6 +2,7 @@
 
 from slimvit.models.create import create, load_checkpoint
 from slimvit.models.dynamic import dynamic_class
+from slimvit.models.mode import evaluating
 from slimvit.models.slim import slim_class
 from slimvit.models.spec import Spec
 from slimvit.models.vision_transformer import (
@@ -20,6 +21,7 @@ __all__ = [
     "create",
     "dynamic_class",
     "embed",
+    "evaluating",
     "load_checkpoint",
     "slim_class",
     "spec",

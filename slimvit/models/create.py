@@ -67,7 +67,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not Path(path).is_file():
         raise CheckpointError(f"checkpoint not found: {path}")
     try:
-        state = load_state_dict(str(path))
+        state = load_state_dict(str(path), weights_only=True)
     except Exception as error:
         raise CheckpointError(
             f"{path} is not a readable checkpoint: {_first_line(error)}"

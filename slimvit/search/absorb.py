@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimvit.dynamic import Absorb, Shape, counts_for_cut
-from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
-from slimvit.models import Spec, spec
+from slimvit.errors import DataError, PlanError, SearchError, SlimvitError, UsageError
+from slimvit.models import Spec, evaluating, spec
 from slimvit.runtime import apply_masks
 from slimvit.search.budget import measure_speedup
+from slimvit.search.features import images_of
 from slimvit.search.reduce import ExactMean, all_sum, rank
 
 SHAPES = tuple(
@@ -74,7 +75,8 @@ def fit_absorb(
     Raises:
         UsageError: neither or both of `cut` and `speedup`, or out of range.
         DataError: the loader has no images.
-        SlimvitError: the budget is out of reach.
+        SlimvitError: images are integers, or answers not finite.
+        SearchError: the budget is out of reach.
     """
     if (cut is None) == (speedup is None):
         raise UsageError("give one of cut and speedup")
@@ -82,7 +84,7 @@ def fit_absorb(
         raise UsageError(f"speedup must be above 1 and finite, got {speedup}")
     shape = spec(model)
     if cut is None:
-        cut = _cut_for(model, shape, speedup, _first(model, shape, loader))
+        cut = _cut_for(model, shape, speedup, _first(shape, loader))
     plans = _plans(shape, cut, shapes if loader is not None else [Shape()])
     if loader is None:
         return plans[0], ()
@@ -98,7 +100,6 @@ def fit_absorb(
     return plans[best], tuple(trials)
 
 
-@torch.inference_mode()
 def divergences(
     model: nn.Module,
     plans: list[Absorb],
@@ -111,26 +112,31 @@ def divergences(
 
     With it the standard error of its difference to that of the plan number `beside`.
     """
-    dense = model.eval()
-    device = next(model.parameters()).device
     slims = [apply_masks(model, plan).eval() for plan in plans]
     mean, images = ExactMean(2 * len(plans)), 0
-    bar = tqdm(loader, desc="schedules", disable=not progress or rank() != 0)
-    for batch in bar:
-        batch = (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
-        wanted = dense(batch).double().log_softmax(1)
-        found = torch.stack([_divergence(wanted, slim(batch)) for slim in slims], 1)
-        if not found.isfinite().all():
-            raise SlimvitError("the answers are not finite: no schedule can be chosen by them")
-        mean.add(torch.cat([found, (found - found[:, beside, None]).square()], 1))
-        images += len(batch)
+    bar = tqdm(images_of(loader), desc="schedules", disable=not progress or rank() != 0)
+    with evaluating(model):
+        for batch in bar:
+            found = _divergences(model, slims, batch)
+            if not found.isfinite().all():
+                raise SlimvitError("the answers are not finite: no schedule can be chosen by them")
+            mean.add(torch.cat([found, (found - found[:, beside, None]).square()], 1))
+            images += len(found)
+    images = int(all_sum(torch.tensor(images)))
     if not images:
         raise DataError("no images to choose a schedule by")
     means, squares = mean.mean().chunk(2)
-    images = int(all_sum(torch.tensor(images)))
     variance = (squares - (means - means[beside]).square()).clamp(min=0)
     errors = (variance / max(1, images - 1)).sqrt()
     return list(zip(means.tolist(), errors.tolist()))
+
+
+@torch.inference_mode()
+def _divergences(model: nn.Module, slims: list[nn.Module], images: Tensor) -> Tensor:
+    """KL of each image of a batch by each plan, [b, plans]."""
+    images = images.to(next(model.parameters()).device)
+    wanted = model(images).double().log_softmax(1)
+    return torch.stack([_divergence(wanted, slim(images)) for slim in slims], 1)
 
 
 def _divergence(wanted: Tensor, logits: Tensor) -> Tensor:
@@ -164,19 +170,14 @@ def _plans(shape: Spec, cut: float, shapes: Iterable[Shape]) -> list[Absorb]:
     return list(plans.values())
 
 
-def _first(model: nn.Module, shape: Spec, loader: Iterable | None) -> Tensor:
-    """A batch to time: the loader's first, or one blank image."""
-    device = next(model.parameters()).device
+def _first(shape: Spec, loader: Iterable | None) -> Tensor | None:
+    """A batch to time: the loader's first, if this process has any, or one blank image."""
     if loader is None:
-        return torch.zeros(1, shape.in_chans, *shape.image_size, device=device)
-    batches: Iterator = iter(loader)
-    batch = next(batches, None)
-    if batch is None:
-        raise DataError("no images to measure a speed-up with")
-    return (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
+        return torch.zeros(1, shape.in_chans, *shape.image_size)
+    return next(images_of(loader), None)
 
 
-def _cut_for(model: nn.Module, shape: Spec, speedup: float, images: Tensor) -> float:
+def _cut_for(model: nn.Module, shape: Spec, speedup: float, images: Tensor | None) -> float:
     """The least cut, of those tried by halving, that reaches the speed-up."""
 
     def reached(cut: float) -> bool:
@@ -185,7 +186,7 @@ def _cut_for(model: nn.Module, shape: Spec, speedup: float, images: Tensor) -> f
 
     low, high = 0.0, _most(shape)
     if not reached(high):
-        raise SlimvitError(
+        raise SearchError(
             f"speed-up {speedup} is out of reach: the most that can be cut is {high:.3f}"
         )
     for _ in range(_TRIALS):

@@ -86,6 +86,9 @@ def run(
     Source: Patch Slimming (Tang et al., CVPR 2022), Algorithm 1.
     """
     spec = models.spec(model)
+    if len(done) == spec.depth:
+        yield from done
+        return
     dense = models.block_parts(model)
     tuned = copy.deepcopy(model).requires_grad_(False)
     running = models.block_parts(tuned)

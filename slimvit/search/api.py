@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimvit import macs, models
-from slimvit.errors import UsageError
-from slimvit.masks import SEMANTICS, Masks
+from slimvit.errors import SearchError
+from slimvit.masks import Masks
+from slimvit.search import identity
 from slimvit.search.algorithm1 import Found, Settings, run
 from slimvit.search.budget import bisect, measure_speedup, uniform_counts
-from slimvit.search.features import Features
+from slimvit.search.features import Features, images_of
+from slimvit.search.options import Budget, read_budget, read_settings, whole
 from slimvit.search.reduce import rank
-from slimvit.search.scores import SCORES, Score
+from slimvit.search.scores import Score
 from slimvit.search.state import State
 
 
@@ -76,6 +75,7 @@ def search(
     cache_bytes: int = 1 << 30,
     cache_dir: str | None = None,
     state: str | os.PathLike[str] | None = None,
+    keep_state: bool = False,
     restart: bool = False,
     progress: bool = True,
 ) -> Result:
@@ -98,7 +98,8 @@ def search(
         cut: fraction of the dense MACs to save at least, in (0, 1).
         speedup: images per second over the dense model's to reach, > 1, measured on the model's
             device with the loader's batch size.
-        counts: kept counts n_1 … n_L, prefix tokens included; the scores choose which tokens.
+        counts: kept counts n_1 … n_L, prefix tokens included, n_L what the head reads; the scores
+            choose which tokens.
         uniform: with `cut`, keep equally many tokens in every block instead of searching.
         score: "eq6", "attention", "random", or a function of a LayerView.
         granularity: tokens added per step, ≥ 1.
@@ -108,7 +109,10 @@ def search(
         seed: of shuffling and of the random score.
         cache_bytes: memory for the images' features; beyond it they go to a temporary folder.
         cache_dir: where that folder is made.
-        state: file that lets a killed search go on; removed at the end.
+        state: file that lets a killed search go on; removed at the end, and where the search
+            cannot end. It needs a score of a name, not a lambda or a partial.
+        keep_state: leave `state` at the end, for callers that save the result first and remove it
+            then: until they have, the same call ends soon.
         restart: begin anew even if `state` exists.
         progress: show progress on stderr (rank 0 only).
 
@@ -118,42 +122,48 @@ def search(
     Raises:
         UsageError: an option is out of range, or not exactly one budget is given.
         UnsupportedModelError: the model cannot be slimmed.
-        SlimvitError: features are not finite, or the budget is out of reach.
+        SearchError: the budget is out of reach, or scores, errors or losses are not finite.
+        SlimvitError: images are integers, features not finite, or `state` is of another search.
 
     Source: Patch Slimming (Tang et al., CVPR 2022), Algorithm 1.
     """
     spec = models.spec(model)
-    _check_budget(tolerance, cut, speedup, counts, uniform, spec)
-    _check_options(score, granularity, epochs, lr, semantics, cache_bytes)
-    dense = copy.deepcopy(model).eval().requires_grad_(False)
-    settings = Settings(
-        score=SCORES[score] if isinstance(score, str) else score,
-        tolerance=tolerance,
-        counts=tuple(counts) if counts is not None else None,
+    budget = read_budget(
+        spec, tolerance=tolerance, cut=cut, speedup=speedup, counts=counts, uniform=uniform
+    )
+    settings = read_settings(
+        budget,
+        score=score,
         granularity=granularity,
         epochs=epochs,
         lr=lr,
         semantics=semantics,
         seed=seed,
     )
-    if uniform and cut is not None:
-        settings = replace(settings, counts=uniform_counts(spec, cut))
+    cache_bytes = whole("cache_bytes", cache_bytes, 0)
+    if uniform:
+        settings = replace(settings, counts=uniform_counts(spec, budget.cut))
+    dense = copy.deepcopy(model).eval().requires_grad_(False)
+    known = {} if state is None else identity.of_settings(dense, settings, budget, score)
+    saved = State(state, known, restart)
     progress = progress and rank() == 0
     first = _FirstBatch(loader)
     features = Features(
         dense, first, cache_bytes=cache_bytes, directory=cache_dir, progress=progress
     )
     try:
-        identity = _identity(dense, features, settings, cut=cut, speedup=speedup)
-        session = _Session(dense, features, spec, State(state, identity, restart), progress)
-        if settings.tolerance is None and settings.counts is None:
-            found = session.to_budget(settings, cut, speedup, first.images)
-        else:
-            found = session.once("search", settings)
+        saved.check(identity.of_images(features, settings, budget))
+        session = _Session(dense, features, spec, saved, progress)
+        found = session.search(settings, budget, first.images)
+        result = session.result(found, settings)
+    except SearchError:
+        saved.remove()
+        raise
     finally:
         features.close()
-    session.state.remove()
-    return session.result(found, settings)
+    if not keep_state:
+        saved.remove()
+    return result
 
 
 class _Session:
@@ -164,6 +174,12 @@ class _Session:
     ) -> None:
         self.dense, self.features, self.spec, self.state = dense, features, spec, state
         self.progress = progress
+
+    def search(self, settings: Settings, budget: Budget, images: Tensor | None) -> list[Found]:
+        """All passes; `images` are a batch to measure a speed-up with, if there is any here."""
+        if settings.tolerance is None and settings.counts is None:
+            return self.to_budget(settings, budget, images)
+        return self.once("search", settings)
 
     def once(self, name: str, settings: Settings) -> list[Found]:
         """One pass from the last block to the first."""
@@ -180,9 +196,7 @@ class _Session:
             )
         return found
 
-    def to_budget(
-        self, settings: Settings, cut: float | None, speedup: float | None, images: Tensor
-    ) -> list[Found]:
+    def to_budget(self, settings: Settings, budget: Budget, images: Tensor | None) -> list[Found]:
         """Passes at several tolerances, then one with block fine-tuning if it is wanted."""
         passes: dict[tuple[int, ...], list[Found]] = {}
 
@@ -194,15 +208,14 @@ class _Session:
             return masks
 
         def reached(masks: Masks) -> bool:
-            if cut is not None:
-                return macs.cut(self.spec, masks) >= cut
+            if budget.cut is not None:
+                return macs.cut(self.spec, masks) >= budget.cut
             name = f"speedup of {masks.counts}"
             if name not in self.state.notes:
                 self.state.note(name, measure_speedup(self.dense, masks, images))
-            return speedup is not None and self.state.notes[name] >= speedup
+            return self.state.notes[name] >= budget.speedup
 
-        wanted = f"cut {cut}" if cut is not None else f"speed-up {speedup}"
-        best = bisect(at, reached, wanted)
+        best = bisect(at, reached, budget.wanted)
         if settings.epochs == 0:
             return passes[best.counts]
         return self.once("fine-tuning", replace(settings, counts=best.counts))
@@ -240,75 +253,15 @@ class _Session:
 
 
 class _FirstBatch:
-    """Iterates over a loader and remembers the first batch of images."""
+    """Iterates over a loader's images and remembers the first batch, None until there is one."""
+
+    images: Tensor | None = None
 
     def __init__(self, loader: Iterable) -> None:
         self._loader = loader
-        self.images: Tensor
 
-    def __iter__(self):
-        for number, batch in enumerate(self._loader):
-            if number == 0:
-                self.images = batch if isinstance(batch, Tensor) else batch[0]
-            yield batch
-
-
-def _identity(
-    dense: nn.Module, features: Features, settings: Settings, **budget: object
-) -> dict[str, str]:
-    """What makes two searches the same one, by name."""
-    weights = hashlib.blake2b(digest_size=8)
-    for name, value in dense.state_dict().items():
-        weights.update(name.encode())
-        weights.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    values = asdict(replace(settings, score=None)) | budget
-    values["score"] = settings.score.__name__
-    named = {name: json.dumps(value) for name, value in values.items()}
-    return named | {
-        "model": models.spec(dense).name,
-        "weights": weights.hexdigest(),
-        "calibration images": features.fingerprint,
-    }
-
-
-def _check_budget(
-    tolerance: float | None,
-    cut: float | None,
-    speedup: float | None,
-    counts: Sequence[int] | None,
-    uniform: bool,
-    spec: models.Spec,
-) -> None:
-    given = {"tolerance": tolerance, "cut": cut, "speedup": speedup, "counts": counts}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) != 1:
-        got = " and ".join(names) or "none"
-        raise UsageError(f"give exactly one of tolerance, cut, speedup and counts, got {got}")
-    if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
-        raise UsageError(f"tolerance must be finite and above 0, got {tolerance}")
-    if cut is not None and not 0 < cut < 1:
-        raise UsageError(f"cut must lie between 0 and 1, got {cut}")
-    if speedup is not None and not (math.isfinite(speedup) and speedup > 1):
-        raise UsageError(f"speedup must be finite and above 1, got {speedup}")
-    if uniform and cut is None:
-        raise UsageError("uniform needs a cut: with counts give equal ones")
-    if counts is not None:
-        masks = Masks.from_counts(counts, spec.grid, spec.prefix)
-        models.check_masks(masks, spec)
-
-
-def _check_options(
-    score: str | Score, granularity: int, epochs: int, lr: float, semantics: str, cache_bytes: int
-) -> None:
-    if isinstance(score, str) and score not in SCORES:
-        raise UsageError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-    if granularity < 1:
-        raise UsageError(f"granularity must be at least 1 token, got {granularity}")
-    if epochs < 0:
-        raise UsageError(f"epochs must be at least 0, got {epochs}")
-    if not (math.isfinite(lr) and lr > 0):
-        raise UsageError(f"lr must be finite and above 0, got {lr}")
-    if semantics not in SEMANTICS:
-        raise UsageError(f"semantics must be one of {', '.join(SEMANTICS)}, got {semantics!r}")
-    if cache_bytes < 0:
-        raise UsageError(f"cache_bytes must be at least 0, got {cache_bytes}")
+    def __iter__(self) -> Iterator[Tensor]:
+        for images in images_of(self._loader):
+            if self.images is None:
+                self.images = images
+            yield images

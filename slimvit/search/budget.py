@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from slimvit import macs, models
 from slimvit.dynamic import Planner
-from slimvit.errors import SlimvitError
+from slimvit.errors import DataError, SearchError
 from slimvit.masks import Masks
 from slimvit.models import Spec
 from slimvit.runtime import accelerate
+from slimvit.search.reduce import all_max, from_rank, rank, world_size
 
 _TRIALS = 10
 _WIDEST, _TIGHTEST = 1.0, 1e-5
@@ -35,11 +35,11 @@ def bisect(
         wanted: the budget in words, for the error.
 
     Raises:
-        SlimvitError: even the loosest tolerance does not reach it.
+        SearchError: even the loosest tolerance does not reach it.
     """
     best = search(_WIDEST)
     if not reached(best):
-        raise SlimvitError(f"{wanted} is out of reach: tolerance {_WIDEST} keeps {best.counts}")
+        raise SearchError(f"{wanted} is out of reach: tolerance {_WIDEST} keeps {best.counts}")
     low, high = _TIGHTEST, _WIDEST
     for _ in range(_TRIALS):
         middle = math.sqrt(low * high)
@@ -55,37 +55,49 @@ def uniform_counts(spec: Spec, fraction: float) -> tuple[int, ...]:
     """The largest equal count in every block but the last that still cuts `fraction` of the MACs.
 
     Raises:
-        SlimvitError: even keeping only the prefix tokens cuts less.
+        SearchError: even keeping only the prefix tokens cuts less.
     """
     for n in range(spec.tokens, spec.prefix - 1, -1):
         counts = (n,) * (spec.depth - 1) + (spec.head_tokens,)
         if macs.cut(spec, Masks.from_counts(counts, spec.grid, spec.prefix)) >= fraction:
             return counts
-    raise SlimvitError(f"cut {fraction} is out of reach by uniform pruning")
+    raise SearchError(f"cut {fraction} is out of reach by uniform pruning")
 
 
 def measure_speedup(
-    model: nn.Module, masks: Masks | Planner, images: Tensor, rounds: int = 7
+    model: nn.Module, masks: Masks | Planner, images: Tensor | None, rounds: int = 7
 ) -> float:
     """Images per second of the slimmed model over the dense one, on this device, in one run.
 
-    Dense and slim alternate; the median ratio of the rounds is returned, from rank 0 in all
-    processes.
+    Dense and slim alternate; the median ratio of the rounds is returned. Under torch.distributed
+    the first process that has images measures, and all get what it found.
 
     Args:
         model: the dense model.
         masks: kept sets, or a dynamic plan.
-        images: one batch, [B, C, H, W], of the size to be fast at.
+        images: one batch, [B, C, H, W], of the size to be fast at, on any device; None in a
+            process that has none.
         rounds: counted rounds after one that warms up.
+
+    Raises:
+        DataError: no process has images.
     """
+    world = world_size()
+    has = all_max(0 if images is None else world - rank())
+    if not has:
+        raise DataError("no images to measure a speed-up with")
+    source = world - has
+    here = images is not None and rank() == source
+    return from_rank(source, _speedup(model, masks, images, rounds) if here else 0.0)
+
+
+def _speedup(model: nn.Module, masks: Masks | Planner, images: Tensor, rounds: int) -> float:
+    images = images.to(next(model.parameters()).device)
     shape = models.spec(model)
     dense = accelerate(model, Masks.dense(shape.depth, shape.grid, shape.prefix))
     slim = accelerate(model, masks)
     ratios = [_seconds(dense, images) / _seconds(slim, images) for _ in range(rounds + 1)][1:]
-    value = torch.tensor([statistics.median(ratios)], dtype=torch.float64, device=images.device)
-    if dist.is_initialized():
-        dist.broadcast(value, 0)
-    return float(value)
+    return statistics.median(ratios)
 
 
 def _seconds(model: nn.Module, images: Tensor, at_least: float = 0.2) -> float:

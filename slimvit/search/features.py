@@ -15,7 +15,8 @@ from tqdm import tqdm
 from slimvit import models
 from slimvit.errors import DataError, SlimvitError
 from slimvit.ops import slim_block
-from slimvit.search.reduce import all_sum
+from slimvit.runtime.accelerated import check_floating
+from slimvit.search.reduce import all_max, all_sum
 
 
 class TensorStore:
@@ -75,6 +76,7 @@ class Features:
     Attributes:
         batches: number of batches of this process.
         images: number of images over all processes.
+        batch_size: images of the largest batch of all processes.
         fingerprint: of the images, the same however they are spread over processes.
     """
 
@@ -94,7 +96,7 @@ class Features:
         self._sizes: list[int] = []
         digest, count = 0, 0
         try:
-            for images in tqdm(_images(loader), desc="features", disable=not progress):
+            for images in tqdm(images_of(loader), desc="features", disable=not progress):
                 digest += sum(_hash(image) for image in images)
                 count += len(images)
                 self._add(model, images)
@@ -102,7 +104,7 @@ class Features:
             self.close()
             raise
         totals = all_sum(torch.tensor([count, digest % 2**62], dtype=torch.int64))
-        self.images = int(totals[0])
+        self.images, self.batch_size = int(totals[0]), all_max(max(self._sizes, default=0))
         if self.images == 0:
             raise DataError("no calibration images: the loader yields nothing")
         self.fingerprint = f"{self.images} images, {int(totals[1]) % 2**62:016x}"
@@ -147,9 +149,16 @@ class Features:
         self._store.close()
 
 
-def _images(loader: Iterable) -> Iterator[Tensor]:
+def images_of(loader: Iterable) -> Iterator[Tensor]:
+    """The images [b, C, H, W] of batches, which are images or begin with them.
+
+    Raises:
+        SlimvitError: they are integers, which have not been normalised.
+    """
     for batch in loader:
-        yield batch if isinstance(batch, Tensor) else batch[0]
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        check_floating(images)
+        yield images
 
 
 def _hash(image: Tensor) -> int:

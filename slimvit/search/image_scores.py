@@ -66,13 +66,14 @@ class TrueScores(Planner):
     scores: Tensor | None = None
 
     def look(self, dense: nn.Module, images: Tensor, score: Score = eq6) -> None:
-        """Compute the scores of images [B, C, H, W] from the dense model."""
+        """Compute the scores of images [B, C, H, W] from the dense model, which is not changed."""
         spec = self._bound
-        features = Features(dense.eval(), [images], cache_bytes=1 << 40, progress=False)
-        try:
-            found = dict(block_scores(dense, features, spec, self.counts, score))
-        finally:
-            features.close()
+        with models.evaluating(dense):
+            features = Features(dense, [images], cache_bytes=1 << 40, progress=False)
+            try:
+                found = dict(block_scores(dense, features, spec, self.counts, score))
+            finally:
+                features.close()
         self.scores = torch.stack([found[t][0] for t in range(1, spec.depth)])  # [L - 1, B, N]
 
     def choose(self, layer: int, view: View, n: int) -> Choice:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimvit.errors import SlimvitError
+from slimvit.errors import SearchError
 from slimvit.ops import (
     BlockParts,
     attention_probabilities,
@@ -79,13 +79,13 @@ class Layer:
         """The relative error, averaged over all images of all processes.
 
         Raises:
-            SlimvitError: the error of an image is NaN.
+            SearchError: the error of an image is NaN.
         """
         total = ExactMean(1)
         for batch in range(features.batches):
             error = self.relative_error(features, batch, n)
             if error.isnan().any():
-                raise SlimvitError(
+                raise SearchError(
                     f"the relative error of block {self.index + 1} must be a number, "
                     f"got NaN with {n} tokens kept in block {self.index}"
                 )
@@ -122,7 +122,7 @@ def score_layer(
         seed: handed to the score.
 
     Raises:
-        SlimvitError: a score is not [b, N], not finite, negative, or zero for all tokens.
+        SearchError: a score is not [b, N], not finite, negative, or zero for all tokens.
     """
     total = ExactMean(tokens)
     for batch in range(features.batches):
@@ -176,12 +176,12 @@ def score_batch(
 
 def _normalised(values: Tensor, images: int, tokens: int, index: int) -> Tensor:
     if tuple(values.shape) != (images, tokens):
-        raise SlimvitError(
+        raise SearchError(
             f"a score must be [b, N] = [{images}, {tokens}], got {list(values.shape)}"
         )
     sums = values.sum(1, keepdim=True)
     if not torch.isfinite(values).all() or (values < 0).any() or (sums <= 0).any():
-        raise SlimvitError(
+        raise SearchError(
             f"scores must be finite, not negative and not all zero, those of block {index} are not"
         )
     return values / sums

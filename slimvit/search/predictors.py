@@ -14,11 +14,14 @@ from tqdm import tqdm
 
 from slimvit import models
 from slimvit.dynamic import DPS
+from slimvit.dynamic.dps import Predictor
+from slimvit.dynamic.seeded import seeded
 from slimvit.errors import MasksError, SlimvitError, UsageError
 from slimvit.masks import Masks
 from slimvit.models import Spec
-from slimvit.search.features import Features
+from slimvit.search.features import Features, images_of
 from slimvit.search.image_scores import block_scores
+from slimvit.search.options import whole
 from slimvit.search.reduce import ExactMean, all_sum, rank, world_size
 from slimvit.search.scores import SCORES, Score
 from slimvit.search.spread import spread_pattern
@@ -167,7 +170,7 @@ class _Trainer:
 
     def __init__(
         self,
-        predictor: nn.Module,
+        predictor: Predictor,
         features: Features,
         index: int,
         spec: Spec,
@@ -177,10 +180,9 @@ class _Trainer:
         self._prefix, self._settings = spec.prefix, settings
         seed = settings.seed * 1009 + index
         self._generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):  # as if the seed were the caller's own
-            torch.manual_seed(seed)
-            for module in (predictor.norm, predictor.down, predictor.score):
-                module.reset_parameters()
+        with seeded(seed):
+            fresh = Predictor(spec.width, predictor.down.out_features)  # alike on every device
+        predictor.load_state_dict(fresh.state_dict())
         nn.init.zeros_(predictor.score.bias)  # the same for all tokens: nothing to learn
 
     def scores(self, batch: int) -> Tensor:
@@ -258,8 +260,7 @@ def _standardised(values: Tensor) -> Tensor:
 
 def _mirrored(loader: Iterable) -> Iterator[Tensor]:
     """Every batch of images, then the same from left to right."""
-    for batch in loader:
-        images = batch if isinstance(batch, Tensor) else batch[0]
+    for images in images_of(loader):
         yield images
         yield images.flip(-1)
 
@@ -267,7 +268,7 @@ def _mirrored(loader: Iterable) -> Iterator[Tensor]:
 def _counts(masks: Masks | Sequence[int], spec: Spec) -> tuple[int, ...]:
     """The counts, once the masks are known to be of this model."""
     if not isinstance(masks, Masks):
-        return tuple(masks)
+        return tuple(whole("each of counts", value) for value in masks)
     models.check_masks(masks, spec)
     if masks.semantics != "drop":
         raise MasksError(f"DPS drops what it prunes: semantics must be drop, got {masks.semantics}")

@@ -27,6 +27,24 @@ def all_sum(value: Tensor) -> Tensor:
     return value.cpu()
 
 
+def all_max(value: int) -> int:
+    """The greatest `value` of all processes."""
+    if not dist.is_initialized():
+        return value
+    found = torch.tensor(value, device=_device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def from_rank(source: int, value: float) -> float:
+    """The `value` of process number `source`."""
+    if not dist.is_initialized():
+        return value
+    found = torch.tensor(value, dtype=torch.float64, device=_device())
+    dist.broadcast(found, source)
+    return float(found)
+
+
 class ExactMean:
     """Mean of per-image values in fixed point: the same to the last bit in any order.
 

@@ -26,7 +26,7 @@ class State:
 
     Args:
         path: of the file; None keeps nothing.
-        identity: settings, model and images by name, as text; a file of another search is refused.
+        identity: settings and model by name, as text; a file of another search is refused.
         restart: ignore and replace what stands at `path`.
 
     Raises:
@@ -37,11 +37,27 @@ class State:
         self, path: str | os.PathLike[str] | None, identity: dict[str, str], restart: bool = False
     ) -> None:
         self._path = None if path is None else Path(path)
-        self._identity = identity
+        self._identity: dict[str, str] = {}
+        self._theirs: dict[str, str] | None = None
         self._passes: dict[str, list[Found]] = {}
         self.notes: dict[str, float] = {}
         if self._path is not None and self._path.exists() and not restart:
             self._read()
+        self.check(identity)
+
+    def check(self, identity: dict[str, str]) -> None:
+        """Learn more of what makes this search, and refuse the file of another.
+
+        Raises:
+            SlimvitError: the file belongs to another search.
+        """
+        self._identity |= identity
+        for key, value in identity.items():
+            if self._theirs is not None and self._theirs.get(key) != value:
+                raise SlimvitError(
+                    f"{self._path} belongs to another search: its {key} is "
+                    f"{self._theirs.get(key)}, here it is {value}; delete it or restart"
+                )
 
     def done(self, name: str) -> list[Found]:
         """Blocks of a pass that are found, L first."""
@@ -81,7 +97,7 @@ class State:
         atomic_write(self._path, to_bytes(tensors, metadata))
 
     def remove(self) -> None:
-        """The search has ended: the file is not needed any more."""
+        """The search has ended, or cannot end: the file is not needed any more."""
         if self._path is not None and rank() == 0:
             self._path.unlink(missing_ok=True)
 
@@ -90,19 +106,13 @@ class State:
             with safe_open(self._path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            identity = json.loads(metadata["identity"])
+            self._theirs = json.loads(metadata["identity"])
             records = json.loads(metadata["passes"])
             self.notes = json.loads(metadata["notes"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise SlimvitError(
                 f"{self._path} is not a readable search state: delete it or restart ({error})"
             ) from error
-        for key, value in self._identity.items():
-            if identity.get(key) != value:
-                raise SlimvitError(
-                    f"{self._path} belongs to another search: its {key} is {identity.get(key)}, "
-                    f"here it is {value}; delete it or restart"
-                )
         for name, blocks in records.items():
             self._passes[name] = [_found(name, record, tensors) for record in blocks]
 

@@ -15,6 +15,7 @@ from slimvit.models import block_parts, embed, spec
 from slimvit.ops import Alive, View
 from slimvit.ops.spread import spread_norm
 from slimvit.runtime import apply_masks
+from slimvit.search.features import images_of
 from slimvit.search.reduce import all_sum, rank
 
 _HIGHEST = 2.0  # a score is at most sqrt(1) · (1 - (-1))
@@ -45,7 +46,7 @@ def fit_thresholds(
         UsageError: the plan is no `Absorb`, or one of another rule.
         PlanError: the counts do not fit the model, or a block ahead of the last keeps no patch.
         DataError: the loader has no images.
-        SlimvitError: the model's numbers are not finite.
+        SlimvitError: images are integers, or the model's numbers are not finite.
     """
     if type(plan).choose is not Absorb.choose:
         raise UsageError(f"thresholds are for Absorb, got {type(plan).__name__}")
@@ -69,8 +70,7 @@ def fit_thresholds(
 def _enter(slim: nn.Module, loader: Iterable) -> list[Alive]:
     """Each image's tokens ahead of the first block."""
     device, found = next(slim.parameters()).device, []
-    for batch in loader:
-        batch = batch[0] if isinstance(batch, (tuple, list)) else batch
+    for batch in images_of(loader):
         for x in embed(slim, batch.to(device)).split(1):
             place = torch.arange(x.shape[1], device=device)[None]
             found.append(Alive(x.transpose(0, 1), place))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slimvit.errors import SlimvitError
+from slimvit.errors import SearchError
 from slimvit.search.features import Features
 from slimvit.search.layer import Layer
 from slimvit.search.reduce import all_sum, rank, world_size
@@ -41,7 +41,7 @@ class BlockTuner:
         """Train for `count` epochs with S_t = order[:n].
 
         Raises:
-            SlimvitError: the loss is not finite.
+            SearchError: the loss is not finite.
         """
         self._layer.tuned = True
         total = int(all_sum(torch.tensor([features.batches], dtype=torch.int64)))
@@ -56,7 +56,7 @@ class BlockTuner:
             with torch.enable_grad():
                 loss = self._layer.relative_error(features, batch, n).mean()
             if not math.isfinite(loss.item()):
-                raise SlimvitError(
+                raise SearchError(
                     f"fine-tuning of block {self._layer.index} diverged: "
                     f"the loss is {loss.item()}, lower the learning rate"
                 )

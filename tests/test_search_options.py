@@ -1,0 +1,74 @@
+"""Options of the search: what is refused, and numbers of other kinds than Python's own."""
+
+import numpy as np
+import pytest
+import torch
+from test_search import quick
+
+from slimvit.errors import SlimvitError, UnsupportedModelError, UsageError
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    return list(torch.randn(6, 3, 64, 64).split(3))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tolerance": 0.0}, "tolerance must be finite and above 0, got 0.0"),
+        ({"tolerance": float("nan")}, "tolerance must be finite and above 0, got nan"),
+        ({}, "exactly one of tolerance, cut, speedup and counts, got none"),
+        ({"tolerance": 0.1, "cut": 0.5}, "got tolerance and cut"),
+        ({"cut": 1.0}, "cut must lie between 0 and 1, got 1.0"),
+        ({"speedup": 1.0}, "speedup must be finite and above 1"),
+        ({"tolerance": 0.1, "granularity": 0}, "granularity must be at least 1 token, got 0"),
+        ({"tolerance": 0.1, "epochs": -1}, "epochs must be at least 0, got -1"),
+        ({"tolerance": 0.1, "lr": 0.0}, "lr must be finite and above 0"),
+        ({"tolerance": 0.1, "score": "best"}, "score must be one of eq6, attention, random"),
+        ({"tolerance": 0.1, "semantics": "gone"}, "semantics must be one of drop, zero, idle"),
+        ({"tolerance": 0.1, "uniform": True}, "uniform needs a cut"),
+        ({"counts": (5, 4)}, r"keep must be \[L, N\] = \[6, 17\], got \[2, 17\]"),
+        ({"counts": (5, 6, 5, 5, 5, 1)}, "must not grow with depth"),
+        ({"counts": [10] * 6}, "counts must end with 1, what the head reads .*, got 10"),
+        ({"counts": [9.5, 9, 9, 9, 9, 1]}, "each of counts must be a whole number, got 9.5"),
+        ({"counts": np.array([9.5, 9, 9, 9, 9, 1])}, "each of counts must be a whole number"),
+        ({"tolerance": "much"}, "tolerance must be a number, got 'much'"),
+        ({"tolerance": 0.1, "epochs": 1.5}, "epochs must be a whole number, got 1.5"),
+        ({"tolerance": 0.1, "cache_bytes": -1}, "cache_bytes must be at least 0, got -1"),
+    ],
+)
+def test_bad_options_are_named(tiny_vit, batches, options, message):
+    with pytest.raises(SlimvitError, match=message):
+        quick(tiny_vit, batches, **options)
+
+
+def test_usage_errors_are_usage_errors(tiny_vit, batches):
+    with pytest.raises(UsageError):
+        quick(tiny_vit, batches, tolerance=-1)
+    with pytest.raises(UnsupportedModelError):
+        quick(torch.nn.Linear(2, 2), batches, tolerance=0.1)
+
+
+@pytest.mark.parametrize(
+    "options, plain",
+    [
+        ({"tolerance": np.float32(0.02)}, {"tolerance": float(np.float32(0.02))}),
+        ({"cut": torch.tensor(0.25)}, {"cut": 0.25}),
+        ({"counts": np.array([12, 12, 9, 9, 5, 1])}, {"counts": (12, 12, 9, 9, 5, 1)}),
+        (
+            {"counts": torch.tensor([12, 12, 9, 9, 5, 1]), "seed": np.int64(3), "score": "random"},
+            {"counts": (12, 12, 9, 9, 5, 1), "seed": 3, "score": "random"},
+        ),
+    ],
+)
+def test_numbers_of_numpy_and_torch(tiny_vit, batches, tmp_path, options, plain):
+    masks = quick(tiny_vit, batches, state=tmp_path / "state", **options).masks
+    assert torch.equal(masks.keep, quick(tiny_vit, batches, **plain).masks.keep)
+
+
+def test_images_of_integers_have_not_been_normalised(tiny_vit):
+    images = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
+    with pytest.raises(SlimvitError, match="images must be floating point, got uint8"):
+        quick(tiny_vit, [images], tolerance=0.1)

@@ -1,0 +1,148 @@
+"""The state of a search: whose it is, how long it stays, and that it changes nothing."""
+
+import functools
+
+import pytest
+import torch
+from test_search import quick
+
+from slimvit.errors import SearchError, SlimvitError, UsageError
+from slimvit.search import SCORES
+from slimvit.search.scores import eq6
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    return list(torch.randn(10, 3, 64, 64).split(3))
+
+
+@pytest.fixture
+def state(tmp_path):
+    return tmp_path / "search.state"
+
+
+def stopped(model, batches, calls, **options) -> None:
+    """A search in which Ctrl-C comes at a call of the score."""
+    left = iter(range(calls))
+
+    def interrupted(view):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return eq6(view)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SCORES, "eq6", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quick(model, batches, **options)
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0.02, "epochs": 1}, {"cut": 0.4}])
+def test_interrupted_search_ends_alike(tiny_vit, batches, state, options):
+    whole = quick(tiny_vit, batches, **options)
+    for calls in (3, 9, 14):
+        stopped(tiny_vit, batches, calls, state=state, **options)
+        assert state.exists()
+    resumed = quick(tiny_vit, batches, state=state, **options)
+    assert torch.equal(resumed.masks.keep, whole.masks.keep)
+    assert torch.equal(resumed.masks.errors, whole.masks.errors)
+    assert torch.equal(resumed.masks.scores, whole.masks.scores)
+    assert not state.exists()
+    if whole.model is not None:
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def test_state_of_another_search_is_refused(tiny_vit, batches, state):
+    stopped(tiny_vit, batches, 3, tolerance=0.02, state=state)
+    content = state.read_bytes()
+    with pytest.raises(
+        SlimvitError, match="another search: its tolerance is 0.02, here it is 0.03"
+    ):
+        quick(tiny_vit, None, tolerance=0.03, state=state)  # before any image is looked at
+    with pytest.raises(SlimvitError, match="another search: its calibration images"):
+        quick(tiny_vit, batches[:1], tolerance=0.02, state=state)
+    with pytest.raises(SlimvitError, match='another search: its score is "eq6", here .*scores.eq6'):
+        quick(tiny_vit, None, tolerance=0.02, score=eq6, state=state)
+    assert state.read_bytes() == content
+    quick(tiny_vit, batches, tolerance=0.03, state=state, restart=True)
+    assert not state.exists()
+
+
+def test_steps_of_another_batch_size_are_not_carried_on(tiny_vit, batches, state):
+    stopped(tiny_vit, batches, 8, tolerance=0.02, epochs=1, state=state)
+    other = torch.cat(batches).split(5)
+    with pytest.raises(SlimvitError, match="its batch size is 3, here it is 5"):
+        quick(tiny_vit, other, tolerance=0.02, epochs=1, state=state)
+
+
+def test_speeds_that_were_measured_otherwise_are_not_used_again(
+    tiny_vit, batches, state, monkeypatch
+):
+    speeds = iter([2.0])
+
+    def measured(*_):
+        if (speed := next(speeds, None)) is None:
+            raise InterruptedError
+        return speed
+
+    monkeypatch.setattr("slimvit.search.api.measure_speedup", measured)
+    with pytest.raises(InterruptedError):
+        quick(tiny_vit, batches, speedup=1.5, state=state)
+    with pytest.raises(SlimvitError, match="its batch size is 3, here it is 5"):
+        quick(tiny_vit, torch.cat(batches).split(5), speedup=1.5, state=state)
+    with pytest.raises(InterruptedError):  # the same search goes on to where it was
+        quick(tiny_vit, batches, speedup=1.5, state=state)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    with pytest.raises(SlimvitError, match="its threads is .*, here it is 77"):
+        quick(tiny_vit, batches, speedup=1.5, state=state)
+    monkeypatch.undo()
+    monkeypatch.setattr("slimvit.backends.cpu.why_not", lambda *_: "it is switched off")
+    with pytest.raises(SlimvitError, match='its back end is "cpu", here it is "torch"'):
+        quick(tiny_vit, batches, speedup=1.5, state=state)
+
+
+class Holder:
+    def method(self, view):
+        return eq6(view)
+
+
+@pytest.mark.parametrize(
+    "score", [lambda view: eq6(view), functools.partial(eq6), Holder().method, Holder()]
+)
+def test_a_state_needs_a_score_of_a_name(tiny_vit, state, score):
+    with pytest.raises(UsageError, match="state needs a score that its name tells from others"):
+        quick(tiny_vit, None, tolerance=0.02, score=score, state=state)
+
+
+def test_state_stays_as_long_as_the_caller_wants(tiny_vit, batches, state, monkeypatch):
+    for options in ({"tolerance": 0.05, "epochs": 1}, {"cut": 0.4}):
+        first = quick(tiny_vit, batches, state=state, keep_state=True, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr("slimvit.search.algorithm1.score_layer", None)  # all is known
+            again = quick(tiny_vit, batches, state=state, **options)
+        assert torch.equal(first.masks.keep, again.masks.keep)
+        if first.model is not None:
+            for name, value in first.model.state_dict().items():
+                assert torch.equal(again.model.state_dict()[name], value), name
+        assert not state.exists()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"cut": 0.99}, "cut 0.99 is out of reach"),
+        ({"counts": (9, 9, 9, 9, 9, 1), "epochs": 3, "lr": 1e30}, "diverged"),
+    ],
+)
+def test_a_search_that_would_fail_again_leaves_no_state(tiny_vit, batches, state, options, words):
+    with pytest.raises(SearchError, match=words):
+        quick(tiny_vit, batches, state=state, **options)
+    assert not state.exists()
+    quick(tiny_vit, batches, state=state, cut=0.2)
+
+
+def test_broken_state_is_an_error(tiny_vit, state):
+    state.write_bytes(b"not a state")
+    with pytest.raises(SlimvitError, match="not a readable search state"):
+        quick(tiny_vit, None, tolerance=0.02, state=state)
