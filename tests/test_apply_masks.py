@@ -20,10 +20,11 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
+from slimvit.dynamic import Absorb
 from slimvit.errors import PlanError, SlimvitError, UnsupportedModelError
 from slimvit.masks import SEMANTICS, Masks
 from slimvit.models import spec
-from slimvit.runtime import apply_masks
+from slimvit.runtime import accelerate, apply_masks
 
 EXACT = 1e-11
 FLOAT32 = 1e-5
@@ -223,6 +224,26 @@ class TestModule:
         model, slim = slim_pair(dtype=torch.float32)
         slim.to("meta")
         assert slim(random_images(model, 2).to("meta")).shape == (2, 7)
+
+    @pytest.mark.parametrize("kind", ["static", "dynamic", "accelerated"])
+    @pytest.mark.usefixtures("fresh_compiler")
+    def test_copies_of_a_compiled_model_are_not(self, kind):
+        model, slim = slim_pair(dtype=torch.float32)
+        if kind == "dynamic":
+            slim = apply_masks(model, Absorb(cut=0.2)).eval()
+        if kind == "accelerated":
+            slim = accelerate(model, slim.masks, backend="torch")
+        images = random_images(model, 2)
+        slim.compile(backend="eager")
+        for twin in (copy.deepcopy(slim), pickle.loads(pickle.dumps(slim))):
+            with torch.no_grad():
+                assert off(twin(images), slim(images)) < 1e-5
+                if kind == "accelerated":  # its weights are packed
+                    assert twin._compiled_call_impl is None
+                    continue
+                for parameter in twin.parameters():
+                    parameter.zero_()
+                assert not twin(images).any() and slim(images).any()
 
     def test_deepcopy_is_independent(self):
         model, slim = slim_pair("deit3", "zero")

@@ -98,6 +98,12 @@ class TestAbsorbTokens:
         unit = torch.finfo(dtype).eps
         assert ((got.x - wanted).abs() <= unit * (wanted.abs() + 1)).all()
 
+    def test_what_is_pruned_but_still_a_row_stays_so(self):
+        alive, choice = some_alive(2, 9, True), some_choice(2, 9, 5, 1, False)
+        policy = (torch.rand(2, 9) > 0.5).float()
+        got = absorb_tokens(alive._replace(policy=policy), choice)
+        assert torch.equal(got.policy, policy.gather(1, choice.index))
+
     def test_no_token_is_lost(self):
         alive, choice = some_alive(3, 63, True), some_choice(3, 63, 7, 2, True)
         got = absorb_tokens(alive, choice)

@@ -39,6 +39,7 @@ from slimvit.finetune import (
     token_loss,
 )
 from slimvit.finetune import _state as state
+from slimvit.finetune._optimizer import make_schedule
 
 QUICK = {"lr": 1e-3, "amp": "none", "progress": False, "warmup_epochs": 0}
 
@@ -480,3 +481,33 @@ def test_spvits_settings_follow_the_batch():
     assert spvit_settings(128)["lr"] == pytest.approx(1.25e-4)
     settings = Settings(**spvit_settings(64))
     assert (settings.frozen_epochs, settings.backbone_rate, settings.keep_weight) == (5, 0.01, 2.0)
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(5, 1), (2, 1), (1, 1), (3, 0)])
+def test_the_learning_rate_rises_to_what_was_asked_and_falls(epochs, warmup):
+    optimizer, steps = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1), 20
+    settings = Settings(epochs=epochs, lr=0.1, warmup_epochs=warmup)
+    schedule, rates = make_schedule(optimizer, settings, steps), []
+    for step in range(epochs * steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step_update(step + 1)
+    peak = round(min(warmup, epochs / 2) * steps)
+    assert rates[peak] == max(rates) == pytest.approx(0.1)
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 0.02
+
+
+def test_a_distilled_model_that_trains_both_heads():
+    torch.manual_seed(0)
+    dense = timm.create_model(
+        "deit_tiny_distilled_patch16_224",
+        **{"img_size": 32, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7},
+    )
+    spec = models.spec(dense)
+    slim = apply_masks(dense, Masks.from_counts([6, 4, 2], spec.grid, spec.prefix))
+    slim.set_distilled_training()
+    images = [(torch.randn(4, 3, 32, 32), torch.randint(7, (4,)))]
+    finetune(slim, dense, images, epochs=1, **QUICK)
+    assert all(value.isfinite().all() for value in slim.state_dict().values())

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import vision_transformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.utils import prune
 
 from slimvit.errors import (
     CheckpointError,
@@ -134,6 +135,24 @@ def with_other_linear(model: nn.Module) -> None:
     nn.utils.parametrizations.weight_norm(model.blocks[2].attn.qkv)
 
 
+def with_hook(model: nn.Module) -> None:
+    model.blocks[1].attn.qkv.register_forward_hook(lambda *_: None)
+
+
+def with_block_hook(model: nn.Module) -> None:
+    model.blocks[0].register_forward_pre_hook(lambda *_: None)
+
+
+def with_pruned_weights(model: nn.Module) -> None:
+    prune.l1_unstructured(model.blocks[2].attn.qkv, "weight", 0.5)
+    model.blocks[2].attn.qkv._forward_pre_hooks.clear()  # which compute the weight
+
+
+class CustomForward(VisionTransformer):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(super().forward(x), dim=-1)
+
+
 _small = functools.partial(functools.partial, timm.create_model)
 _swin = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
 _three = {"embed_dim": 48, "depth": 1, "num_heads": 3}
@@ -235,6 +254,22 @@ REFUSED = {
     "own_linear": (
         functools.partial(changed, with_other_linear),
         "block 3 projects queries by ParametrizedLinear: only a plain Linear can be split",
+    ),
+    "hooks": (
+        functools.partial(changed, with_hook),
+        "block 2.attn.qkv has forward hooks, which would not run: remove them first",
+    ),
+    "hooks_of_a_block": (
+        functools.partial(changed, with_block_hook),
+        "block 1 has forward hooks, which would not run: remove them first",
+    ),
+    "pruned_weights": (
+        functools.partial(changed, with_pruned_weights),
+        "block 3.attn.qkv computes its weight anew in each call: make it a parameter first",
+    ),
+    "own_forward": (
+        functools.partial(CustomForward, img_size=32, **SMALL),
+        "CustomForward cannot be slimmed: it has a forward of its own",
     ),
     "slim_already": (slim, "SlimVisionTransformer is slimmed already: give the dense model"),
     "fast_already": (fast, "is slimmed already: give the dense model"),

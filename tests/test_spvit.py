@@ -107,6 +107,18 @@ def test_macs_are_counted_by_hand():
     assert gmacs(spec, plan) == pytest.approx((blocks + ends + plan.macs(spec)) / 1e9)
 
 
+def test_macs_are_of_the_patches_that_an_image_kept():
+    spec = models.spec(slim_dense("deit"))
+    plan = slimvit.SPViT((0.5, 0.25), stages=(0, 1)).bind(spec)
+    own = plan.with_counts((1 + 11 + 1, 1 + 4 + 2, 1))
+
+    def work(patches: int) -> int:
+        return Selector.macs(spec.width, spec.heads, patches) + patches * spec.width
+
+    assert plan.macs(spec) == work(16) + work(8)
+    assert own.macs(spec) == work(16) + work(11)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["deit_distilled", "dinov2_reg4", "oblong"])
 def test_tokens_are_really_removed_and_kept_sets_are_nested(name, batch):

@@ -233,10 +233,13 @@ class SPViT(Planner):
 
     def macs(self, spec: Spec) -> int:
         """Selectors on the patches that reach them, and the means that make the packages."""
-        return sum(
-            Selector.macs(spec.width, spec.heads, stage.before) + stage.before * spec.width
-            for stage in self.plan_stages(spec)
-        )
+        work = 0
+        for stage in self.plan_stages(spec):
+            patches = stage.before
+            if stage.packages:  # an image may have come to keep another number
+                patches = self.counts[stage.layer - 1] - spec.prefix - stage.packages
+            work += Selector.macs(spec.width, spec.heads, patches) + patches * spec.width
+        return work
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"keep={self.keep}, {super().extra_repr()}".rstrip(", ")

@@ -39,11 +39,13 @@ def make_optimizer(slim: nn.Module, learns: bool, settings: Settings) -> torch.o
 def make_schedule(optimizer: torch.optim.Optimizer, settings: Settings, steps: int) -> Scheduler:
     """Warm-up, then a cosine, by the update; `steps` of them make an epoch."""
     s = settings
+    warmup = min(s.warmup_epochs, s.epochs / 2)
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",
-        num_epochs=max(s.epochs, 1),
-        warmup_epochs=min(s.warmup_epochs, s.epochs / 2),  # type: ignore[arg-type]
+        num_epochs=max(s.epochs, 1) - warmup,  # type: ignore[arg-type]
+        warmup_epochs=warmup,  # type: ignore[arg-type]
+        warmup_prefix=True,  # else the cosine would have fallen by its end
         warmup_lr=s.lr * s.min_lr,
         min_lr=s.lr * s.min_lr,
         step_on_epochs=False,

@@ -39,13 +39,13 @@ class Student(nn.Module):
         """The answer to images [b, C, H, W]."""
         plan = plan_of(self.slim)
         if not isinstance(plan, SPViT) or not plan.acts_before:
-            return Answer(self.slim(images))
+            return Answer(_one(self.slim(images)))
         logits, left = self.slim.trace(images)
         patches = slice(plan.prefix, plan.tokens)
         policies = [left[layer].policy[:, patches] for layer in plan.acts_before]
         shares = torch.stack([policy.mean(1) for policy in policies], 1)
         tokens = left[-2].x.transpose(0, 1)[:, patches]
-        return Answer(logits, shares, tokens, policies[-1].detach())
+        return Answer(_one(logits), shares, tokens, policies[-1].detach())
 
 
 class Teacher:
@@ -76,3 +76,8 @@ class Teacher:
 def plan_of(slim: nn.Module) -> Planner | None:
     """The dynamic plan of a slim model, or None where it has masks."""
     return getattr(slim, "plan", None)
+
+
+def _one(logits: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """The mean of a distilled model's two answers, which timm gives apart if told to."""
+    return sum(logits) / 2 if isinstance(logits, tuple) else logits

@@ -107,7 +107,7 @@ class _Dynamic(SlimCalls):
         return self.plan.ragged and not self.training and len(images) > 1
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        return _rebuild, (base_of(type(self)),), self.__dict__
+        return _rebuild, (base_of(type(self)),), self.__getstate__()
 
 
 @functools.cache

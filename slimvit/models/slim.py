@@ -191,7 +191,7 @@ class _Slim(SlimCalls):
         return self.forward_head(self._slim_tokens(x).transpose(0, 1))
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        return _rebuild, (base_of(type(self)),), self.__dict__
+        return _rebuild, (base_of(type(self)),), self.__getstate__()
 
 
 def base_of(slimmed: type[nn.Module]) -> type[nn.Module]:

@@ -69,10 +69,9 @@ def check_supported(model: nn.Module) -> None:
     if not isinstance(model, VisionTransformer):
         reason = _OTHER_FAMILIES.get(kind, "it is not one of timm's VisionTransformer family")
         raise UnsupportedModelError(f"{kind} cannot be slimmed: {reason}")
-    if type(model).forward_features is not VisionTransformer.forward_features:
-        raise UnsupportedModelError(
-            f"{kind} cannot be slimmed: it has a forward_features of its own"
-        )
+    for name in ("forward", "forward_features"):
+        if getattr(type(model), name) is not getattr(VisionTransformer, name):
+            raise UnsupportedModelError(f"{kind} cannot be slimmed: it has a {name} of its own")
     name = model_name(model)
     if model.global_pool != "token" or not model.has_class_token:
         reason = _POOLS.get(model.global_pool, "the head must read the class token")
@@ -110,6 +109,16 @@ def _check_block(where: str, block: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{where} has {type(block.mlp).__name__}, which may mix tokens: "
             f"only {', '.join(mlp.__name__ for mlp in _TOKENWISE_MLPS)} are read"
+        )
+    # Slimmed, these modules are not called: what hangs on their calls would be lost.
+    for name, module in (("", block), (".attn", block.attn), (".attn.qkv", block.attn.qkv)):
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedModelError(
+                f"{where}{name} has forward hooks, which would not run: remove them first"
+            )
+    if not isinstance(block.attn.qkv.weight, nn.Parameter):
+        raise UnsupportedModelError(
+            f"{where}.attn.qkv computes its weight anew in each call: make it a parameter first"
         )
 
 

@@ -142,10 +142,11 @@ def absorb_tokens(alive: Alive, choice: Choice) -> Alive:
     """
     x, place = take(alive.x, choice.index), alive.place.gather(1, choice.index)
     if choice.into is None:
-        size, spread = (
-            None if of is None else of.gather(1, choice.index) for of in (alive.size, alive.spread)
+        size, policy, spread = (
+            None if of is None else of.gather(1, choice.index)
+            for of in (alive.size, alive.policy, alive.spread)
         )
-        return Alive(x, place, size, spread=spread)
+        return Alive(x, place, size, policy, spread)
     wide = torch.promote_types(x.dtype, torch.float32)
     sizes = torch.ones_like(alive.place, dtype=torch.float32) if alive.size is None else alive.size
     weight = (sizes if choice.weight is None else choice.weight).to(wide)

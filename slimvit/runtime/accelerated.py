@@ -109,7 +109,7 @@ class AcceleratedViT(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graphs": {}}
+        return {**super().__getstate__(), "_graphs": {}}
 
     def extra_repr(self) -> str:  # noqa: D102
         kept = (self.masks or self.plan).counts
