@@ -215,19 +215,24 @@ def process(rank: int, folder: str, model, batches) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meet"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    plan = train_dps(model, batches[rank::2], COUNTS, epochs=2, progress=False)
-    plan.save(f"{folder}/{rank}.safetensors")
+    shares = {"even": batches[rank::2], "uneven": batches[:1] if rank else batches[1:]}
+    for name, share in shares.items():
+        plan = train_dps(model, share, COUNTS, epochs=2, progress=False)
+        plan.save(f"{folder}/{name}-{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_the_predictors_of_one(tiny_vit, tmp_path):
-    batches = smooth_images(6).split(2)  # three: one process has two, the other one
+    batches = smooth_images(8).split(2)  # four: two each, or three and one
     torch.multiprocessing.spawn(process, (str(tmp_path), tiny_vit, batches), nprocs=2)
-    wanted = train_dps(tiny_vit, batches, COUNTS, epochs=2, progress=False).state_dict()
-    first, second = (load_plan(tmp_path / f"{rank}.safetensors").state_dict() for rank in (0, 1))
-    for name, value in wanted.items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
+    for share, order in {"even": [0, 1, 2, 3], "uneven": [1, 0, 2, 3]}.items():
+        one = [batches[number] for number in order]
+        wanted = train_dps(tiny_vit, one, COUNTS, epochs=2, progress=False).state_dict()
+        files = (tmp_path / f"{share}-{rank}.safetensors" for rank in (0, 1))
+        first, second = (load_plan(file).state_dict() for file in files)
+        for name, value in wanted.items():
+            assert torch.equal(first[name], second[name]), name
+            torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("spread", [0, 0.7])

@@ -110,6 +110,31 @@ def test_a_speedup_takes_the_least_cut_that_reaches_it(tiny_vit, monkeypatch):
         fit_absorb(tiny_vit, speedup=50)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_plan_that_is_taken_reaches_the_speedup(tiny_vit, batches, monkeypatch, own):
+    """By a stopwatch that goes by the cut, but for plans that are slow."""
+    shape, slow = spec(tiny_vit), set()
+    monkeypatch.setattr(absorb, "_SURE", 0.0)
+    monkeypatch.setattr(
+        absorb,
+        "measure_speedup",
+        lambda _, plan, images: 1.0 if plan.counts in slow else 1 / (1 - cut(shape, plan)),
+    )
+    standard = fit_absorb(tiny_vit, speedup=1.25)[0].counts
+
+    def fit():
+        shapes = SHAPES if own else SHAPES[:1] + SHAPES[2:]
+        plan, trials = fit_absorb(tiny_vit, batches, speedup=1.25, shapes=shapes, progress=False)
+        return plan.counts, sorted(trials, key=lambda trial: trial.divergence)
+
+    taken, trials = fit()
+    assert taken == trials[0].counts != standard  # else nothing would be asked
+    slow.add(taken)
+    assert fit()[0] == trials[1].counts
+    slow.update(trial.counts for trial in trials if trial.counts != standard)
+    assert fit()[0] == standard
+
+
 def test_a_speedup_is_really_measured(tiny_vit):
     from slimvit.search.budget import measure_speedup
 
@@ -122,6 +147,8 @@ def test_a_speedup_is_really_measured(tiny_vit):
     [
         ({}, UsageError, "one of cut and speedup"),
         ({"cut": 0.3, "speedup": 2.0}, UsageError, "one of cut and speedup"),
+        ({"cut": 0.0}, UsageError, r"cut must lie between 0 and 1, got 0.0"),
+        ({"cut": float("nan")}, UsageError, "cut must lie between 0 and 1, got nan"),
         ({"speedup": 1.0}, UsageError, "speedup must be above 1"),
         ({"speedup": float("nan")}, UsageError, "speedup must be above 1"),
         ({"cut": 0.3, "loader": []}, DataError, "no images"),
@@ -134,6 +161,38 @@ def test_bad_input(tiny_vit, options, error, message):
     loader = options.pop("loader", None)
     with pytest.raises(error, match=message):
         fit_absorb(tiny_vit, loader, **options)
+
+
+def test_the_limit_is_that_of_the_shape_that_reaches_furthest(tiny_vit):
+    shapes, shape = (Shape(1, 1.6, 0.5), Shape(2, 1.6, 0.9)), spec(tiny_vit)
+    with pytest.raises(PlanError, match=r"cut must be at most \S+ for test_vit, got 0.97") as error:
+        fit_absorb(tiny_vit, [1], cut=0.97, shapes=shapes, progress=False)
+    most = float(str(error.value).split()[5])
+    assert [plan.counts for plan in absorb._plans(shape, most, shapes)]
+    with pytest.raises(PlanError):
+        absorb._plans(shape, most + 1e-3, shapes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tiny_vit, batches, dtype):
+    options = {"cut": 0.3, "shapes": SHAPES, "progress": False}
+    whole = fit_absorb(tiny_vit, batches, **options)[1]
+    half = fit_absorb(tiny_vit.to(dtype), batches, **options)[1]
+    for one, other in zip(whole, half, strict=True):
+        assert one.counts == other.counts
+        assert one.divergence == pytest.approx(other.divergence, rel=0.5)
+
+
+@torch.no_grad()
+def test_without_classes_it_is_the_error_of_the_features(tiny_vit, batches):
+    tiny_vit.reset_classifier(0)
+    trials = fit_absorb(tiny_vit, batches, cut=0.3, shapes=SHAPES, progress=False)[1]
+    images = torch.cat(batches)
+    for trial in trials:
+        wanted = tiny_vit(images)
+        got = apply_masks(tiny_vit, Absorb(counts=trial.counts)).eval()(images)
+        error = ((got - wanted) ** 2).sum(1) / (wanted**2).sum(1)
+        assert trial.divergence == pytest.approx(float(error.mean()), rel=1e-4)
 
 
 def test_answers_that_are_not_finite_choose_nothing(tiny_vit, batches):

@@ -2,13 +2,14 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
 from slimvit import Masks, macs, models, prune
-from slimvit.errors import DataError, SlimvitError
+from slimvit.errors import DataError, SearchError, SlimvitError
 from slimvit.search import fit_absorb, search
 from slimvit.search.budget import measure_speedup
 
@@ -121,6 +122,19 @@ def test_cut_out_of_reach_says_so(tiny_vit, batches):
         quick(tiny_vit, batches, cut=0.99)
 
 
+@pytest.mark.parametrize("semantics", ["drop", "zero", "idle"])
+def test_uniform_counts_reach_the_cut_by_the_semantics(tiny_vit, batches, semantics):
+    options = {"uniform": True, "semantics": semantics}
+    result = quick(tiny_vit, batches, cut=0.3, **options)
+    assert result.masks.semantics == semantics
+    assert 0.3 <= result.cut < 0.38
+    words = rf"cut 0.99 is out of reach by uniform pruning: semantics {semantics} can cut 0\.\d+$"
+    with pytest.raises(SearchError, match=words) as error:
+        quick(tiny_vit, batches, cut=0.99, **options)
+    most = float(str(error.value).split()[-1])
+    assert quick(tiny_vit, batches, cut=most, **options).cut == pytest.approx(most, abs=1e-3)
+
+
 def test_speedup_is_measured(tiny_vit, batches, monkeypatch):
     seen = []
 
@@ -133,6 +147,11 @@ def test_speedup_is_measured(tiny_vit, batches, monkeypatch):
     result = quick(tiny_vit, batches, speedup=1.5)
     assert seen
     assert 1 / (1 - result.cut) >= 1.5
+
+
+def test_half_precision(tiny_vit, batches):
+    masks = quick(tiny_vit.bfloat16(), batches, cut=0.3).masks
+    assert measure_speedup(tiny_vit, masks, batches[0], rounds=1) > 0
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -231,3 +250,29 @@ def test_two_processes_find_the_masks_of_one(tiny_vit, batches, tmp_path):
     (speed, counts), second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert speed > 0 and (speed, counts) == second
     assert counts == fit_absorb(tiny_vit, batches[:1], cut=0.3, progress=False)[0].counts
+
+
+TUNING = {"counts": (12, 12, 9, 9, 5, 1), "epochs": 1, "lr": 1e-3}
+
+
+def uneven(rank: int, folder: str, model, shares) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    for number, share in enumerate(shares):
+        torch.save(quick(model, share[rank], **TUNING), f"{folder}/{number}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_may_have_any_number_of_batches(tiny_vit, batches, tmp_path):
+    """They go round the processes that still have one."""
+    batches = list(torch.cat(batches).split(2))
+    shares = [(batches[:first], batches[first:]) for first in (5, 4, 1)]
+    mp.spawn(uneven, (str(tmp_path), tiny_vit, shares), nprocs=2)
+    for number, share in enumerate(shares):
+        turns = [b for turn in itertools.zip_longest(*share) for b in turn if b is not None]
+        one = quick(tiny_vit, turns, **TUNING)
+        for rank in (0, 1):
+            two = torch.load(tmp_path / f"{number}-{rank}.pt", weights_only=False)
+            assert torch.equal(two.masks.keep, one.masks.keep)
+            torch.testing.assert_close(two.model.state_dict(), one.model.state_dict())

@@ -1,5 +1,6 @@
 """Absorb with thresholds: each image keeps a number of patches of its own."""
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -197,6 +198,14 @@ class TestFit:
         assert torch.tensor(lengths(slim.kept_sets(images))).double().mean(0).tolist() == (
             pytest.approx(list(plan.counts), abs=1)
         )
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, dtype):
+        images, plan = random_images(build("deit"), 9), Absorb(counts=counts_of("deit"))
+        whole = fit_thresholds(build("deit"), plan, [images], progress=False)
+        model = copy.deepcopy(build("deit")).to(dtype)
+        half = fit_thresholds(model, plan, [images], progress=False)
+        assert half.thresholds == pytest.approx(whole.thresholds, rel=0.1)
 
     def test_is_the_same_however_images_are_batched(self):
         images = random_images(build("deit"), 9)

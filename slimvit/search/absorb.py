@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ SHAPES = tuple(
 )
 _TRIALS = 6
 _SURE = 2.0  # standard errors
+_TIMED = 3  # plans, beside Absorb's own
 
 
 class Trial(NamedTuple):
@@ -33,7 +34,8 @@ class Trial(NamedTuple):
 
     Attributes:
         counts: tokens that each block keeps.
-        divergence: mean KL(dense ‖ slim) of the answers, in nats.
+        divergence: mean KL(dense ‖ slim) of the answers, in nats; of a model without classes, the
+            mean relative squared error of its features.
         error: standard error of its difference to the divergence of `Absorb`'s own counts; None
             where those were not tried.
     """
@@ -57,8 +59,9 @@ def fit_absorb(
     With images, those counts are taken among the `shapes` whose answers stay nearest to the dense
     model's: the least mean KL(dense ‖ slim). Where `Absorb`'s own shape is among them, another must
     be better by more than two standard errors of the difference: the best of many is the luckiest
-    as well. Labels are not needed, nothing is trained, and every image is answered once for each
-    shape. Without images `Absorb`'s own shape is taken.
+    as well. With `speedup` another must reach it as measured, too; where none of the best three
+    does, `Absorb`'s own is taken, which has. Labels are not needed, nothing is trained, and every
+    image is answered once for each shape. Without images `Absorb`'s own shape is taken.
 
     Args:
         model: a dense timm VisionTransformer; not changed.
@@ -76,28 +79,35 @@ def fit_absorb(
         UsageError: neither or both of `cut` and `speedup`, or out of range.
         DataError: the loader has no images.
         SlimvitError: images are integers, or answers not finite.
-        SearchError: the budget is out of reach.
+        PlanError: no shape reaches the cut.
+        SearchError: the speed-up is out of reach.
     """
     if (cut is None) == (speedup is None):
         raise UsageError("give one of cut and speedup")
+    if cut is not None and not 0 < cut < 1:
+        raise UsageError(f"cut must lie between 0 and 1, got {cut}")
     if speedup is not None and not 1 < speedup < math.inf:
         raise UsageError(f"speedup must be above 1 and finite, got {speedup}")
-    shape = spec(model)
+    shape, images = spec(model), None
     if cut is None:
-        cut = _cut_for(model, shape, speedup, _first(shape, loader))
-    plans = _plans(shape, cut, shapes if loader is not None else [Shape()])
+        images = _first(shape, loader)
+        cut = _cut_for(model, shape, speedup, images)
     if loader is None:
-        return plans[0], ()
+        return _plans(shape, cut, [Shape()])[0], ()
+    plans = _plans(shape, cut, shapes)
     own = _own(shape, cut, plans)
     found = divergences(model, plans, loader, beside=own or 0, progress=progress)
     trials = [
         Trial(plan.counts, value, None if own is None else error)
         for plan, (value, error) in zip(plans, found)
     ]
-    best = min(range(len(found)), key=lambda number: found[number][0])
-    if own is not None and found[own][0] - found[best][0] <= _SURE * found[best][1]:
-        best = own
-    return plans[best], tuple(trials)
+
+    def reached(number: int) -> bool:
+        return speedup is None or measure_speedup(model, plans[number], images) >= speedup
+
+    best = _best(found, own, reached)
+    plan = _plans(shape, cut, [Shape()])[0] if best is None else plans[best]
+    return plan, tuple(trials)
 
 
 def divergences(
@@ -108,7 +118,7 @@ def divergences(
     beside: int = 0,
     progress: bool = True,
 ) -> list[tuple[float, float]]:
-    """Mean KL(dense ‖ slim) of each plan over the images of a loader, in nats.
+    """Mean divergence of each plan over the images of a loader, as in `Trial`.
 
     With it the standard error of its difference to that of the plan number `beside`.
     """
@@ -133,16 +143,41 @@ def divergences(
 
 @torch.inference_mode()
 def _divergences(model: nn.Module, slims: list[nn.Module], images: Tensor) -> Tensor:
-    """KL of each image of a batch by each plan, [b, plans]."""
-    images = images.to(next(model.parameters()).device)
-    wanted = model(images).double().log_softmax(1)
-    return torch.stack([_divergence(wanted, slim(images)) for slim in slims], 1)
+    """Of each image of a batch by each plan, [b, plans]."""
+    parameter = next(model.parameters())
+    images = images.to(parameter.device, parameter.dtype)
+    divergence = _kl if model.num_classes else _error
+    wanted = model(images).double()
+    return torch.stack([divergence(wanted, slim(images).double()) for slim in slims], 1)
 
 
-def _divergence(wanted: Tensor, logits: Tensor) -> Tensor:
+def _kl(wanted: Tensor, logits: Tensor) -> Tensor:
     """KL of each image, [b]."""
-    answers = logits.double().log_softmax(1)
+    answers, wanted = logits.log_softmax(1), wanted.log_softmax(1)
     return F.kl_div(answers, wanted, log_target=True, reduction="none").sum(1)
+
+
+def _error(wanted: Tensor, features: Tensor) -> Tensor:
+    """Relative squared error of each image, [b]."""
+    return (features - wanted).square().sum(1) / wanted.square().sum(1)
+
+
+def _best(
+    found: list[tuple[float, float]], own: int | None, reached: Callable[[int], bool]
+) -> int | None:
+    """The least divergence that reaches the speed-up; `own` where none does that is surely better.
+
+    Args:
+        found: of each plan its divergence, and the standard error of its difference to `own`.
+        own: number of the plan that has reached it.
+        reached: whether another does; asked of the best few.
+    """
+    for number in sorted(range(len(found)), key=lambda number: found[number][0])[:_TIMED]:
+        if own is not None and found[own][0] - found[number][0] <= _SURE * found[number][1]:
+            break
+        if reached(number):
+            return number
+    return own
 
 
 def _own(shape: Spec, cut: float, plans: list[Absorb]) -> int | None:
@@ -156,18 +191,23 @@ def _own(shape: Spec, cut: float, plans: list[Absorb]) -> int | None:
 
 def _plans(shape: Spec, cut: float, shapes: Iterable[Shape]) -> list[Absorb]:
     """Plans of different counts that save `cut`; shapes that cannot are passed over."""
-    plans: dict[tuple[int, ...], Absorb] = {}
-    reason: PlanError | None = None
-    for fall in shapes:
-        try:
-            counts = counts_for_cut(shape, cut, lambda counts: Absorb(counts=counts), fall)
-        except PlanError as error:
-            reason = error
-            continue
-        plans.setdefault(counts, Absorb(counts=counts).bind(shape))
+    shapes = tuple(shapes)
+    if not shapes:
+        raise UsageError("shapes must not be empty")
+    found = (_counts(shape, cut, fall) for fall in shapes)
+    plans = [Absorb(counts=counts).bind(shape) for counts in dict.fromkeys(found) if counts]
     if not plans:
-        raise reason or UsageError("shapes must not be empty")
-    return list(plans.values())
+        most = _most(shape, shapes)
+        raise PlanError(f"cut must be at most {most:.3f} for {shape.name}, got {cut}")
+    return plans
+
+
+def _counts(shape: Spec, cut: float, fall: Shape) -> tuple[int, ...] | None:
+    """Counts that save `cut`; None where this fall cannot."""
+    try:
+        return counts_for_cut(shape, cut, lambda counts: Absorb(counts=counts), fall)
+    except PlanError:
+        return None
 
 
 def _first(shape: Spec, loader: Iterable | None) -> Tensor | None:
@@ -184,10 +224,10 @@ def _cut_for(model: nn.Module, shape: Spec, speedup: float, images: Tensor | Non
         plan = _plans(shape, cut, [Shape()])[0]
         return measure_speedup(model, plan, images) >= speedup
 
-    low, high = 0.0, _most(shape)
+    low, high = 0.0, _most(shape, [Shape()])
     if not reached(high):
         raise SearchError(
-            f"speed-up {speedup} is out of reach: the most that can be cut is {high:.3f}"
+            f"speed-up {speedup} is out of reach: Absorb's own shape cuts at most {high:.3f}"
         )
     for _ in range(_TRIALS):
         middle = (low + high) / 2
@@ -195,14 +235,11 @@ def _cut_for(model: nn.Module, shape: Spec, speedup: float, images: Tensor | Non
     return high
 
 
-def _most(shape: Spec) -> float:
-    """The greatest cut, to a thousandth, that `Absorb` can reach."""
-    low, high = 0.0, 1.0
-    while high - low > 1e-3:
-        middle = (low + high) / 2
-        try:
-            _plans(shape, middle, [Shape()])
-            low = middle
-        except PlanError:
-            high = middle
-    return low
+def _most(shape: Spec, shapes: Sequence[Shape]) -> float:
+    """The greatest cut, in whole thousandths, that one of the shapes reaches."""
+    low, high = 0, 1000
+    while high - low > 1:
+        middle = (low + high) // 2
+        reached = any(_counts(shape, middle / 1000, fall) for fall in shapes)
+        low, high = (middle, high) if reached else (low, middle)
+    return low / 1000

@@ -142,7 +142,7 @@ def search(
     )
     cache_bytes = whole("cache_bytes", cache_bytes, 0)
     if uniform:
-        settings = replace(settings, counts=uniform_counts(spec, budget.cut))
+        settings = replace(settings, counts=uniform_counts(spec, budget.cut, semantics))
     dense = copy.deepcopy(model).eval().requires_grad_(False)
     known = {} if state is None else identity.of_settings(dense, settings, budget, score)
     saved = State(state, known, restart)

@@ -22,7 +22,7 @@ from slimvit.models import Spec
 from slimvit.search.features import Features, images_of
 from slimvit.search.image_scores import block_scores
 from slimvit.search.options import whole
-from slimvit.search.reduce import ExactMean, all_sum, rank, world_size
+from slimvit.search.reduce import ExactMean, own_batches, rank
 from slimvit.search.scores import SCORES, Score
 from slimvit.search.spread import spread_pattern
 from slimvit.search.tune import share_gradients
@@ -193,18 +193,18 @@ class _Trainer:
     def fit(self, targets: list[Tensor]) -> float:
         """Train; the mean loss of the last epoch."""
         epochs, lr = self._settings.epochs, self._settings.lr
-        total = int(all_sum(torch.tensor([len(targets)], dtype=torch.int64)))
+        own = self._own(len(targets))
         bias = self._predictor.score.bias
         parameters = [p for p in self._predictor.parameters() if p is not bias]
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, lr, total_steps=max(2, epochs * total)
+            optimizer, lr, total_steps=max(2, epochs * len(own))
         )
         mean = ExactMean(1)
         for epoch in range(epochs):
-            for number in torch.randperm(total, generator=self._generator).tolist():
+            for number in torch.randperm(len(own), generator=self._generator).tolist():
                 optimizer.zero_grad(set_to_none=True)
-                batch = self._own(number)
+                batch = own[number]
                 if batch is not None:
                     losses = self._losses(batch, targets[batch])
                     losses.mean().backward()
@@ -215,14 +215,11 @@ class _Trainer:
                 schedule.step()
         return float(mean.mean())
 
-    def _own(self, number: int) -> int | None:
-        """This process's number of a batch of all processes; None where another has it.
-
-        Whole batches of the loader go round the processes, each with its mirror image.
-        """
+    def _own(self, count: int) -> list[int | None]:
+        """As `own_batches`, of whole batches of the loader, each with its mirror image."""
         views = self._settings.views
-        batch, view = divmod(number, views)
-        return batch // world_size() * views + view if batch % world_size() == rank() else None
+        whole = own_batches(count // views)
+        return [None if b is None else b * views + v for b in whole for v in range(views)]
 
     def _losses(self, batch: int, target: Tensor) -> Tensor:
         """Mean squared error of each image, [b]."""

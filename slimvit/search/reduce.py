@@ -45,6 +45,21 @@ def from_rank(source: int, value: float) -> float:
     return float(found)
 
 
+def own_batches(count: int) -> list[int | None]:
+    """For each batch of all processes, which of this process's it is; None where another has it.
+
+    They go round the processes, past those that have no more.
+
+    Args:
+        count: batches of this process.
+    """
+    counts = torch.zeros(world_size(), dtype=torch.int64)
+    counts[rank()] = count
+    counts = all_sum(counts).tolist()
+    turns = sorted((batch, owner) for owner, n in enumerate(counts) for batch in range(n))
+    return [batch if owner == rank() else None for batch, owner in turns]
+
+
 class ExactMean:
     """Mean of per-image values in fixed point: the same to the last bit in any order.
 

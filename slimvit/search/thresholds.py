@@ -69,10 +69,10 @@ def fit_thresholds(
 
 def _enter(slim: nn.Module, loader: Iterable) -> list[Alive]:
     """Each image's tokens ahead of the first block."""
-    device, found = next(slim.parameters()).device, []
+    parameter, found = next(slim.parameters()), []
     for batch in images_of(loader):
-        for x in embed(slim, batch.to(device)).split(1):
-            place = torch.arange(x.shape[1], device=device)[None]
+        for x in embed(slim, batch.to(parameter.device, parameter.dtype)).split(1):
+            place = torch.arange(x.shape[1], device=x.device)[None]
             found.append(Alive(x.transpose(0, 1), place))
     if not int(all_sum(torch.tensor(len(found)))):
         raise DataError("no images to find thresholds by")

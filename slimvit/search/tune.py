@@ -12,7 +12,7 @@ from torch import Tensor
 from slimvit.errors import SearchError
 from slimvit.search.features import Features
 from slimvit.search.layer import Layer
-from slimvit.search.reduce import all_sum, rank, world_size
+from slimvit.search.reduce import own_batches
 
 
 class BlockTuner:
@@ -44,11 +44,10 @@ class BlockTuner:
             SearchError: the loss is not finite.
         """
         self._layer.tuned = True
-        total = int(all_sum(torch.tensor([features.batches], dtype=torch.int64)))
+        own = own_batches(features.batches)
         for _ in range(count):
-            for number in torch.randperm(total, generator=self._generator).tolist():
-                own = number % world_size() == rank()
-                self._step(features, number // world_size() if own else None, n)
+            for number in torch.randperm(len(own), generator=self._generator).tolist():
+                self._step(features, own[number], n)
 
     def _step(self, features: Features, batch: int | None, n: int) -> None:
         self._optimizer.zero_grad(set_to_none=True)
