@@ -38,6 +38,7 @@ def build(folder: Path, module: str, **options: str) -> None:
 
     options = {
         "SLIMVIT_MODULES": module,
+        "SLIMVIT_WERROR": "ON",
         "CMAKE_BUILD_TYPE": "None",
         "CMAKE_CXX_COMPILER": find("g++"),
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(folder),

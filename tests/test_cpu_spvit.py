@@ -13,7 +13,7 @@ from references import SMALL, build, off, random_images, randomise
 from test_cpu_vit import PRECISIONS, mean_off, threads  # noqa: F401
 from torch import Tensor, nn
 
-from slimvit import SPViT, _extensions, demo
+from slimvit import Absorb, SPViT, _extensions, demo
 from slimvit.dynamic import Alive, Planner, spvit
 from slimvit.errors import SlimvitError
 from slimvit.models import spec
@@ -135,6 +135,25 @@ class TestNetworks:
         assert len(lengths) > 2
         assert tuple(places.shape[1] for places in kept) == tuple(map(max, zip(*lengths)))
 
+    @pytest.mark.parametrize("favoured", [-1e3, 1e3])
+    def test_every_selector_keeps_and_prunes_one_at_least(self, favoured):
+        plan = PLANS["thrice_argmax"]().bind(spec(model_of("deep")))
+        with torch.no_grad():
+            for selector in plan.selectors.values():
+                selector.judge3.bias[..., 0] += favoured
+        fast = accelerate(model_of("deep"), plan, backend="cpu", precision="float32")
+        slim, images = (
+            apply_masks(model_of("deep"), plan).eval(),
+            random_images(model_of("deep"), 2),
+        )
+        with torch.no_grad():
+            assert off(fast(images), slim(images)) < FLOAT32
+        wanted = [places[:, (places >= 0).any(0)] for places in slim.kept_sets(images)]
+        assert all(map(torch.equal, fast.kept_sets(images), wanted))
+        patches = [3, 2, 1] if favoured < 0 else [15, 14, 13]
+        counts = [1 + n + package for package, n in enumerate(patches, 1) for _ in range(2)]
+        assert [places.shape[1] for places in wanted] == [*counts[:-1], 1]
+
 
 def positions(plan: SPViT, kept: list[Tensor]) -> list[Tensor]:
     """Which of the patches that reach each selector are among those that it kept, [B, n]."""
@@ -232,12 +251,30 @@ class TestOps:
             "all packs must be of one model": ([half[-3], two, none], [13, 9, 1]),
             "block 1 keeps 12 of 13 tokens, it needs a chooser": ([one, two, none], [12, 9, 1]),
             "where images keep numbers of their own, the last": (favours, [17, 17, 17]),
+            "the selector before block 2 must keep fewer patches than may reach it, 2, got 6": (
+                [favours[0], two, none],
+                [17, 9, 1],
+            ),
+            "dynamic_vit needs choosers": ([], [17, 17, 1]),
         }
         for rule, (choosers, counts) in wrong.items():
             with pytest.raises(SlimvitError, match=f"back end cpu: {rule}"):
                 packs = [*network, *choosers]
                 sizes = [pack.numel() for pack in packs]
                 torch.ops.slimvit.dynamic_vit(images, torch.cat(packs), sizes, counts, *given[4:])
+
+    def test_the_op_without_choosers(self):
+        packed, images = make("deit", "twice").packed, random_images(model_of("deit"), 2)
+        given = images, packed.packs, packed.sizes, packed.counts
+        with pytest.raises(SlimvitError, match="packs with choosers are for dynamic_vit"):
+            torch.ops.slimvit.slim_vit(*given, False, 0, packed.classes)
+
+    def test_counts_without_room_for_what_an_image_may_keep(self):
+        plan = Absorb(counts=(12, 8, 1), thresholds=(0, 0, 0))
+        packed = accelerate(model_of("deit"), plan, backend="cpu").packed
+        images = random_images(model_of("deit"), 2)
+        with pytest.raises(SlimvitError, match="block 1 may keep all of 17 tokens, got room for 2"):
+            torch.ops.slimvit.dynamic_vit(images, packed.packs, packed.sizes, [2, 2, 1], 0, 7)
 
 
 def arguments(packed: nn.Module, images: Tensor, features: bool) -> list[object]:

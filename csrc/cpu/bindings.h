@@ -61,7 +61,8 @@ const Pack* pack_at(Address address, std::int64_t bytes, PackHead::Kind kind) {
   require(bytes >= static_cast<std::int64_t>(sizeof(Pack)), name + " is too short");
   const auto* pack = at<const Pack>(address);
   const PackHead& head = pack->head;
-  require(head.magic == PackHead::kMagic && head.kind == kind, name + " is something else");
+  require(head.magic == PackHead::kMagic && head.kind == kind,
+          name + " is something else, or of another version: accelerate the model anew");
   require(head.bytes == bytes, name + " is cut off: it has " + std::to_string(bytes) +
                                    " bytes instead of " + std::to_string(head.bytes));
   for (Isa isa : offered())

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cpu/bindings.h"
 #include "cpu/run.h"
 
@@ -66,12 +68,17 @@ const SelectorPack* selector_at(Address address, std::int64_t bytes) {
   return pack_at<SelectorPack>(address, bytes, PackHead::Kind::selector);
 }
 
+// Patches that a selector keeps at least.
+long fewest(const SelectorShape& shape) {
+  return shape.patches == 0 ? shape.fewest : shape.patches;
+}
+
 // Of `alive` tokens, at most.
 std::int32_t left_by(const SelectorShape& shape, std::int32_t alive, long prefix) {
   const long patches = alive - prefix - shape.packages;
-  require(prefix >= 0 && patches >= 2 && shape.patches < patches,
+  require(prefix >= 0 && fewest(shape) < patches,
           "a selector must keep fewer patches than the " + std::to_string(patches) +
-              " that reach it, got " + std::to_string(shape.patches));
+              " that reach it, got " + std::to_string(fewest(shape)));
   const long kept = shape.patches == 0 ? patches - 1 : shape.patches;
   return static_cast<std::int32_t>(prefix + kept + shape.packages + 1);
 }
@@ -170,6 +177,8 @@ void slim_vit(Address packs, std::int64_t packs_bytes, const std::vector<std::in
           "packs must be an embedding, " + std::to_string(depth) +
               " blocks, a head, and a chooser for each block if any chooses, got " +
               std::to_string(sizes.size()));
+  require(chooses == (kept != 0) || batch == 0,
+          chooses ? "packs with choosers are for dynamic_vit" : "dynamic_vit needs choosers");
   const std::vector<Part> parts = parts_of(packs, packs_bytes, sizes);
   const auto* embedding =
       pack_at<EmbeddingPack>(parts[0].address, parts[0].bytes, PackHead::Kind::embedding);
@@ -209,6 +218,7 @@ void slim_vit(Address packs, std::int64_t packs_bytes, const std::vector<std::in
   std::vector<const ChooserPack*> choosers(chooses ? depth : 0);
   std::vector<const SelectorPack*> selectors(choosers.size());
   std::int32_t packages = 0;
+  long sure = in.tokens - in.prefix;  // patches that reach a selector at least
   bool ragged = false;
   require(!chooses || !idle, "pruned tokens cannot stay keys where they are chosen for each image");
   alive = in.tokens;
@@ -221,17 +231,26 @@ void slim_vit(Address packs, std::int64_t packs_bytes, const std::vector<std::in
               "the selector before block " + std::to_string(i + 1) + " expects " +
                   std::to_string(selectors[i]->shape.packages) + " packages, there are " +
                   std::to_string(packages));
+      require(fewest(selectors[i]->shape) < sure,
+              "the selector before block " + std::to_string(i + 1) +
+                  " must keep fewer patches than may reach it, " + std::to_string(sure) + ", got " +
+                  std::to_string(fewest(selectors[i]->shape)));
       alive = left_by(selectors[i]->shape, alive, in.prefix);
+      sure = fewest(selectors[i]->shape);
       ++packages;
       ragged = ragged || selectors[i]->shape.patches == 0;
     } else if (part.bytes != 0) {
       choosers[i] = chooser_at(part.address, part.bytes, *blocks[i], in.prefix);
       ragged = ragged || choosers[i]->shape.ragged();
+      require(!choosers[i]->shape.ragged() || counts[i] == alive,
+              "block " + std::to_string(i + 1) + " may keep all of " + std::to_string(alive) +
+                  " tokens, got room for " + std::to_string(counts[i]));
     }
     require(choosers[i] != nullptr || counts[i] == alive || counts[i] <= in.prefix,
             "block " + std::to_string(i + 1) + " keeps " + std::to_string(counts[i]) + " of " +
                 std::to_string(alive) + " tokens, it needs a chooser");
     alive = counts[i];
+    sure = std::min<long>(sure, alive - in.prefix - packages);
   }
   require(!ragged || alive <= in.prefix,
           "where images keep numbers of their own, the last block must keep prefix tokens alone");

@@ -102,14 +102,16 @@ ChooserWeights chooser_weights(const std::vector<Address>& a) {
   return {f(0), f(1), f(2), f(3), f(4)};
 }
 
-SelectorShape selector_shape(int width, int heads, int patches, int packages, float eps) {
+SelectorShape selector_shape(int width, int heads, int patches, int fewest, int packages,
+                             float eps) {
   require_multiple("width", width);
   require(heads > 0 && width % heads == 0,
           "heads must divide the width, got " + std::to_string(heads));
   require_multiple("channels of a selector's head", width / heads);
   require(patches >= 0, "patches must not be negative, got " + std::to_string(patches));
+  require(fewest >= 1, "fewest must be positive, got " + std::to_string(fewest));
   require(packages >= 0, "packages must not be negative, got " + std::to_string(packages));
-  return {width, heads, patches, packages, eps};
+  return {width, heads, patches, fewest, packages, eps};
 }
 
 SelectorWeights selector_weights(const std::vector<Address>& a) {
@@ -187,14 +189,14 @@ void bind_packing(py::module_& m) {
       "out is 0.");
   m.def(
       "pack_selector",
-      [](int width, int heads, int patches, int packages, float eps,
+      [](int width, int heads, int patches, int fewest, int packages, float eps,
          const std::vector<Address>& weights, const std::string& dtype, Address out) {
         return pack(kernels_for(dtype).pack_selector,
-                    selector_shape(width, heads, patches, packages, eps), selector_weights(weights),
-                    out);
+                    selector_shape(width, heads, patches, fewest, packages, eps),
+                    selector_weights(weights), out);
       },
-      py::kw_only(), py::arg("width"), py::arg("heads"), py::arg("patches"), py::arg("packages"),
-      py::arg("eps"), py::arg("weights"), py::arg("dtype"), py::arg("out"),
+      py::kw_only(), py::arg("width"), py::arg("heads"), py::arg("patches"), py::arg("fewest"),
+      py::arg("packages"), py::arg("eps"), py::arg("weights"), py::arg("dtype"), py::arg("out"),
       "Lay out a selector; returns the bytes that takes, and only that where out is 0.");
 }
 

@@ -6,8 +6,10 @@
 
 #if defined(__aarch64__)
 #define SLIMVIT_IN_REGISTER(x) "+w"(x)
-#else
+#elif defined(__x86_64__)
 #define SLIMVIT_IN_REGISTER(x) "+v"(x)
+#else
+#define SLIMVIT_IN_REGISTER(x) "+m"(x)  // vectors have no constraint that all others know
 #endif
 
 // Every kernel for one instruction set: the body of isa_*.cpp.

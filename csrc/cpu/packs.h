@@ -17,7 +17,7 @@ inline constexpr std::int64_t kAlignment = 64;
 
 struct PackHead {
   enum class Kind : std::int32_t { block = 1, embedding, head, chooser, selector };
-  static constexpr std::uint32_t kMagic = 0x54565353;
+  static constexpr std::uint32_t kMagic = 0x54565354;  // another where the layout of a pack changes
 
   std::uint32_t magic;
   Kind kind;
@@ -141,7 +141,8 @@ struct ChooserPack {
 // A selector, whose heads judge their own channels of the patches: slimvit/dynamic/selector.py.
 struct SelectorShape {
   std::int32_t width, heads;
-  std::int32_t patches;   // to keep; 0 for as many as it favours
+  std::int32_t patches;   // to keep; 0 for as many as it favours,
+  std::int32_t fewest;    // but so many, that the selectors after it can keep one and prune one
   std::int32_t packages;  // of earlier selectors
   float eps;
 

@@ -211,7 +211,7 @@ class Selection {
     long kept = shape_.patches;
     if (kept == 0) {
       for (long i = 0; i < count; ++i) kept += shared_.score[i] > 0.0f;
-      kept = least(most(1, kept), count - 1);
+      kept = least(most(shape_.fewest, kept), count - 1);
     }
     for (long i = 0; i < count; ++i) own_.key[i] = ordered(shared_.score[i]);
     part_highest(own_.key, count, kept, 0, own_.index, own_.pruned);

@@ -116,6 +116,7 @@ def pack_selector(
     *,
     heads: int,
     patches: int | None,
+    fewest: int,
     packages: int,
     eps: float,
 ) -> Tensor:
@@ -127,7 +128,8 @@ def pack_selector(
             weigh the heads, [H / 2, H] and [H, H / 2].
         dtype: what it computes in, float32 or bfloat16.
         heads: H.
-        patches: how many it keeps; None for as many as it favours.
+        patches: how many it keeps; None for as many as it favours,
+        fewest: but so many.
         packages: of earlier selectors.
         eps: of the norm.
 
@@ -141,6 +143,7 @@ def pack_selector(
         "width": weights[0].numel(),
         "heads": heads,
         "patches": patches or 0,
+        "fewest": fewest,
         "packages": packages,
         "eps": eps,
     }

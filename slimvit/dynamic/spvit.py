@@ -177,7 +177,8 @@ class SPViT(Planner):
         selector = self.selectors[str(layer)]
         if type(selector) is not Selector:
             return None
-        return SelectorParts(selector, None if self.argmax else stage.patches, stage.packages)
+        patches = None if self.argmax else stage.patches
+        return SelectorParts(selector, patches, stage.packages, self._fewest(stage))
 
     def prune(self, layer: int, alive: Alive, patches: int | None) -> Alive:
         """Let the selector before block `layer` choose among the alive patches.
@@ -187,14 +188,21 @@ class SPViT(Planner):
             alive: prefix, patches and the packages of earlier stages.
             patches: how many to keep; None for as many as the selector favours, of one image.
         """
-        parts = _Parts(alive, self.prefix, self._stage_at[layer].packages, self.tokens)
+        stage = self._stage_at[layer]
+        parts = _Parts(alive, self.prefix, stage.packages, self.tokens)
         logits = self.selectors[str(layer)](parts.patches)
         score = logits[..., 0] - logits[..., 1]
-        index = top(score, _favoured(score) if patches is None else patches, 0)
+        if patches is None:
+            patches = _favoured(score, self._fewest(stage))
+        index = top(score, patches, 0)
         kept = torch.zeros_like(score, dtype=torch.bool).scatter(1, index, True)
         weights = F.log_softmax(logits, -1)[..., 0].masked_fill(kept, -torch.inf).softmax(1)
         place = parts.place.gather(1, index)
         return parts.join(take(parts.patches, index), place, weights)
+
+    def _fewest(self, stage: Stage) -> int:
+        """Patches that a stage keeps at least: later ones, too, have to keep one and prune one."""
+        return len(self._stage_at) - stage.packages
 
     def _mask(self, layer: int, alive: Alive, stage: Stage) -> Alive:
         """In training: every patch stays a row, but what is pruned is no key any more."""
@@ -296,14 +304,14 @@ class _Parts:
         )
 
 
-def _favoured(score: Tensor) -> int:
+def _favoured(score: Tensor, fewest: int) -> int:
     if score.shape[0] != 1:
         raise PlanError(
             "spvit with argmax keeps another number of patches of each image: "
             f"it takes one image a call, got {score.shape[0]}"
         )
-    # One patch at least is kept and one pruned: the package is a mean over some.
-    return min(max(1, int((score > 0).sum())), score.shape[1] - 1)
+    # One patch at least is pruned: the package is a mean over some.
+    return min(max(fewest, int((score > 0).sum())), score.shape[1] - 1)
 
 
 def _check(keep: tuple[float, ...], stages: tuple[int, ...] | None) -> None:

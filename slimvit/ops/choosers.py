@@ -84,13 +84,15 @@ class SelectorParts(NamedTuple):
     Attributes:
         selector: of logits (keep, prune), [B, p, 2], of patches [p, B, D]; its attributes are those
             of `slimvit.dynamic.selector.Selector`.
-        patches: how many to keep; None for as many as it favours, at least one and not all.
+        patches: how many to keep; None for as many as it favours, at least `fewest` and not all.
         packages: package tokens of earlier selectors.
+        fewest: one, and one more for each selector after it, which has to keep one and prune one.
     """
 
     selector: nn.Module
     patches: int | None
     packages: int
+    fewest: int = 1
 
 
 ChooserParts = AbsorbParts | PredictorParts | SelectorParts

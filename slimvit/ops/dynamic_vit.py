@@ -117,6 +117,7 @@ def _pack_selector(parts: SelectorParts, dtype: torch.dtype) -> Tensor:
         dtype,
         heads=it.heads,
         patches=parts.patches,
+        fewest=parts.fewest,
         packages=parts.packages,
         eps=it.eps,
     )
