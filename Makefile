@@ -1,4 +1,4 @@
-# make PYTHON=python3.12 …  chooses the interpreter; make test ARGS="-k masks"  passes arguments on.
+# make PYTHON=python3.12 …  chooses the interpreter of a new .venv; make test ARGS="-k masks"  passes arguments on.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -24,9 +24,10 @@ help:
 install: $(STAMP)
 
 $(STAMP): $(BUILT_FROM)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
-	    "slimvit needs Python 3.10 or newer, $(PYTHON) is older: make PYTHON=python3.12 install")'
-	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	    "slimvit needs Python 3.10 or newer, $(PYTHON) is older: make PYTHON=python3.12 install")' && \
+	    $(PYTHON) -m venv --clear $(VENV); }
 	@echo "Installing slimvit, torch and the rest into $(VENV): some minutes, about 6 GB"
 	$(VENV)/bin/python -m pip install --quiet --editable ".[test,lint]"
 	@cat slimvit/*.not_built.txt 2>/dev/null | sed "s/^/note: a module was left out: /"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from slimvit.bench._machine import commit
 from slimvit.data import ImageFolder, image_transform, loader
 from slimvit.dynamic.schedule import share_for_cut
 from slimvit.evaluate import evaluate
+from slimvit.files import atomic_write
 from slimvit.finetune import finetune
 from slimvit.search import Result, fit_thresholds, search, train_dps
 
@@ -58,8 +60,9 @@ class Experiments:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.model = models.create(args.model, checkpoint=args.checkpoint)
         self.rows = _read(args.output)
+        self.model = models.create(args.model, checkpoint=args.checkpoint)
+        self.samples = 0
 
     def images(
         self, subset: str, samples: int | None = None, training: bool = False
@@ -73,8 +76,14 @@ class Experiments:
             transform=image_transform(self.model, training=training),
         )
 
+    def learning(self, samples: int | None = None, training: bool = False) -> ImageFolder:
+        """The images of a step that learns; the row tells the number of the last such step's."""
+        images = self.images(self.args.calibrate, samples, training)
+        self.samples = len(images)
+        return images
+
     def search(self, **options: object) -> tuple[Result, float]:
-        calibration = loader(self.images(self.args.calibrate, self.args.samples), 16)
+        calibration = loader(self.learning(self.args.samples), 16)
         start = time.perf_counter()
         result = search(self.model, calibration, **options)  # type: ignore[arg-type]
         return result, time.perf_counter() - start
@@ -87,7 +96,7 @@ class Experiments:
 
     def thresholds(self, cut: float) -> tuple[Planned, float]:
         """Absorb with thresholds found on all calibration images; the cut is what it then saves."""
-        start, images = time.perf_counter(), loader(self.images(self.args.calibrate), 25)
+        start, images = time.perf_counter(), loader(self.learning(), 25)
         plan = fit_thresholds(self.model, Absorb(cut=cut), images)
         seconds, slim = time.perf_counter() - start, apply_masks(self.model, plan).eval()
         spec = models.spec(self.model)
@@ -98,7 +107,7 @@ class Experiments:
         """DPS trained on all calibration images."""
         start, spec = time.perf_counter(), models.spec(self.model)
         masks = Masks.from_counts(self.first_counts(), spec.grid, spec.prefix)
-        images = loader(self.images(self.args.calibrate), 16)
+        images = loader(self.learning(), 16)
         plan = train_dps(self.model, images, masks, seed=seed).bind(spec)
         return Planned(plan, macs.cut(spec, plan)), time.perf_counter() - start
 
@@ -118,13 +127,14 @@ class Experiments:
             about: other columns that tell it from other experiments.
         """
         about = {"method": method, "finetune_epochs": training["epochs"], **about}
+        self.rows, self.samples = _read(self.args.output), 0
         if any(_same(row, self.args.model, about) for row in self.rows):
             return None
         result, seconds = find()
         slim = apply_masks(result.model or self.model, result.masks)
         start = time.perf_counter()
         if training["epochs"]:
-            train = loader(self.images(self.args.calibrate, training=True), 32, shuffle_seed=0)
+            train = loader(self.learning(training=True), 32, shuffle_seed=0)
             slim = finetune(slim, self.model, train, **training).model  # type: ignore[arg-type]
         tuned = time.perf_counter() - start
         measured = evaluate(
@@ -144,19 +154,22 @@ class Experiments:
             "divergence": measured.divergence,
             "search_seconds": round(seconds),
             "finetune_seconds": round(tuned) if training["epochs"] else "",
-            "samples": self.args.samples,
+            "samples": self.samples,
             "slimvit": __version__,
             "commit": commit(),
             "date": datetime.date.today().isoformat(),
         } | about
-        self.rows.append({name: str(row.get(name, "")) for name in COLUMNS})
+        # Read again: another process may have added its rows meanwhile.
+        self.rows = [*_read(self.args.output), {n: str(row.get(n, "")) for n in COLUMNS}]
         _write(self.args.output, self.rows)
         print({k: row[k] for k in ("method", "cut", "top1", "dense_top1", "agreement")}, flush=True)
         return result.masks
 
     def all(self) -> None:
         """Every experiment of the tables in the README."""
-        if not self.args.plans_only:
+        if self.args.plans_only:
+            self.first()  # it stops here, not after hours, where that is missing
+        else:
             self.searches()
         self.plans()
 
@@ -231,7 +244,13 @@ class Experiments:
     def first(self) -> dict[str, str]:
         """The row of the search at tolerance 0.02."""
         about = {"method": "search", "tolerance": 0.02, "block_epochs": 0}
-        return next(row for row in self.rows if _same(row, self.args.model, about))
+        for row in self.rows:
+            if _same(row, self.args.model, about):
+                return row
+        raise SystemExit(
+            f"{self.args.output} has no search of {self.args.model} at tolerance 0.02, whose "
+            "counts other experiments take: run without --plans-only"
+        )
 
     def first_counts(self) -> tuple[int, ...]:
         """Its kept counts."""
@@ -254,15 +273,19 @@ def _read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or COLUMNS) != COLUMNS:
+            raise SystemExit(f"{path} has other columns than {', '.join(COLUMNS)}")
+        return list(reader)
 
 
 def _write(path: Path, rows: Sequence[dict[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, text.getvalue().encode())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

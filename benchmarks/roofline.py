@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from slimvit import Masks, _cpu, accelerate, models
+from slimvit import Masks, _extensions, accelerate, models
 from slimvit.backends import cpu
 from slimvit.bench import commit, device_name, format_keep, parse_keep
 from slimvit.export import sample_images
@@ -32,6 +32,7 @@ MODELS = [f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")]
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("model", "device", "precision", "batch", "kept", "part", "microseconds", "share")
 COLUMNS += ("ideal", "of_peak", "peak_gflops", "commit")
+_cpu = _extensions.load("_cpu")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=RESULTS / "roofline.csv")
     args = parser.parse_args(argv)
+    if _cpu is None:
+        raise SystemExit(_extensions.why_not("_cpu"))
     torch.set_num_threads(1)
     records = []
     for name in args.models:

@@ -6,7 +6,8 @@
 
 Plans that choose tokens for each image are measured beside static masks of the same counts; their
 predictors and selectors are untrained, which speed does not depend on.
-What the file holds already is not measured again, so a run that was stopped goes on where it was.
+What one run in the file holds already, by the same back end and beside the same runtimes, is not
+measured again, so that a matrix that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -18,18 +19,28 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
 import argparse
 import csv
 import itertools
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 
-from slimvit import Absorb, Masks, models
-from slimvit.bench import append_csv, bench, check_csv, device_name, format_keep, parse_keep
+from slimvit import Absorb, Masks, accelerate, models
+from slimvit.bench import (
+    RUNTIMES,
+    Setting,
+    append_csv,
+    bench,
+    check_csv,
+    device_name,
+    format_keep,
+    parse_keep,
+)
 from slimvit.cli.bench import describe
 from slimvit.dynamic import DPS, Planner, SPViT
 
 MODELS = [f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")]
 RESULTS = Path(__file__).parent / "results"
-KEY = ("model", "device", "threads", "batch", "precision", "kept", "plan")
+KEY = ("model", "device", "threads", "batch", "precision", "kept")
 KEEP = "141,141,131,121,111x7,1"
 PLANS = {  # each saves 45 to 46 % of DeiT-Ti's multiply-accumulates
     "absorb": Absorb(cut=0.45),
@@ -53,7 +64,10 @@ def main(argv: list[str] | None = None) -> None:
         model = models.create(name, checkpoint=checkpoint).to(device)
         masks = plan_of(args, model, kind)
         values = (name, device_name(device), args.threads, batch, precision)
-        if key_of(*values, format_keep(masks.counts), kind) in measured(args.output):
+        runs = measured(args.output)[key_of(*values, format_keep(masks.counts))]
+        setting = Setting(device, batch, precision, args.threads, args.backend)
+        wanted = asked(args.against, setting, model, masks) if runs else set()
+        if any(wanted <= run for run in runs):
             print(f"{name}, {kind}, batch {batch}, {precision}: already in {args.output}")
             continue
         report = bench(
@@ -108,12 +122,26 @@ def plan_of(args: argparse.Namespace, model: torch.nn.Module, kind: str) -> Mask
     return masks
 
 
-def measured(path: Path) -> set[tuple[str, ...]]:
-    """The runs that the file holds."""
-    if not path.exists():
-        return set()
-    with path.open(newline="") as file:
-        return {key_of(*(record[name] for name in KEY)) for record in csv.DictReader(file)}
+def asked(
+    against: list[str] | None, setting: Setting, model: torch.nn.Module, masks: Masks | Planner
+) -> set[tuple[str, str]]:
+    """Runtime and plan of rows that a run has to have: the slim one of slimvit, dense others."""
+    fast = accelerate(model, masks, backend=setting.backend, precision=setting.precision)
+    if against is None:
+        against = [name for name, other in RUNTIMES.items() if other.why_not(setting) is None]
+    slim = (f"slimvit:{fast.backend}", getattr(masks, "kind", "static"))
+    return {slim, *((name, "") for name in against)}
+
+
+def measured(path: Path) -> dict[tuple[str, ...], list[set[tuple[str, str]]]]:
+    """The runs that the file holds, by KEY: runtime and plan of each one's rows."""
+    runs = defaultdict(lambda: defaultdict(set))
+    if path.exists():
+        with path.open(newline="") as file:
+            for record in csv.DictReader(file):
+                run = runs[key_of(*(record[name] for name in KEY))][record["date"]]
+                run.add((record["runtime"], record["plan"]))
+    return defaultdict(list, {key: list(dates.values()) for key, dates in runs.items()})
 
 
 def key_of(*values: object) -> tuple[str, ...]:

@@ -52,7 +52,8 @@ def _not_built(name: str) -> str:
     if others:
         wanted = f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
         return f"slimvit.{name} is built for another Python: {others[0]}, not {wanted}"
-    return f"slimvit.{name} is not built: install slimvit where there is a C++ compiler"
+    compiler = "CUDA" if name == "_cuda" else "C++"
+    return f"slimvit.{name} is not built: install slimvit where there is a {compiler} compiler"
 
 
 def _from_checkout() -> ModuleType | str:

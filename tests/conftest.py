@@ -29,14 +29,14 @@ torch.set_num_threads(min(4, torch.get_num_threads()))
 
 @pytest.fixture(scope="session")
 def real() -> Path:
-    """The folder of the real DeiT-Ti, ViT-Ti and images: $SLIMVIT_REAL or ../shared/real."""
+    """The folder of the real DeiT-Ti, ViT-Ti and images, which SLIMVIT_REAL names."""
     named = os.environ.get("SLIMVIT_REAL")
     folder = Path(named) if named else ROOT.parent / "shared" / "real"
     if (folder / "deit_tiny_patch16_224.safetensors").is_file():
         return folder
     if named:
         pytest.fail(f"SLIMVIT_REAL={named} holds no deit_tiny_patch16_224.safetensors")
-    pytest.skip("no real model and images: ../shared/real is absent and SLIMVIT_REAL is not set")
+    pytest.skip("no real model and images: SLIMVIT_REAL names no folder that has them")
 
 
 @pytest.fixture

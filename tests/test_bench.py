@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -406,7 +407,7 @@ def script(name):
     """A script of benchmarks/, which is no package."""
     path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
     found = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
-    module = importlib.util.module_from_spec(found)
+    module = sys.modules[found.name] = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module
 
@@ -446,3 +447,13 @@ def test_the_matrix_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     run.main([*arguments, "--output", str(output), "--batches", "1", "2"])
     assert "batch 1, float32: already in" in capsys.readouterr().out
     assert len(output.read_text().splitlines()) == 7
+    again = [*arguments, "--output", str(output), "--batches", "1", "--backend", "torch"]
+    run.main(again)
+    assert len(output.read_text().splitlines()) == 10
+    run.main([*again, "--against"])  # less than what is there
+    assert "already in" in capsys.readouterr().out
+    monkeypatch.setitem(RUNTIMES, "other", Other)
+    run.main([*again, "--against", "other"])
+    text = output.read_text()
+    assert [line.split(",")[0] for line in text.splitlines()].count("date") == 1
+    assert text.count(",other,") and text.count(",slimvit:torch,") == 4

@@ -13,7 +13,7 @@ from slimvit import Masks, cli, demo, macs, models
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 from slimvit.demo import _dynamic, _model, _pipeline, train
-from slimvit.errors import CheckpointError, DataError
+from slimvit.errors import CheckpointError, DataError, SlimvitError
 
 TINY = demo.Settings(
     tolerance=0.05, calibration=8, granularity=72, epochs=1, training=32, held_out=20,
@@ -210,6 +210,32 @@ def test_command_writes_its_folder(outcome, tmp_path, monkeypatch, capsys):
     assert json.loads((folder / "demo.json").read_text())["cut"] == outcome.digits.cut
     out = capsys.readouterr().out
     assert "held-out top-1, %" in out and str(folder) in out
+
+
+def test_the_json_may_be_named(outcome, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "run", lambda settings, **_: outcome)
+    named = ["demo", "--output-dir", str(tmp_path), "--json", str(tmp_path / "demo.json")]
+    assert cli.main(named) == 0
+    assert (tmp_path / "demo.json").is_file()
+
+
+def test_command_refuses_what_it_could_not_write(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "run", lambda *_, **__: pytest.fail("it began"))
+    (tmp_path / "demo.json").mkdir()
+    assert cli.main(["demo", "--output-dir", str(tmp_path)]) == 2
+    assert "demo.json must be a file" in capsys.readouterr().err
+
+
+def test_a_back_end_that_does_not_work_is_told_ahead(told):
+    lines = len(told)
+    with pytest.raises(SlimvitError, match="back end cuda: "):
+        demo.run(replace(TINY, backend="cuda", precision="float32"), say=told.append)
+    assert len(told) == lines
+
+
+def test_help_tells_the_precision_that_is_taken(capsys):
+    assert cli.main(["demo", "--help"]) == 0
+    assert "default bfloat16 where" in " ".join(capsys.readouterr().out.split())
 
 
 def test_command_refuses_a_folder_that_is_a_file(tmp_path, capsys):

@@ -105,6 +105,7 @@ def test_a_module_that_was_not_built(attempt):
     assert attempt("_none") == (
         "slimvit._none is not built: install slimvit where there is a C++ compiler"
     )
+    assert _extensions._not_built("_cuda").endswith("where there is a CUDA compiler")
 
 
 def test_the_note_of_the_build_is_the_reason(attempt):

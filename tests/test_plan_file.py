@@ -43,9 +43,9 @@ def bound(kind: str) -> Planner:
 
 
 def content(path) -> tuple[dict, dict]:
-    """The tensors and the metadata of a file."""
+    """The tensors and the metadata of a file, which may then be written anew."""
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         return tensors, file.metadata()
 
 

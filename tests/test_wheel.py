@@ -77,12 +77,13 @@ def files(root: Path, folder: str, *patterns: str) -> set[str]:
 def test_the_source_distribution_can_build(source, sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = {"CMakeLists.txt", "LICENSE", "pyproject.toml", "setup.py"}
+    needed = {"CMakeLists.txt", "LICENSE", "Makefile", "pyproject.toml", "setup.py"}
+    needed |= files(source, "tests", "*") | files(source, "benchmarks", "*")
     needed |= files(source, "csrc", "*.h", "*.cpp", "*.cu") | files(
         source, "kernels", "*.py", "*.json"
     )
     assert needed - names == set()
-    assert not any(name.endswith(".so") for name in names)
+    assert not any(name.endswith((".so", ".pyc", ".not_built.txt")) for name in names)
 
 
 def test_the_wheel_is_of_this_version(wheel):
@@ -96,7 +97,7 @@ def test_the_wheel_installs_slimvit_and_nothing_else(names):
 
 
 def test_the_wheel_holds_every_module_and_weight(source, names):
-    assert files(source, "slimvit", "*.py", "*.safetensors") - names == set()
+    assert files(source, "slimvit", "*.py", "*.safetensors", "py.typed") - names == set()
     kernels = {f"slimvit/{name}" for name in files(source, "kernels", "*.py", "*.json")}
     assert "slimvit/kernels/__init__.py" in kernels
     assert kernels - names == set()

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 HELP = "prune, fine-tune, validate and time a small model in a few minutes"
 
 
-_FILES = ("masks.safetensors", "kept.png", "pyramid.png", "report.md")  # and demo.json, as --json
+_JSON = "demo.json"  # what --json has, too
+_FILES = ("masks.safetensors", "kept.png", "pyramid.png", "report.md", _JSON)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=common.number(above=0), default=0.5, metavar="S",
         help="length of one row's turn in a round (default 0.5)",
     )  # fmt: skip
-    common.add_run_arguments(parser, batch_size=8)
+    precision = "of the slim model (default bfloat16 where the machine has it, else float32)"
+    common.add_run_arguments(parser, batch_size=8, precision=precision)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
 
     common.check_output("--json", args.json)
     folder = _make(args.output_dir)
-    common.check_outputs(args, {name: folder / name for name in _FILES} | {"--json": args.json})
+    outputs = {name: folder / name for name in _FILES}
+    if args.json is not None and os.path.realpath(args.json) == os.path.realpath(folder / _JSON):
+        del outputs[_JSON]  # the same content
+    common.check_outputs(args, outputs | {"--json": args.json})
     start = time.perf_counter()
     settings = demo.Settings(
         tolerance=args.tolerance,
@@ -103,7 +108,7 @@ def _write(folder: Path, outcome: Outcome) -> list[str]:
     from slimvit import demo
 
     outcome.masks.save(folder / "masks.safetensors")
-    common.write_json(folder / "demo.json", demo.to_json(outcome))
+    common.write_json(folder / _JSON, demo.to_json(outcome))
     files = {
         "kept.png": render(outcome.masks.plot(outcome.picture), ".png"),
         "pyramid.png": render(outcome.masks.plot_pyramid(), ".png"),
@@ -111,4 +116,4 @@ def _write(folder: Path, outcome: Outcome) -> list[str]:
     }
     for name, content in files.items():
         atomic_write(folder / name, content)
-    return ["masks.safetensors", "demo.json", *files]
+    return ["masks.safetensors", _JSON, *files]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from slimvit import models
+from slimvit import backends, models
 from slimvit.bench import Report, bench
 from slimvit.demo import _digits, _dynamic, _model
 from slimvit.evaluate import Evaluation, evaluate
@@ -21,7 +21,7 @@ from slimvit.finetune import choose_amp, finetune
 from slimvit.macs import cut
 from slimvit.masks import Masks
 from slimvit.models import Spec
-from slimvit.runtime import accelerate, apply_masks
+from slimvit.runtime import PRECISIONS, accelerate, apply_masks
 from slimvit.search import Result, search
 
 Say = Callable[[str], None]
@@ -116,9 +116,11 @@ def run(settings: Settings, say: Say = print, progress: bool = True) -> Outcome:
         progress: show progress bars on stderr within the stages.
 
     Raises:
-        SlimvitError: scikit-learn is missing, or a setting is out of range.
+        SlimvitError: scikit-learn is missing, the back end cannot run here, or a setting is out of
+            range.
     """
     settings = replace(settings, precision=settings.precision or _fast_precision(settings.device))
+    backends.choose(settings.backend, settings.device, PRECISIONS[settings.precision])  # or raise
     clock = _Clock(say)
     train, held_out = _digits.load_splits()
     train, held_out = train.first(settings.training), held_out.first(settings.held_out)
