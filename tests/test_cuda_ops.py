@@ -148,6 +148,8 @@ class TestRefused:
         self.refuses(shape + r"\[2, 7, 64\], float16", x=random(2, 7, 64, dtype=HALF))
         self.refuses(shape + r"\[2, 7, 48\], float32", x=random(2, 7, 48))
         self.refuses(r"n must be in \[1, m\] = \[1, 7\], got 8", n=8)
+        many = random(1, 7, 48, dtype=HALF).expand(65536, -1, -1)
+        self.refuses("a batch must have at most 65535 images, got 65536", x=many)
         self.refuses(r"stats must be .*, got \[2, 7, 1, 2\]", stats=random(2, 7, 1, 2))
         self.refuses(r"index must be \[B, n\] = \[2, 3\]", index=random.index(2, 2, 7))
         self.refuses(r"key_bias must be \[m\] = \[7\]", key_bias=random(6))

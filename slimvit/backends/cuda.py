@@ -14,7 +14,7 @@ from slimvit.errors import SlimvitError
 OLDEST = 70
 _BFLOAT16 = 80
 _OLDEST_OF_CUDA_13 = 75
-_MOST_IMAGES = 65535  # of the grids that have a row for each
+MOST_IMAGES = 65535  # of the grids that have a row for each
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -109,7 +109,7 @@ def call(function: object, like: Tensor, **arguments: object) -> None:
 
 def run(function: object, like: Tensor, **arguments: object) -> None:
     """Call a kernel with tensors as addresses, on the current stream of the device of `like`."""
-    at_most("batch", arguments.get("batch", 0), _MOST_IMAGES)
+    at_most("batch", arguments.get("batch", 0), MOST_IMAGES)
     plain = {
         name: value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value
         for name, value in arguments.items()

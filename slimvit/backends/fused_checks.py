@@ -18,7 +18,6 @@ from slimvit.backends import cuda, cuda_kernels, triton
 from slimvit.backends.cuda import part_width  # as many parts in every set of kernels
 from slimvit.errors import SlimvitError
 
-MOST_IMAGES = 65535  # of the grids that have a row for each
 _WHY_NOT = {"triton": triton.why_not, "cuda": cuda.why_not}
 _KERNELS = {"triton": triton.kernel_set, "cuda": lambda: cuda_kernels}
 
@@ -80,7 +79,8 @@ def check(
     fits = x.dim() == 3 and x.shape[2] == width and x.dtype == dtype and x.device == device
     require(backend, fits, rule, x)
     batch, m, _ = x.shape
-    require(backend, batch <= MOST_IMAGES, f"a batch may have {MOST_IMAGES} images", batch)
+    most = cuda.MOST_IMAGES
+    require(backend, batch <= most, f"a batch must have at most {most} images", batch)
     require(backend, m > 0, "x must have tokens", x)
     require(backend, 1 <= n <= m, f"n must be in [1, m] = [1, {m}]", n)
     if stats is not None:
