@@ -1,5 +1,6 @@
 """What all tests share. The environment is set before torch is imported, which reads it once."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -25,6 +26,10 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(min(4, torch.get_num_threads()))
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import interpreter
+
+    interpreter.hasten()
 
 
 @pytest.fixture(scope="session")

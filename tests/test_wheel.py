@@ -1,5 +1,6 @@
 """What is distributed: a source distribution, and the wheel that it builds."""
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -57,11 +58,20 @@ def sdist(source, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("unpacked")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder)
-    (unpacked,) = folder.iterdir()
-    return build("wheel", unpacked, tmp_path_factory.mktemp("wheel"))
+    """Built by one of the processes that the tests run in, for all of them."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    output = shared / "the_wheel"
+    with open(shared / "the_wheel.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if built := list(output.glob("*.whl")):
+            return built[0]
+        folder = tmp_path_factory.mktemp("unpacked")
+        with tarfile.open(sdist) as archive:
+            archive.extractall(folder)
+        (unpacked,) = folder.iterdir()
+        return build("wheel", unpacked, output)
 
 
 @pytest.fixture(scope="module")
