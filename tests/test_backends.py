@@ -1,6 +1,7 @@
 """Back ends: why one does not work here, and which one is taken."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +144,27 @@ def test_the_default_device_does_not_matter(name, dynamic):
     with torch.device("meta"):
         got = answer()
     assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_forked_process_computes_on_one_thread(run_from, backend):
+    """OpenMP's other threads are not there any more, and who waits for them waits for ever."""
+    if (reason := why_not(backend, "cpu", torch.float32)) is not None:
+        pytest.skip(reason)
+    lines = run_from(
+        Path(__file__).parent.parent,
+        "import os, signal, timm, torch, slimvit\n"
+        "torch.set_num_threads(2)\n"
+        "model = timm.create_model('vit_tiny_patch16_224').eval()\n"
+        "plan = slimvit.Absorb(cut=0.4)\n"
+        f"fast = slimvit.accelerate(model, plan, backend={backend!r})\n"
+        "images = torch.randn(2, 3, 224, 224)\n"
+        "wanted = fast(images)\n"
+        "if (child := os.fork()) == 0:\n"
+        "    signal.alarm(60)\n"
+        "    off = (fast(images) - wanted).abs().max() / wanted.abs().max()\n"
+        "    print(torch.get_num_threads(), bool(off < 1e-4), flush=True)\n"
+        "    os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1], torch.get_num_threads())\n",
+    )
+    assert lines == ["1 True", "0 2"]

@@ -18,6 +18,7 @@ from slimvit.backends.cpu_module import (
     on_cpu,
     pack_bytes,
     require,
+    threads,
 )
 
 _HUGE_PAGE = 2 << 20
@@ -204,7 +205,7 @@ def slim_block(
         *(address(x), x.stride(1), x.stride(0)),
         *(address(out), out.stride(1), out.stride(0)),
         *(address(index), address(key_bias), bias_image),
-        *(width, batch, m, n, torch.get_num_threads()),
+        *(width, batch, m, n, threads()),
     )
     return out
 
@@ -245,7 +246,7 @@ def run_network(
         *pack_bytes("packs", packs),
         *shape,
         *(address(images), DTYPES[images.dtype], images.shape[1:]),
-        *(address(out), images.shape[0], torch.get_num_threads()),
+        *(address(out), images.shape[0], threads()),
         address(kept),
     )
     return out

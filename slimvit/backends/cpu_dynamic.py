@@ -16,6 +16,7 @@ from slimvit.backends.cpu_module import (
     on_cpu,
     pack_bytes,
     require,
+    threads,
 )
 
 
@@ -169,7 +170,7 @@ def select_tokens(x: Tensor, pack: Tensor, n: int, prefix: int) -> tuple[Tensor,
         *pack_bytes("pack", pack),
         *(address(x), x.stride(1), x.stride(0)),
         *(address(out), out.stride(1), out.stride(0)),
-        *(address(place), width, batch, m, n, prefix, torch.get_num_threads()),
+        *(address(place), width, batch, m, n, prefix, threads()),
     )
     return out, place
 
@@ -214,7 +215,7 @@ def dynamic_block(
         *(address(out), out.stride(1), out.stride(0)),
         *(address(size), address(spread), address(kept), address(into)),
         *(address(sizes), address(spreads)),
-        *(width, batch, m, n, prefix, torch.get_num_threads()),
+        *(width, batch, m, n, prefix, threads()),
     )
     return out, kept, into, sizes, spreads
 

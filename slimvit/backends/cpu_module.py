@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimvit import _extensions
+from slimvit.backends.forks import guard_forks
 from slimvit.errors import SlimvitError
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -52,6 +53,12 @@ def make_pack(
 def _plain(array: Tensor) -> Tensor:
     array = array.detach()
     return (array.float() if array.is_floating_point() else array).contiguous()
+
+
+def threads() -> int:
+    """On how many threads to compute: torch's."""
+    guard_forks()
+    return torch.get_num_threads()
 
 
 def address(tensor: Tensor | None) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from slimvit import models
 from slimvit.backends import choose
+from slimvit.backends.forks import guard_forks
 from slimvit.dynamic import Planner
 from slimvit.errors import UsageError
 from slimvit.masks import Masks
@@ -64,6 +65,10 @@ def accelerate(
     slim = apply_masks(model, masks)
     token = slim.cls_token
     precision = dtype_name(token.dtype) if precision is None else precision
+    if precision not in PRECISIONS and precision == dtype_name(token.dtype):
+        raise UsageError(
+            f"the model is in {precision}: give a precision, one of {', '.join(PRECISIONS)}"
+        )
     if precision not in PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     dtype = PRECISIONS[precision]
@@ -75,6 +80,8 @@ def accelerate(
         raise UsageError(f"cuda_graphs needs a model on a GPU and batch_sizes: {why}")
     if any(size < 1 for size in batch_sizes):
         raise UsageError(f"batch_sizes must be positive, got {list(batch_sizes)}")
+    if token.device.type == "cpu":
+        guard_forks()
     spec = models.spec(model)
     # Kernels read a dynamic model as one whose masks keep everything in the model's own order.
     folded = slim if plan is None else apply_masks(model, _dense(spec))
