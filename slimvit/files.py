@@ -20,7 +20,10 @@ def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
         OSError: the folder is missing or not writable, or the disk is full; `path` is untouched.
     """
     if is_device(path):
-        Path(path).write_bytes(content)
+        try:
+            Path(path).write_bytes(content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         return
     target = Path(os.path.realpath(path))
     temporary = None

@@ -41,6 +41,9 @@ class Plan(Protocol):
 def gmacs(spec: Spec, masks: Masks | Plan | None = None) -> float:
     """Executed giga-MACs for one image: what the slimmed model computes, no more.
 
+    What a plan's choosing costs is counted as the kernels do it; plain PyTorch may compute more to
+    choose, as absorb there compares every patch with every other.
+
     With n kept and m alive tokens, a block costs n·D·Hd for the queries, 2·m·D·Hd for keys and
     values, 2·n·m·Hd for attention, n·Hd·D for its projection and n times the MLP. Embedding and
     head are included; norms, softmax and activations, as usual, are not. In `drop`, m is n_{l-1};

@@ -370,3 +370,8 @@ def test_prune_dynamic_refuses_masks_of_other_semantics(prune, tiny_vit):
     masks_of(tiny_vit, semantics="zero").save("zero.safetensors")
     status, _, error = prune("--dynamic", "--masks", "zero.safetensors")
     assert status != 0 and "semantics drop, got zero" in error
+
+
+def test_half_precision_models_are_fitted(tiny_vit):
+    plan, _ = fit_dps(tiny_vit.half(), [smooth_images(8).half()], masks_of(tiny_vit), epochs=2)
+    assert all(parameter.isfinite().all() for parameter in plan.parameters())

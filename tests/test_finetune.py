@@ -511,3 +511,21 @@ def test_a_distilled_model_that_trains_both_heads():
     images = [(torch.randn(4, 3, 32, 32), torch.randint(7, (4,)))]
     finetune(slim, dense, images, epochs=1, **QUICK)
     assert all(value.isfinite().all() for value in slim.state_dict().values())
+
+
+@pytest.mark.parametrize("frozen_epochs", [0, 1])
+def test_a_plan_that_no_gradient_reaches_is_refused(tiny_vit, batches, frozen_epochs):
+    class Probe(Planner):
+        kind = "test-probe"
+        learns = True
+
+        def __init__(self, counts):
+            super().__init__(counts)
+            self.probe = torch.nn.Linear(64, 1)
+
+        def choose(self, layer, view, n):
+            return view.top(self.probe(view.alive.x)[..., 0].t(), n)
+
+    slim = apply_masks(tiny_vit, Probe([12, 10, 8, 6, 4, 1]))
+    with pytest.raises(PlanError, match="no gradient reaches the weights of Probe"):
+        finetune(slim, tiny_vit, batches, epochs=2, frozen_epochs=frozen_epochs, progress=False)

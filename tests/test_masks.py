@@ -280,7 +280,7 @@ class TestBadFile:
 
     def test_missing(self, tmp_path):
         self.refused(tmp_path / "none.safetensors", "masks file not found")
-        self.refused(tmp_path, "masks file not found")
+        self.refused(tmp_path, "masks file is a folder")
 
     @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, -300, -1])
     def test_truncated(self, tmp_path, length):

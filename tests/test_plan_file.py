@@ -112,9 +112,10 @@ def test_of_another_model(tmp_path):
 
 
 def test_missing(tmp_path):
-    for path in (tmp_path / "none.safetensors", tmp_path):
-        with pytest.raises(PlanError, match="masks or plan file not found"):
-            load_plan(path)
+    with pytest.raises(PlanError, match="masks or plan file not found"):
+        load_plan(tmp_path / "none.safetensors")
+    with pytest.raises(PlanError, match="masks or plan file is a folder"):
+        load_plan(tmp_path)
 
 
 def refused(path, *words) -> None:
@@ -283,3 +284,33 @@ def test_the_file_holds_no_code(tmp_path):
     assert metadata["kind"] == "spvit"
     assert json.loads(metadata["settings"])["keep"] == [0.6, 0.3]
     assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
+
+
+class Sharp(Planner):
+    kind = "test-sharp"
+
+    def __init__(self, counts=None, power: float = 1.0, **_) -> None:
+        super().__init__(counts)
+        self.power = power
+
+
+class Told(Sharp):
+    kind = "test-told"
+
+    def settings(self):
+        return super().settings() | {"power": self.power}
+
+
+def test_arguments_that_settings_forget_are_not_lost_in_a_file(tmp_path):
+    path = tmp_path / "p.safetensors"
+    with pytest.raises(PlanError, match=r"Sharp.settings must name every .*; power is missing"):
+        Sharp(COUNTS, power=-1).save(path)
+    assert not path.exists()
+    Told(COUNTS, power=-1).save(path)
+    assert load_plan(path).power == -1
+
+
+def test_counts_may_be_of_any_whole_numbers():
+    assert DPS(torch.tensor(COUNTS)).bind(spec(build("deit"))).counts == tuple(COUNTS)
+    with pytest.raises(PlanError, match="counts must be whole numbers"):
+        DPS([12.5, 6, 1]).bind(spec(build("deit")))

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.multiprocessing as mp
+from references import build, random_images
 
 from slimvit import Masks, macs, models, prune
 from slimvit.errors import DataError, SearchError, SlimvitError
@@ -280,3 +281,10 @@ def test_processes_may_have_any_number_of_batches(tiny_vit, batches, tmp_path):
                 # Keys' biases change no answer: AdamW steps by the sign of what is rounding there.
                 if not key.endswith("qkv.bias"):
                     torch.testing.assert_close(value, wanted[key], rtol=0, atol=5e-5)
+
+
+def test_empty_batches_are_nothing():
+    model = build("deit")
+    images, options = random_images(model, 6), {"tolerance": 0.02, "epochs": 1}
+    found = quick(model, [images[:0], images], **options)
+    assert torch.equal(found.masks.keep, quick(model, [images], **options).masks.keep)

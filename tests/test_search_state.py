@@ -1,6 +1,9 @@
 """The state of a search: whose it is, how long it stays, and that it changes nothing."""
 
 import functools
+import importlib
+import linecache
+import sys
 
 import pytest
 import torch
@@ -146,3 +149,31 @@ def test_broken_state_is_an_error(tiny_vit, state):
     state.write_bytes(b"not a state")
     with pytest.raises(SlimvitError, match="not a readable search state"):
         quick(tiny_vit, None, tolerance=0.02, state=state)
+
+
+def test_a_score_that_was_edited_is_another_score(tiny_vit, batches, state, tmp_path, monkeypatch):
+    file = tmp_path / "score_of_mine.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    code = """
+from slimvit.search.scores import eq6
+left = iter(range(4))
+def mine(view):
+    if next(left, None) is None:
+        raise InterruptedError
+    return {} * eq6(view)
+"""
+
+    def written(factor):
+        file.write_text(code.format(factor))
+        linecache.clearcache()
+        sys.modules.pop("score_of_mine", None)
+        importlib.invalidate_caches()
+        return importlib.import_module("score_of_mine").mine
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    with pytest.raises(InterruptedError):
+        quick(tiny_vit, batches, tolerance=0.02, score=written("+1"), state=state)
+    with pytest.raises(SlimvitError, match="another search: its code of the score is"):
+        quick(tiny_vit, batches, tolerance=0.02, score=written("-1"), state=state)
+    with pytest.raises(InterruptedError):  # the same one goes on to where its calls end
+        quick(tiny_vit, batches, tolerance=0.02, score=written("+1"), state=state)

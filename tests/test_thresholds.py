@@ -303,3 +303,13 @@ def test_packs_are_checked():
     ):
         with pytest.raises(SlimvitError, match=words):
             pack_chooser(AbsorbParts(1, threshold), 64)
+
+
+def test_empty_batches_are_nothing():
+    images = random_images(build("deit"), 4)
+    plan, options = Absorb(counts=counts_of("deit")), {"progress": False}
+    wanted = fit_thresholds(build("deit"), plan, [images], **options).thresholds
+    got = fit_thresholds(build("deit"), plan, [images[:0], images], **options).thresholds
+    assert got == wanted
+    with pytest.raises(DataError, match="no images"):
+        fit_thresholds(build("deit"), plan, [images[:0]], **options)

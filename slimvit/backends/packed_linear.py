@@ -123,6 +123,7 @@ class PatchLinear(nn.Module):
         batch, channels, height, width = images.shape
         rows, columns = height // self.patch[0], width // self.patch[1]
         patches = images.reshape(batch, channels, rows, self.patch[0], columns, self.patch[1])
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+        width = channels * self.patch[0] * self.patch[1]
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, width)
         out = self.linear(patches, packed=packable(patches))
         return out.transpose(1, 2).unflatten(2, (rows, columns))

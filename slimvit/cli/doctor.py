@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from slimvit import doctor
-from slimvit.cli.common import write_json
+from slimvit.cli.common import check_outputs, then_say, write_json
 
 HELP = "tell what works on this machine and why the rest does not"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `slimvit doctor`."""
-    parser.add_argument("--json", metavar="FILE", help="write the report there as JSON, too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the report there as JSON, too"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; status 1 where no back end works."""
+    check_outputs(args, {"--json": args.json})
     report = doctor.examine()
-    if args.json:
-        write_json(args.json, report)
-    print(doctor.describe(report))
+    with then_say(doctor.describe(report)):
+        if args.json:
+            write_json(args.json, report)
     return 0 if any(report["auto"].values()) else 1

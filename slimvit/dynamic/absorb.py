@@ -108,7 +108,7 @@ class Absorb(Planner):
         prefix, m = view.prefix, view.alive.x.shape[0]
         importance, cosine, score = self._scores(layer, view, n)
         if n is None:
-            if len(score) != 1:
+            if len(score) > 1:
                 raise PlanError(
                     "absorb with thresholds keeps another number of patches of each image: "
                     f"it takes one image a call, got {len(score)}"

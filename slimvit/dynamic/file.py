@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 from pathlib import Path
@@ -19,14 +20,18 @@ from slimvit.masks import Masks
 from slimvit.masks._file import FORMAT as MASKS_FORMAT
 from slimvit.models import Spec
 
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 FORMAT = "slimvit-plan"
 VERSION = 1
 
 
 def save(plan: Planner, path: str | os.PathLike[str]) -> None:
-    """Write a plan, whole or not at all."""
-    if not plan.kind:
-        raise PlanError(f"{type(plan).__name__} has no kind: a plan without a name is not saved")
+    """Write a plan, whole or not at all.
+
+    Raises:
+        PlanError: it could not be read again; see `check_savable`.
+    """
+    check_savable(plan)
     tensors = {name: tensor.detach().cpu() for name, tensor in plan.state_dict().items()}
     metadata = {
         "format": FORMAT,
@@ -40,6 +45,32 @@ def save(plan: Planner, path: str | os.PathLike[str]) -> None:
     atomic_write(path, to_bytes({k: t.contiguous() for k, t in tensors.items()}, metadata))
 
 
+def check_savable(plan: Planner) -> None:
+    """Refuse a plan that a file would not bring back as it is.
+
+    Raises:
+        PlanError: it has no kind, or arguments of its own that its `settings` do not name.
+    """
+    name = type(plan).__name__
+    if not plan.kind:
+        raise PlanError(f"{name} has no kind: a plan without a name is not saved")
+    classes = type(plan).__mro__
+    made, told = (
+        next(place for place, cls in enumerate(classes) if method in vars(cls))
+        for method in ("__init__", "settings")
+    )
+    if made >= told:  # whoever wrote the settings knew the arguments
+        return
+    parameters = list(inspect.signature(classes[made].__init__).parameters.values())[1:]
+    settings = plan.settings()
+    lost = [p.name for p in parameters if p.kind not in _REST and p.name not in settings]
+    if lost:
+        raise PlanError(
+            f"{name}.settings must name every argument of {name}, or a file would bring back "
+            f"another plan; {', '.join(lost)} is missing"
+        )
+
+
 def load_plan(path: str | os.PathLike[str]) -> Planner | Masks:
     """Read and validate a plan file, or a masks file.
 
@@ -49,7 +80,8 @@ def load_plan(path: str | os.PathLike[str]) -> Planner | Masks:
         MasksError: it is a masks file and wrong.
     """
     if not Path(path).is_file():
-        raise PlanError(f"masks or plan file not found: {path}")
+        what = "is a folder" if Path(path).is_dir() else "not found"
+        raise PlanError(f"masks or plan file {what}: {path}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -91,7 +123,10 @@ def _make(metadata: dict[str, str]) -> Planner:
     kind = metadata.get("kind", "")
     if kind not in Planner.kinds:
         known = ", ".join(sorted(Planner.kinds))
-        raise PlanError(f"the planner {kind!r} is unknown, known are {known}")
+        raise PlanError(
+            f"the planner {kind!r} is unknown, known are {known}: one of your own is known once "
+            "the module that defines it is imported"
+        )
     plan = Planner.kinds[kind](**json.loads(metadata["settings"]))
     if "spec" in metadata:
         plan.counts = tuple(json.loads(metadata["counts"]))

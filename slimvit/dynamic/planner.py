@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -34,7 +35,9 @@ class Planner(nn.Module):
             for a planner that works them out from the model.
         spec: the model's shape, after `bind`.
         semantics: pruned tokens are no keys of later blocks.
-        learns: whether `finetune` trains the planner's own weights along with the model's.
+        learns: whether `finetune` trains the planner's own weights along with the model's. Places
+            have no gradient: weights learn through `Choice.weight`, or through the policy or the
+            tokens that `before` returns.
     """
 
     kind: ClassVar[str] = ""
@@ -45,7 +48,7 @@ class Planner(nn.Module):
 
     def __init__(self, counts: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.counts = None if counts is None else tuple(counts)
+        self.counts = None if counts is None else tuple(map(_whole, counts))
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -65,7 +68,10 @@ class Planner(nn.Module):
             view: the block between its keys and its queries; `view.top(scores, n)` helps.
             n: how many to keep, prefix tokens included; None where `count` leaves it open.
         """
-        raise NotImplementedError
+        raise PlanError(
+            f"{type(self).__name__} has no choose, and block {layer + 1} is to keep {n} of "
+            f"{view.alive.x.shape[0]} tokens"
+        )
 
     def parts(self, layer: int) -> ChooserParts | None:
         """How block `layer`, counted from 0, or `before` it, chooses, as compiled kernels read it.
@@ -175,6 +181,14 @@ class Planner(nn.Module):
 
     def extra_repr(self) -> str:  # noqa: D102
         return "" if self.counts is None else "kept=" + ",".join(map(str, self.counts))
+
+
+def _whole(count: Any) -> Any:
+    """Python's own number for any whole one; `bind` refuses the rest."""
+    try:
+        return operator.index(count)
+    except TypeError:
+        return count
 
 
 def _shape(spec: Spec) -> str:

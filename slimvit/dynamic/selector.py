@@ -53,11 +53,13 @@ class Selector(nn.Module):
         """
         p, batch, width = x.shape
         # One product for each head: [H, B · p, c].
-        by_head = x.view(p, batch, self.heads, -1).permute(2, 1, 0, 3).flatten(1, 2)
+        by_head = (
+            x.view(p, batch, self.heads, width // self.heads).permute(2, 1, 0, 3).flatten(1, 2)
+        )
         y = F.layer_norm(by_head, by_head.shape[-1:], eps=self.eps)
         y = F.gelu(self.embed(y * self.norm_weight + self.norm_bias))
         local = (y.shape[-1] + 1) // 2
-        shared = y.view(self.heads, batch, p, -1)[..., local:]
+        shared = y.view(self.heads, batch, p, y.shape[-1])[..., local:]
         if policy is None:
             shared = shared.mean(2)
         else:
@@ -67,7 +69,7 @@ class Selector(nn.Module):
         # The mean is the same for all tokens of an image: its part of the product is taken once.
         of_mean = torch.baddbmm(self.judge1.bias, shared, self.judge1.weight[:, local:])
         y = torch.bmm(y[..., :local], self.judge1.weight[:, :local])
-        y = y.view(self.heads, batch, p, -1) + of_mean.unsqueeze(2)
+        y = y.view(self.heads, batch, p, y.shape[-1]) + of_mean.unsqueeze(2)
         y = self.judge3(F.gelu(self.judge2(F.gelu(y).flatten(1, 2))))
         judged = F.log_softmax(y.float(), -1).view(self.heads, batch, p, 2)
         means = by_head.mean(-1).view(self.heads, batch, p).permute(1, 2, 0)  # [B, p, H]

@@ -305,7 +305,7 @@ class _Parts:
 
 
 def _favoured(score: Tensor, fewest: int) -> int:
-    if score.shape[0] != 1:
+    if score.shape[0] > 1:
         raise PlanError(
             "spvit with argmax keeps another number of patches of each image: "
             f"it takes one image a call, got {score.shape[0]}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from slimvit.dynamic.file import check_savable
 from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
 from slimvit.evaluate import evaluate
 from slimvit.finetune._objective import Objective
@@ -90,8 +91,8 @@ class Run:
         self._learning = [p for p in self.slim.parameters() if p.requires_grad]
         weights = [] if self.plan is None else list(self.plan.parameters())
         self.learns = bool(weights) and self.plan.learns
-        if self.output is not None and self.plan is not None and not self.plan.kind:
-            raise PlanError(f"{type(self.plan).__name__} has no kind: it cannot be saved")
+        if self.output is not None and self.plan is not None:
+            check_savable(self.plan)
         if self.plan is not None:
             self.plan.requires_grad_(self.learns)
         self.optimizer = make_optimizer(self.slim, self.learns, s)
@@ -217,7 +218,14 @@ class Run:
         if student.shares is not None:
             self._shares.append(student.shares.detach().mean(0))
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        if loss.requires_grad:
+            self.scaler.scale(loss).backward()
+        if self.learns and all(p.grad is None for p in self.plan.parameters()):
+            raise PlanError(
+                f"no gradient reaches the weights of {type(self.plan).__name__}, which learns: "
+                "places have none, so let them act through Choice.weight, or through the policy "
+                "or the tokens that `before` returns"
+            )
         self.scaler.unscale_(self.optimizer)
         limit = self.settings.clip or float("inf")
         length = nn.utils.clip_grad_norm_(self.slim.parameters(), limit)

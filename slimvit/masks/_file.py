@@ -42,7 +42,8 @@ def save(masks: Masks, path: str | os.PathLike[str]) -> None:
 
 def load(path: str | os.PathLike[str]) -> Masks:
     if not Path(path).is_file():
-        raise MasksError(f"masks file not found: {path}")
+        what = "is a folder" if Path(path).is_dir() else "not found"
+        raise MasksError(f"masks file {what}: {path}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

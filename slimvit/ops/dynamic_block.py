@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from slimvit.ops.slim_attention import attention_probabilities
 from slimvit.ops.slim_block import BlockParts, attend, mlp_branch, project_kv, project_q, take
@@ -230,6 +231,33 @@ def dynamic_block(
     q = project_q(block, y_kept)
     x = attend(kept.x, y_kept, block, q, view.keys, view.values, alive.key_bias, alive.policy)
     return kept._replace(x=mlp_branch(x, block, kept.spread))
+
+
+def check_places(choice: Choice, m: int, prefix: int) -> None:
+    """Refuse a choice that is not of m tokens' places, ascending, the prefix tokens first.
+
+    Nothing is looked at while torch traces, where there are no values.
+
+    Raises:
+        ValueError: it is not; the blocks above would take other tokens for the prefix tokens.
+    """
+    index = choice.index
+    if torch.compiler.is_compiling() or index.is_meta or isinstance(index, FakeTensor):
+        return
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    found = f"got {index[0].tolist()} of {m} for the first image" if len(index) else ""
+    if (index[:, :prefix] != torch.arange(prefix, device=index.device)).any():
+        raise ValueError(f"choose must keep the {prefix} prefix tokens, {found}")
+    bounds = ((index < 0) | (index >= m)).any()
+    if bounds or (index[:, 1:] <= index[:, :-1]).any():
+        raise ValueError(
+            f"choose must give places from 0 to m - 1 = {m - 1}, each once and ascending, {found}"
+        )
+    if choice.into is not None and ((choice.into < 0) | (choice.into >= index.shape[1])).any():
+        raise ValueError(
+            f"choose must give into, of each pruned token, from 0 to n - 1 = {index.shape[1] - 1}"
+        )
 
 
 def _check(choice: Choice, shape: tuple[int, int], m: int) -> None:

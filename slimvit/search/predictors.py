@@ -158,7 +158,7 @@ def _blocks(
             continue
         targets = [values[:, spec.prefix :].cpu() for values in scores]
         trainer = _Trainer(plan.predictors[str(index - 1)], features, index, spec, settings)
-        wanted = [_standardised(t.clamp(min=_TINY).log()) + pattern for t in targets]
+        wanted = [_standardised(t.float().clamp(min=_TINY).log()) + pattern for t in targets]
         loss = trainer.fit([_standardised(t) for t in wanted])
         found = trainer.correlation(targets)
         bar.set_postfix(block=index, loss=f"{loss:.3f}", correlation=f"{found:.2f}")

@@ -71,6 +71,8 @@ def _enter(slim: nn.Module, loader: Iterable) -> list[Alive]:
     """Each image's tokens ahead of the first block."""
     parameter, found = next(slim.parameters()), []
     for batch in images_of(loader):
+        if not len(batch):
+            continue
         for x in embed(slim, batch.to(parameter.device, parameter.dtype)).split(1):
             place = torch.arange(x.shape[1], device=x.device)[None]
             found.append(Alive(x.transpose(0, 1), place))

@@ -53,7 +53,8 @@ class BlockTuner:
         self._optimizer.zero_grad(set_to_none=True)
         if batch is not None:
             with torch.enable_grad():
-                loss = self._layer.relative_error(features, batch, n).mean()
+                errors = self._layer.relative_error(features, batch, n)
+                loss = errors.sum() / max(len(errors), 1)  # of an empty batch nothing
             if not math.isfinite(loss.item()):
                 raise SearchError(
                     f"fine-tuning of block {self._layer.index} diverged: "
