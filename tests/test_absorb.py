@@ -99,9 +99,9 @@ class TestAbsorb:
         assert plan.bind(shape).counts == plan.counts
         assert Absorb(counts=plan.counts).bind(shape).counts == plan.counts
 
-    @pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, float("nan")])
+    @pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, float("nan"), "0.4"])
     def test_cuts_out_of_range(self, value):
-        with pytest.raises(PlanError, match=r"cut must lie in \(0, 1\), got"):
+        with pytest.raises(PlanError, match=r"cut must be a number in \(0, 1\), got"):
             Absorb(cut=value)
 
     def test_a_cut_out_of_reach(self):

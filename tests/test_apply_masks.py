@@ -21,7 +21,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from slimvit.dynamic import Absorb
-from slimvit.errors import PlanError, SlimvitError, UnsupportedModelError
+from slimvit.errors import PlanError, SlimvitError, UnsupportedModelError, UsageError
 from slimvit.masks import SEMANTICS, Masks
 from slimvit.models import spec
 from slimvit.runtime import accelerate, apply_masks
@@ -477,3 +477,9 @@ def test_timms_weight_decay_groups_and_classifier():
         for either in (model, slim)
     ]
     assert groups[0] == groups[1]
+
+
+@pytest.mark.parametrize("wrong", [None, {}, Masks, [[True]]], ids=str)
+def test_what_is_no_masks_is_refused(wrong):
+    with pytest.raises(UsageError, match="masks must be Masks, a Planner or a file of either, got"):
+        apply_masks(build("deit"), wrong)

@@ -154,6 +154,7 @@ def test_a_speedup_is_really_measured(tiny_vit):
         ({"cut": 0.3, "loader": []}, DataError, "no images"),
         ({"speedup": 1.5, "loader": []}, DataError, "no images"),
         ({"cut": 0.3, "shapes": [], "loader": [1]}, UsageError, "shapes must not be empty"),
+        ({"cut": 0.3, "loader": [torch.zeros(2, 3, 32, 32)]}, SlimvitError, "images must be"),
         ({"cut": 0.99}, PlanError, "cut must be at most"),
     ],
 )

@@ -313,3 +313,11 @@ def test_empty_batches_are_nothing():
     assert got == wanted
     with pytest.raises(DataError, match="no images"):
         fit_thresholds(build("deit"), plan, [images[:0]], **options)
+
+
+@pytest.mark.parametrize("wrong", [(3, 3, 32, 64), (3, 64, 64)])
+def test_wrong_images_are_told_as_they_came(wrong):
+    slim = apply_masks(build("deit"), plan_of("deit")).eval()
+    for call in (slim, slim.forward_features, slim.kept_sets):
+        with pytest.raises(SlimvitError, match=r"images must be \[B, 3, 64, 64\], got \[3, 3?"):
+            call(torch.zeros(wrong))

@@ -10,7 +10,7 @@ from slimvit.cli import common
 from slimvit.cli._types import block_numbers, number, ratios
 from slimvit.dynamic import SPViT, load_plan
 from slimvit.dynamic.spvit import KEEP
-from slimvit.errors import UsageError
+from slimvit.errors import PlanError, UsageError
 from slimvit.finetune import plan_path, resume_path
 from slimvit.models import spec
 
@@ -96,6 +96,11 @@ def check(args: argparse.Namespace, world: int) -> None:
         given = getattr(args, flag[2:].replace("-", "_")) is not None
         if given and getattr(args, other) is None:
             raise UsageError(f"{flag} needs --{other.replace('_', '-')}")
+    if args.spvit is not None and args.target_latency is None:
+        try:
+            SPViT(args.spvit, stages=args.stages)
+        except PlanError as error:
+            raise UsageError(f"--spvit, --stages: {error}") from error
     if args.target_latency is not None and args.spvit != list(KEEP):
         raise UsageError("--target-latency chooses the shares: give --spvit without any")
     if args.latency_table is not None and args.backend is not None:

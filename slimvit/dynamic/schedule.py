@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -28,8 +29,8 @@ def check_cut(cut: float | None, counts: Sequence[int] | None) -> None:
     """Refuse neither or both, and a cut out of range."""
     if (cut is None) == (counts is None):
         raise PlanError("give one of cut and counts")
-    if cut is not None and not 0 < cut < 1:
-        raise PlanError(f"cut must lie in (0, 1), got {cut}")
+    if cut is not None and not (isinstance(cut, numbers.Real) and 0 < cut < 1):
+        raise PlanError(f"cut must be a number in (0, 1), got {cut!r}")
 
 
 def counts_for_cut(

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from slimvit.models.slim import SlimCalls, base_of
-from slimvit.models.vision_transformer import embed, parts
+from slimvit.models.vision_transformer import check_shape, embed, parts
 from slimvit.ops import Alive, Choice, View, check_places, dynamic_block, scatter_tokens
 
 
@@ -111,6 +111,7 @@ class _Dynamic(SlimCalls):
 
     def _goes_one_by_one(self, images: Tensor) -> bool:
         """Whether images keep numbers of their own, which tensors of a batch cannot."""
+        check_shape(self, images)
         return self.plan.ragged and not self.training and len(images) > 1
 
     def __reduce_ex__(self, protocol: int) -> tuple:

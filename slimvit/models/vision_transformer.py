@@ -183,13 +183,22 @@ def parts(block: nn.Module) -> BlockParts:
     )
 
 
-def embed(model: nn.Module, images: Tensor) -> Tensor:
-    """Z_0: images [B, C, H, W] to tokens [B, N, D], position embedding and pre-norm included."""
+def check_shape(model: nn.Module, images: Tensor) -> None:
+    """Refuse images that are not of the model's size.
+
+    Raises:
+        SlimvitError: they are not.
+    """
     embedding = model.patch_embed
     wanted = (embedding.proj.in_channels, *embedding.img_size)
     if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
         sides = ", ".join(map(str, wanted))
         raise SlimvitError(f"images must be [B, {sides}], got {list(images.shape)}")
+
+
+def embed(model: nn.Module, images: Tensor) -> Tensor:
+    """Z_0: images [B, C, H, W] to tokens [B, N, D], position embedding and pre-norm included."""
+    check_shape(model, images)
     return model.norm_pre(model._pos_embed(model.patch_embed(images)))
 
 

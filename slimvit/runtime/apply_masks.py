@@ -9,6 +9,7 @@ from torch import nn
 
 from slimvit import models
 from slimvit.dynamic import Planner, load_plan
+from slimvit.errors import UsageError
 from slimvit.masks import Masks
 
 
@@ -30,12 +31,15 @@ def apply_masks(model: nn.Module, masks: Masks | Planner | str | os.PathLike[str
         `kept_sets(images)` tells each image's.
 
     Raises:
+        UsageError: `masks` are neither masks nor a plan nor a file's name.
         UnsupportedModelError: the model cannot be slimmed.
         MasksError: the masks are wrong or do not fit the model.
         PlanError: the plan is wrong or does not fit the model.
 
     Source: Patch Slimming (Tang et al., CVPR 2022), Eq. 2.
     """
+    if not isinstance(masks, (Masks, Planner, str, os.PathLike)):
+        raise UsageError(f"masks must be Masks, a Planner or a file of either, got {masks!r}")
     kept = masks if isinstance(masks, (Masks, Planner)) else load_plan(masks)
     spec = models.spec(model)
     if isinstance(kept, Planner):

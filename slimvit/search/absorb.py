@@ -147,8 +147,9 @@ def _divergences(model: nn.Module, slims: list[nn.Module], images: Tensor) -> Te
     parameter = next(model.parameters())
     images = images.to(parameter.device, parameter.dtype)
     divergence = _kl if model.num_classes else _error
+    answers = [slim(images).double() for slim in slims]  # they refuse images of another shape
     wanted = model(images).double()
-    return torch.stack([divergence(wanted, slim(images).double()) for slim in slims], 1)
+    return torch.stack([divergence(wanted, answer) for answer in answers], 1)
 
 
 def _kl(wanted: Tensor, logits: Tensor) -> Tensor:
