@@ -375,3 +375,9 @@ def test_prune_dynamic_refuses_masks_of_other_semantics(prune, tiny_vit):
 def test_half_precision_models_are_fitted(tiny_vit):
     plan, _ = fit_dps(tiny_vit.half(), [smooth_images(8).half()], masks_of(tiny_vit), epochs=2)
     assert all(parameter.isfinite().all() for parameter in plan.parameters())
+
+
+@torch.no_grad()
+def test_fitting_wants_its_own_gradients(tiny_vit):
+    _, report = fit_dps(tiny_vit, [smooth_images(8)], masks_of(tiny_vit), epochs=2)
+    assert len(report) == len(CHOOSING)

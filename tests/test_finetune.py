@@ -529,3 +529,11 @@ def test_a_plan_that_no_gradient_reaches_is_refused(tiny_vit, batches, frozen_ep
     slim = apply_masks(tiny_vit, Probe([12, 10, 8, 6, 4, 1]))
     with pytest.raises(PlanError, match="no gradient reaches the weights of Probe"):
         finetune(slim, tiny_vit, batches, epochs=2, frozen_epochs=frozen_epochs, progress=False)
+
+
+@torch.no_grad()
+def test_training_wants_its_own_gradients(pair, batches):
+    slim, dense = pair
+    before = weights(slim)
+    finetune(slim, dense, batches, epochs=1, progress=False)
+    assert any(not torch.equal(before[name], value) for name, value in weights(slim).items())

@@ -288,3 +288,8 @@ def test_empty_batches_are_nothing():
     images, options = random_images(model, 6), {"tolerance": 0.02, "epochs": 1}
     found = quick(model, [images[:0], images], **options)
     assert torch.equal(found.masks.keep, quick(model, [images], **options).masks.keep)
+
+
+def test_block_fine_tuning_of_float16_is_refused(tiny_vit):
+    with pytest.raises(SlimvitError, match="needs a float32 or bfloat16 model, got float16"):
+        quick(tiny_vit.half(), [torch.randn(2, 3, 64, 64).half()], tolerance=0.02, epochs=1)

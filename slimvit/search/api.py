@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimvit import macs, models
-from slimvit.errors import SearchError
+from slimvit.errors import SearchError, UsageError
 from slimvit.masks import Masks
 from slimvit.search import identity
 from slimvit.search.algorithm1 import Found, Settings, run
@@ -140,6 +140,8 @@ def search(
         semantics=semantics,
         seed=seed,
     )
+    if settings.epochs > 0 and next(model.parameters()).dtype == torch.float16:
+        raise UsageError("block fine-tuning needs a float32 or bfloat16 model, got float16")
     cache_bytes = whole("cache_bytes", cache_bytes, 0)
     if uniform:
         settings = replace(settings, counts=uniform_counts(spec, budget.cut, semantics))

@@ -206,8 +206,9 @@ class _Trainer:
                 optimizer.zero_grad(set_to_none=True)
                 batch = own[number]
                 if batch is not None:
-                    losses = self._losses(batch, targets[batch])
-                    losses.mean().backward()
+                    with torch.enable_grad():
+                        losses = self._losses(batch, targets[batch])
+                        losses.mean().backward()
                     if epoch == epochs - 1:
                         mean.add(losses.detach()[:, None])
                 share_gradients(parameters)
