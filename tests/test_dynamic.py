@@ -275,13 +275,14 @@ class Wrong(Planner):
         (lambda index, m: Choice(index.flip(1)), "choose must keep the 1 prefix tokens, got"),
         (lambda index, m: Choice(index.clamp(min=1)), "choose must keep the 1 prefix tokens, got"),
         (lambda index, m: Choice(index * 0), "choose must give places from 0 to m - 1"),
+        (lambda index, m: Choice(index[0]), r"choose must give index \[B, n\] = \[2, 12\], got"),
         (lambda index, m: Choice(index.where(index == 0, m)), "choose must give places from 0 to"),
         (
             lambda index, m: Choice(index, torch.full((2, m - index.shape[1]), index.shape[1])),
             "choose must give into, of each pruned token, from 0 to n - 1",
         ),
     ],
-    ids=["unsorted", "prefix", "twice", "outside", "into"],
+    ids=["unsorted", "prefix", "twice", "shape", "outside", "into"],
 )
 def test_a_wrong_choice_is_refused(choice, message):
     model = build("deit")

@@ -120,3 +120,9 @@ def test_a_device_is_written_to(tmp_path):
     assert os.read(reader, 9) == b"again"
     os.close(reader)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_device_is_named():
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        atomic_write("/dev/full", b"x" * 100_000)

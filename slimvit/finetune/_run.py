@@ -211,17 +211,16 @@ class Run:
         if not len(targets):  # no image could be read: keep step with the other processes
             weight, images, targets = 0.0, self._blank(), torch.full((1,), -1)
         images, targets = images.to(self.device), targets.to(self.device)
+        self.optimizer.zero_grad()
         with torch.enable_grad():
             with self._autocast():
                 answers = self.objective.teacher(images)
                 student = self.model(images)
             loss = weight * self.objective(student, *answers, targets)
+            if loss.requires_grad or not self.learns:
+                self.scaler.scale(loss).backward()
         if student.shares is not None:
             self._shares.append(student.shares.detach().mean(0))
-        self.optimizer.zero_grad()
-        if loss.requires_grad:
-            with torch.enable_grad():
-                self.scaler.scale(loss).backward()
         if self.learns and all(p.grad is None for p in self.plan.parameters()):
             raise PlanError(
                 f"no gradient reaches the weights of {type(self.plan).__name__}, which learns: "

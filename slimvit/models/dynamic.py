@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slimvit.models.slim import SlimCalls, base_of
 from slimvit.models.vision_transformer import check_shape, embed, parts
-from slimvit.ops import Alive, Choice, View, check_places, dynamic_block, scatter_tokens
+from slimvit.ops import Alive, dynamic_block, scatter_tokens
 
 
 class _Dynamic(SlimCalls):
@@ -73,17 +73,12 @@ class _Dynamic(SlimCalls):
             alive,
             parts(self.blocks[layer] if module is None else module),
             self.plan.count(layer, alive.x.shape[0]),
-            partial(self._choose, layer),
+            partial(self.plan.choose, layer),
             prefix=self.plan.prefix,
             head_tokens=self.plan.spec.head_tokens,
+            # slimvit's own planners choose rightly by construction
+            check_places=not type(self.plan).choose.__module__.startswith("slimvit."),
         )
-
-    def _choose(self, layer: int, view: View, n: int | None) -> Choice:
-        choice = self.plan.choose(layer, view, n)
-        # slimvit's own planners choose rightly by construction; others are looked at.
-        if not type(self.plan).choose.__module__.startswith("slimvit."):
-            check_places(choice, view.alive.x.shape[0], view.prefix)
-        return choice
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False

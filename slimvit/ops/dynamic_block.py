@@ -180,6 +180,7 @@ def dynamic_block(
     *,
     prefix: int,
     head_tokens: int = 1,
+    check_places: bool = False,
 ) -> Alive:
     """A block that keeps n of its tokens, each image its own.
 
@@ -197,13 +198,16 @@ def dynamic_block(
         choose: asked with a view of the block and n.
         prefix: prefix tokens, always kept.
         head_tokens: leading tokens that the head reads.
+        check_places: look at what is chosen, not at its shape alone; not while torch traces, where
+            there are no values.
 
     Returns:
         The kept tokens, with their places, sizes and spreads. Without anything absorbed this is
         `slim_block(x, block, index, key_bias=log(size))`.
 
     Raises:
-        ValueError: n is more than the alive tokens, or the choice is not of n tokens.
+        ValueError: n is more than the alive tokens, or the choice is not of n tokens; where places
+            are checked, they are not ascending with the prefix tokens first.
     """
     m = alive.x.shape[0]
     if n is not None and n > m:
@@ -223,6 +227,8 @@ def dynamic_block(
         choice = choose(view, n)
         n = choice.index.shape[1] if n is None else n
         _check(choice, (alive.x.shape[1], n), m)
+        if check_places:
+            _check_places(choice, m, prefix)
         kept = absorb_tokens(alive, choice)
         if choice.into is None:
             y_kept = take(y, choice.index)
@@ -233,21 +239,16 @@ def dynamic_block(
     return kept._replace(x=mlp_branch(x, block, kept.spread))
 
 
-def check_places(choice: Choice, m: int, prefix: int) -> None:
-    """Refuse a choice that is not of m tokens' places, ascending, the prefix tokens first.
-
-    Nothing is looked at while torch traces, where there are no values.
-
-    Raises:
-        ValueError: it is not; the blocks above would take other tokens for the prefix tokens.
-    """
+def _check_places(choice: Choice, m: int, prefix: int) -> None:
+    """The blocks above would take whatever comes first for the prefix tokens."""
     index = choice.index
     if torch.compiler.is_compiling() or index.is_meta or isinstance(index, FakeTensor):
         return
     if index.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     found = f"got {index[0].tolist()} of {m} for the first image" if len(index) else ""
-    if (index[:, :prefix] != torch.arange(prefix, device=index.device)).any():
+    first = torch.arange(prefix, device=index.device)
+    if index.shape[1] < prefix or (index[:, :prefix] != first).any():
         raise ValueError(f"choose must keep the {prefix} prefix tokens, {found}")
     bounds = ((index < 0) | (index >= m)).any()
     if bounds or (index[:, 1:] <= index[:, :-1]).any():
