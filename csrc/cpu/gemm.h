@@ -25,8 +25,9 @@ struct Panels {
 constexpr long kStepsAhead = 24;
 constexpr long kLine = 64;  // bytes of a cache line
 
-// Columns that stay in the second cache, in bytes, while all rows pass them.
-constexpr long kColumnBytes = 384 * 1024;
+// Columns that stay in the second cache, in bytes, while all rows pass them; what follows them in
+// memory is fetched meanwhile, and has room there too.
+constexpr long kColumnBytes = 256 * 1024;
 
 template <int NV, class S, typename T>
 SLIMVIT_INLINE void prefetch_step(const T* b) {
@@ -35,13 +36,15 @@ SLIMVIT_INLINE void prefetch_step(const T* b) {
   for (long i = 0; i < NV * S::kLanes * kStep<T>; i += kPerLine) __builtin_prefetch(b + i);
 }
 
-// acc[i][j] += a[i] · b[:, j] over `steps` steps.
+// acc[i][j] += a[i] · b[:, j] over `steps` steps, each of which fetches the line `later` bytes on
+// into the second cache.
 template <class S, typename T, int MR, int NV>
 SLIMVIT_INLINE void multiply(typename S::F (&acc)[MR][NV], const T* a, long lda, const T* b,
-                             long steps) {
+                             long steps, long later) {
   constexpr long kStride = NV * S::kLanes * kStep<T>;
   for (long s = 0; s < steps; ++s) {
     prefetch_step<NV, S>(b + kStepsAhead * kStride);
+    __builtin_prefetch(reinterpret_cast<const char*>(b) + later, 0, 2);
     decltype(S::operand(b)) column[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) column[j] = S::operand(b + j * S::kLanes * kStep<T>);
@@ -57,10 +60,11 @@ SLIMVIT_INLINE void multiply(typename S::F (&acc)[MR][NV], const T* a, long lda,
 }
 
 template <class S, typename T, int MR, int NV, class Epilogue>
-void tile(const T* a, long lda, const T* b, long steps, long row, long column, Epilogue& epilogue) {
+void tile(const T* a, long lda, const T* b, long steps, long later, long row, long column,
+          Epilogue& epilogue) {
   typename S::F acc[MR][NV];
   epilogue.template begin<MR, NV>(acc, column);
-  multiply<S, T, MR, NV>(acc, a, lda, b, steps);
+  multiply<S, T, MR, NV>(acc, a, lda, b, steps, later);
   epilogue.template end<MR, NV>(acc, row, column);
 }
 
@@ -112,15 +116,15 @@ void matrix_tile(int rows, const bf16* a, long lda, const bf16* b, long steps, l
 }
 
 template <class S, typename T, int NV, class Epilogue>
-SLIMVIT_INLINE void tile_of(int rows, const T* a, long lda, const T* b, long steps, long row,
-                            long column, Epilogue& epilogue) {
+SLIMVIT_INLINE void tile_of(int rows, const T* a, long lda, const T* b, long steps, long later,
+                            long row, long column, Epilogue& epilogue) {
   if constexpr (kMatrices<S, T>)
     matrix_tile<S, NV>(rows, a, lda, b, steps, row, column, epilogue);
   else
     with_rows(rows, [&](auto count) {
       constexpr int kCount = decltype(count)::value;
       if constexpr (kCount <= S::rows(NV))
-        tile<S, T, kCount, NV>(a, lda, b, steps, row, column, epilogue);
+        tile<S, T, kCount, NV>(a, lda, b, steps, later, row, column, epilogue);
     });
 }
 
@@ -132,49 +136,49 @@ long first_row(long m, long t, long tiles, int vecs) {
 
 // The columns [begin, end) that a row of tiles passes: whole panels from `begin` on.
 template <class S, typename T, class Epilogue>
-void row_of_tiles(int rows, const T* a, long lda, const Panels<S, T>& b, long k0, long steps,
-                  long row, long begin, long end, Epilogue& epilogue) {
+void row_of_tiles(int rows, const T* a, long lda, const Panels<S, T>& b, long later, long row,
+                  long begin, long end, Epilogue& epilogue) {
   constexpr int kMaxVecs = Epilogue::kMaxVecs;
+  const long steps = b.k / kStep<T>;
   for (long column = begin; column < end;) {
     const long vecs = least(b.vecs, (b.n - column) / S::kLanes);
-    const T* panel = b.data + column * b.k + k0 * vecs * S::kLanes;
+    const T* panel = b.data + column * b.k;
     if (vecs == 1)
-      tile_of<S, T, 1>(rows, a, lda, panel, steps, row, column, epilogue);
+      tile_of<S, T, 1>(rows, a, lda, panel, steps, later, row, column, epilogue);
     else if (vecs == 2)
-      tile_of<S, T, 2>(rows, a, lda, panel, steps, row, column, epilogue);
+      tile_of<S, T, 2>(rows, a, lda, panel, steps, later, row, column, epilogue);
     else if constexpr (kMaxVecs >= 3) {
       if (vecs == 3)
-        tile_of<S, T, 3>(rows, a, lda, panel, steps, row, column, epilogue);
+        tile_of<S, T, 3>(rows, a, lda, panel, steps, later, row, column, epilogue);
       else if constexpr (kMaxVecs >= 4)
-        tile_of<S, T, 4>(rows, a, lda, panel, steps, row, column, epilogue);
+        tile_of<S, T, 4>(rows, a, lda, panel, steps, later, row, column, epilogue);
     }
     column += vecs * S::kLanes;
   }
 }
 
-// Rows [0, m) of `a` times all columns of `b`, over k in [k0, k0 + depth); `a` starts at k0.
+// Rows [0, m) of `a` times all columns of `b`.
 // As many columns as the second cache holds, and within them a tile's rows go outside: these stay
-// in the first cache while the columns stream past.
+// in the first cache while the columns stream past. The second and the next tiles fetch what
+// follows the block: as many bytes, which are its successor or the weights of the next product.
 template <class S, typename T, class Epilogue>
-void gemm(const T* a, long lda, long m, const Panels<S, T>& b, long k0, long depth,
-          Epilogue& epilogue) {
+void gemm(const T* a, long lda, long m, const Panels<S, T>& b, Epilogue& epilogue) {
   const long panel = b.vecs * S::kLanes;
-  const long panel_bytes = panel * depth * static_cast<long>(sizeof(T));
+  const long panel_bytes = panel * b.k * static_cast<long>(sizeof(T));
   const long block = panel * most(1, kColumnBytes / panel_bytes);
+  const long lines = panel * kStep<T> * static_cast<long>(sizeof(T)) / kLine;  // of a step
   const long tiles = (m + S::rows(b.vecs) - 1) / S::rows(b.vecs);
-  for (long begin = 0; begin < b.n; begin += block)
+  for (long begin = 0; begin < b.n; begin += block) {
+    const long end = least(begin + block, b.n);
+    const long bytes = (end - begin) * b.k * static_cast<long>(sizeof(T));
     for (long t = 0; t < tiles; ++t) {
       const long row = first_row<S, T>(m, t, tiles, b.vecs);
       const int rows = static_cast<int>(first_row<S, T>(m, t + 1, tiles, b.vecs) - row);
       if constexpr (kMatrices<S, T>) S::configure(rows);
-      row_of_tiles<S, T>(rows, a + row * lda, lda, b, k0, depth / kStep<T>, row, begin,
-                         least(begin + block, b.n), epilogue);
+      const long later = 0 < t && t <= lines ? bytes + (t - 1) * kLine : 0;
+      row_of_tiles<S, T>(rows, a + row * lda, lda, b, later, row, begin, end, epilogue);
     }
-}
-
-template <class S, typename T, class Epilogue>
-void gemm(const T* a, long lda, long m, const Panels<S, T>& b, Epilogue& epilogue) {
-  gemm(a, lda, m, b, 0, b.k, epilogue);
+  }
 }
 
 // Accumulators that start at a bias, or at zero.

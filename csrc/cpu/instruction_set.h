@@ -29,8 +29,8 @@ double peak(long rounds) {
     for (int j = 0; j < kVecs; ++j) acc[i][j] = S::zero();
   auto x = S::broadcast(a);
   auto y = S::operand(b);
-  asm volatile("" : SLIMVIT_IN_REGISTER(x), SLIMVIT_IN_REGISTER(y));  // unknown to the compiler
   for (long r = 0; r < rounds; ++r) {
+    asm volatile("" : SLIMVIT_IN_REGISTER(x), SLIMVIT_IN_REGISTER(y));  // unknown to the compiler
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4

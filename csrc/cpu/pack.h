@@ -19,18 +19,44 @@ Linear take_linear(Sections& sections, long n, long k) {
           sections.take<float>(Panels<S, T>::columns(n))};
 }
 
+// `bias` [n] or null, padded to whole vectors.
 template <class S, typename T>
-void pack_linear(void* pack, const Linear& to, const float* weight, const float* bias, long n,
-                 long k, float factor = 1.0f) {
-  pack_columns<S, T>(weight, k, 1, n, k, S::kVecs, factor, section<T>(pack, to.weight));
-  float* out = section<float>(pack, to.bias);
+void pack_bias(const float* bias, long n, float factor, float* out) {
   for (long i = 0; i < Panels<S, T>::columns(n); ++i)
     out[i] = bias != nullptr && i < n ? factor * bias[i] : 0.0f;
 }
 
 template <class S, typename T>
+void pack_linear(void* pack, const Linear& to, const float* weight, const float* bias, long n,
+                 long k, float factor = 1.0f) {
+  pack_columns<S, T>(weight, k, 1, n, k, S::kVecs, factor, section<T>(pack, to.weight));
+  pack_bias<S, T>(bias, n, factor, section<float>(pack, to.bias));
+}
+
+template <class S, typename T>
 Panels<S, T> panels(const T* data, long n, long k) {
   return {data, Panels<S, T>::columns(n), Panels<S, T>::depth(k), S::kVecs};
+}
+
+// Columns of the hidden layer that are held at a time: whole panels everywhere.
+constexpr long kMlpColumns = 768;
+
+// Where a slice of fc1 and fc2 begins: hidden columns [first, first + kMlpColumns) of the one, then
+// what the other makes of them. `first` may be their end.
+template <class S, typename T>
+long mlp_slice(long width, long first) {
+  return Panels<S, T>::size(first, width) + Panels<S, T>::size(width, first);
+}
+
+template <class S, typename T>
+void pack_mlp(const float* fc1, const float* fc2, long width, long hidden, T* out) {
+  for (long first = 0; first < hidden; first += kMlpColumns) {
+    const long columns = least(kMlpColumns, hidden - first);
+    T* slice = out + mlp_slice<S, T>(width, first);
+    pack_columns<S, T>(fc1 + first * width, width, 1, columns, width, S::kVecs, 1.0f, slice);
+    slice += Panels<S, T>::size(columns, width);
+    pack_columns<S, T>(fc2 + first, hidden, 1, width, columns, S::kVecs, 1.0f, slice);
+  }
 }
 
 template <class S, typename T>
@@ -48,11 +74,12 @@ std::int64_t pack_block(const BlockShape& shape, const BlockWeights& w, void* ou
   pack.shape = shape;
   pack.norm1 = {sections.take<float>(width), sections.take<float>(width), shape.eps1};
   pack.norm2 = {sections.take<float>(width), sections.take<float>(width), shape.eps2};
-  pack.q = take_linear<S, T>(sections, inner, width);
   pack.kv = take_linear<S, T>(sections, 2 * inner, width);
+  pack.q = take_linear<S, T>(sections, inner, width);
   pack.proj = take_linear<S, T>(sections, width, inner);
-  pack.fc1 = take_linear<S, T>(sections, hidden, width);
-  pack.fc2 = take_linear<S, T>(sections, width, hidden);
+  pack.mlp = sections.take<T>(mlp_slice<S, T>(width, hidden));
+  pack.fc1_bias = sections.take<float>(Panels<S, T>::columns(hidden));
+  pack.fc2_bias = sections.take<float>(Panels<S, T>::columns(width));
   pack.fc1_squares = sections.take<float>(Panels<S, T>::columns(hidden));
   if (w.extra_key != nullptr) pack.extra = sections.take<T>(2 * inner + 2 * S::kLanes);
   if (shape.lone != 0) {
@@ -71,11 +98,12 @@ std::int64_t pack_block(const BlockShape& shape, const BlockWeights& w, void* ou
   // The softmax works with powers of two.
   const float scale = kLog2E / __builtin_sqrtf(static_cast<float>(shape.head_dim));
   const float* kv_bias = w.qkv_bias == nullptr ? nullptr : w.qkv_bias + inner;
-  pack_linear<S, T>(out, pack.q, w.qkv_weight, w.qkv_bias, inner, width, scale);
   pack_linear<S, T>(out, pack.kv, w.qkv_weight + inner * width, kv_bias, 2 * inner, width);
+  pack_linear<S, T>(out, pack.q, w.qkv_weight, w.qkv_bias, inner, width, scale);
   pack_linear<S, T>(out, pack.proj, w.proj_weight, w.proj_bias, width, inner);
-  pack_linear<S, T>(out, pack.fc1, w.fc1_weight, w.fc1_bias, hidden, width);
-  pack_linear<S, T>(out, pack.fc2, w.fc2_weight, w.fc2_bias, width, hidden);
+  pack_mlp<S, T>(w.fc1_weight, w.fc2_weight, width, hidden, section<T>(out, pack.mlp));
+  pack_bias<S, T>(w.fc1_bias, hidden, 1.0f, section<float>(out, pack.fc1_bias));
+  pack_bias<S, T>(w.fc2_bias, width, 1.0f, section<float>(out, pack.fc2_bias));
   float* squares = section<float>(out, pack.fc1_squares);
   for (long i = 0; i < hidden * width; ++i) {
     const float folded = w.fc1_weight[i] * w.norm2_weight[i % width];

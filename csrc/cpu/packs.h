@@ -57,7 +57,9 @@ struct BlockPack {
   PackHead head;
   BlockShape shape;
   Norm norm1, norm2;
-  Linear q, kv, proj, fc1, fc2;
+  Linear kv, q, proj;  // weights lie in the order of their use
+  std::int64_t mlp;    // T, the weights of fc1 and fc2: see mlp_slice
+  std::int64_t fc1_bias, fc2_bias;
   std::int64_t fc1_squares;           // float32 [hidden], padded: see Activate
   std::int64_t extra;                 // T [2 · H · d]: key, then value
   std::int64_t lone_key, lone_value;  // Panels of every head: [D] from [d], and [d] from [D]

@@ -206,28 +206,29 @@ class Block : private Chooser<S, T> {
     }
     for (long first = 0; first < shape_.hidden; first += kMlpColumns) {
       const long columns = least(kMlpColumns, shape_.hidden - first);
-      expand(y, rows, first, columns);
-      contract(x, rows, first, columns);
+      const T* slice = section<T>(pack_, pack_.mlp) + mlp_slice<S, T>(width(), first);
+      expand(y, rows, first, panels<S, T>(slice, columns, width()));
+      slice += Panels<S, T>::size(columns, width());
+      contract(x, rows, first, panels<S, T>(slice, width(), columns));
     }
   }
 
-  void expand(const T* y, long rows, long first, long columns) const {
+  void expand(const T* y, long rows, long first, const Panels<S, T>& fc1) const {
     const Stopwatch stopwatch(Phase::fc1);
-    const T* fc1 = section<T>(pack_, pack_.fc1.weight) + first * width();
-    const float* bias = bias_of(pack_.fc1) + first;
-    Activate<S, T> activate{{bias}, own_.hidden, columns, shape_.activation};
+    const float* bias = section<float>(pack_, pack_.fc1_bias) + first;
+    Activate<S, T> activate{{bias}, own_.hidden, fc1.n, shape_.activation};
     if (kept_.choosing != nullptr) {
       activate.share = own_.share;
       activate.squares = section<float>(pack_, pack_.fc1_squares) + first;
     }
-    gemm(y, width(), rows, panels<S, T>(fc1, columns, width()), activate);
+    gemm(y, width(), rows, fc1, activate);
   }
 
-  void contract(float* x, long rows, long first, long columns) const {
+  void contract(float* x, long rows, long first, const Panels<S, T>& fc2) const {
     const Stopwatch stopwatch(Phase::fc2);
-    Accumulate<S> add{{first == 0 ? bias_of(pack_.fc2) : nullptr}, x, width()};
-    const Panels<S, T> fc2 = columns_of(pack_.fc2, width(), shape_.hidden);
-    gemm(own_.hidden, columns, rows, fc2, first, columns, add);
+    const float* bias = first == 0 ? section<float>(pack_, pack_.fc2_bias) : nullptr;
+    Accumulate<S> add{{bias}, x, width()};
+    gemm(own_.hidden, fc2.k, rows, fc2, add);
   }
 };
 

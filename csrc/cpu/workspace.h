@@ -1,16 +1,13 @@
 #pragma once
 
-#include "cpu/memory.h"
-#include "cpu/slim_attention.h"
+#include "cpu/pack.h"
 
 // The memory of a forward pass: what a team shares, and what each worker has for itself.
 
 namespace slimvit {
 namespace {
 
-// Rows whose hidden layer is held at a time, and columns of it: whole panels everywhere.
-constexpr long kMlpRows = 256;
-constexpr long kMlpColumns = 768;
+constexpr long kMlpRows = 256;   // rows whose hidden layer is held at a time
 constexpr long kChoiceRows = 8;  // tokens that are compared with others at a time
 constexpr long kMaxLanes = 16;   // of any instruction set
 
