@@ -66,6 +66,13 @@ def tiny_vit() -> torch.nn.Module:
 
 
 @pytest.fixture
+def labelled() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Random images of `tiny_vit` and their labels, three times six."""
+    torch.manual_seed(1)
+    return [(torch.randn(6, 3, 64, 64), torch.randint(10, (6,))) for _ in range(3)]
+
+
+@pytest.fixture
 def prune(tiny_vit, tmp_path, monkeypatch, capsys):
     """`slimvit prune` of a tiny ViT on 6 images, in an empty folder: (status, stdout, stderr)."""
     from slimvit.cli import main

@@ -69,6 +69,8 @@ class Run:
         output: str | Path | None,
         info: dict[str, Any],
     ) -> None:
+        _check_dtype("slim", slim)
+        _check_dtype("dense", dense)
         self.slim, self.dense, self.loader, self.settings = slim, dense, loader, settings
         self.output = Path(output) if output is not None else None
         self.device = next(slim.parameters()).device
@@ -293,3 +295,13 @@ class Run:
         if self.first and self.output is not None:
             kept = f"{self.output} holds epoch {done}" if done else "no epoch was finished"
             tqdm.write(f"stopped: {kept}; the same call goes on from there", file=sys.stderr)
+
+
+def _check_dtype(name: str, model: nn.Module) -> None:
+    others = {p.dtype for p in model.parameters()} - {torch.float32}
+    if others:
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+        raise UsageError(
+            f"{name} must be in float32 for fine-tuning, got {found}: give {name}.float(); amp "
+            "computes in half precision where it pays"
+        )

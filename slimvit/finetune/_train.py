@@ -35,8 +35,8 @@ def finetune(
     then as they were.
 
     Args:
-        slim: what `apply_masks` returns; trained in place.
-        dense: the teacher, on the same device; not changed.
+        slim: what `apply_masks` returns, in float32; trained in place.
+        dense: the teacher, in float32, on the same device; not changed.
         loader: batches (images [b, C, H, W], targets [b] int64, negative for no label); has a
             length, and its attribute `epoch` is set where it has one.
         val_loader: images to evaluate on before the first and after every epoch.
@@ -51,7 +51,7 @@ def finetune(
         settings: the fields of `Settings`: epochs, lr, temperature, alpha, amp, ema_decay, …
 
     Raises:
-        UsageError: a setting out of range.
+        UsageError: a setting out of range, or a model that is not in float32.
         PlanError: the plan has no kind to be saved under, and `output` is given.
         SlimvitError: a loss or gradient that is not finite; the last epoch's files remain.
     """
