@@ -30,9 +30,11 @@ def examine() -> dict[str, Any]:
     Returns:
         `slimvit`, `python`, `system`: versions. `packages`: by name, `version` or None and
         `reason`. `processor`: `name`, `cores`, `threads` (of torch), `instruction_sets`, `uses`,
-        `bfloat16` (True where the processor has the instructions, None if unknown). `modules` and
-        `gpus`: a `reason` where they do not work. `backends`: `name`, `device`, `precision` (what
-        was asked for: float16 on GPUs, float32 on the CPU), `works`, `reason`.
+        `bfloat16` (True where the processor has the instructions, None if unknown), `peaks`
+        (floating-point operations per second of one thread's products, by dtype, as measured now:
+        which precision is the faster one is not the same everywhere). `modules` and `gpus`: a
+        `reason` where they do not work. `backends`: `name`, `device`, `precision` (what was asked
+        for: float16 on GPUs, float32 on the CPU), `works`, `reason`.
         `auto`: the back end that "auto" takes on each device, None where there is none.
     """
     packages = {name: _package(name) for name in _INSTALL}
@@ -76,6 +78,7 @@ def describe(report: dict[str, Any]) -> str:
             ("cores", f"{cpu['cores']}, torch uses {cpu['threads'] or 'none'}"),
             ("instructions", _instructions(cpu)),
             ("bfloat16", _BFLOAT16[cpu["bfloat16"]]),
+            ("products", _products(cpu["peaks"])),
         ],
         "modules": [
             (name, _state(entry) + (_built(report["gpus"]) if name == "_cuda" else ""))
@@ -115,6 +118,13 @@ def _instructions(cpu: dict[str, Any]) -> str:
     return cpu["uses"] + (f", also {', '.join(reversed(others))}" if others else "")
 
 
+def _products(peaks: dict[str, float]) -> str:
+    if not peaks:
+        return "unknown"
+    rates = ", ".join(f"{1e-9 * rate:.0f} in {dtype}" for dtype, rate in peaks.items())
+    return f"{rates} GFLOP/s a thread at most, as measured now"
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
@@ -141,10 +151,11 @@ _HAS_BFLOAT16 |= dict.fromkeys(("aarch64", "arm64"), "neon_bf16")
 def _processor() -> dict[str, Any]:
     cpu = _extensions.load("_cpu")
     sets = cpu.instruction_sets() if cpu else []
-    uses, reason = None, _extensions.why_not("_cpu")
+    uses, reason, peaks = None, _extensions.why_not("_cpu"), {}
     if cpu:
         try:
             uses = cpu.chosen()
+            peaks = {dtype: cpu.peak(dtype) for dtype in ("float32", "bfloat16")}
         except ValueError as error:  # SLIMVIT_ISA
             reason = str(error)
     torch = sys.modules.get("torch")
@@ -156,6 +167,7 @@ def _processor() -> dict[str, Any]:
         "instruction_sets": sets,
         "uses": uses,
         "reason": reason,
+        "peaks": peaks,
         "bfloat16": native in sets if native and cpu else None,
     }
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimvit.errors import DataError, SlimvitError
+from slimvit.runtime.accelerated import AcceleratedViT
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def evaluate(
     """Run both models on the same images and compare their answers.
 
     Args:
-        dense: the reference; takes and returns float32.
-        slim: the slimmed model, same call.
+        dense: the reference, in any floating dtype.
+        slim: the slimmed model, same call, in any floating dtype.
         loader: batches (images [b, C, H, W], targets [b] int64, negative for no label).
         device: where the models are; by default that of the dense model's parameters.
         progress: show a progress bar.
@@ -75,7 +76,7 @@ def evaluate(
         loader, "evaluate", unit="batch", disable=None if progress else True, leave=False
     ):
         images = images.to(device, non_blocking=True)
-        answers = {"dense": dense(images).float(), "slim": slim(images).float()}
+        answers = {"dense": _answer(dense, images), "slim": _answer(slim, images)}
         for name, answer in answers.items():
             if not answer.isfinite().all():
                 raise SlimvitError(
@@ -85,6 +86,14 @@ def evaluate(
     if reduce and dist.is_initialized():
         sums = _sum_over_processes(sums, device)
     return _percentages(sums.tolist(), classes)
+
+
+def _answer(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits in float32. Accelerated models take images of any dtype, others of their own."""
+    if not isinstance(getattr(model, "_orig_mod", model), AcceleratedViT):  # compiled ones too
+        dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+        images = images.to(next(dtypes, images.dtype))
+    return model(images).float()
 
 
 def _count(dense: Tensor, slim: Tensor, targets: Tensor, classes: bool) -> Tensor:

@@ -199,6 +199,18 @@ class TestModule:
             assert (twin.backend, twin.precision) == (backend, "bfloat16")
             assert torch.equal(twin(images), fast(images))
 
+    @pytest.mark.parametrize("where", ["model", "call", "both"])
+    def test_made_in_inference_mode(self, where):
+        """The weights are packed all the same: plain ones, whose changes are noticed."""
+        with torch.inference_mode(where != "call"):
+            model = copy.deepcopy(build("deit"))
+        images, masks = random_images(model, 2), random_masks(model)
+        wanted = accelerate(build("deit"), masks, backend="torch")(images)
+        with torch.inference_mode(where != "model"):
+            fast = accelerate(model, masks, backend="torch")
+        assert not any(parameter.is_inference() for parameter in fast.parameters())
+        assert torch.equal(fast(images), wanted)
+
     def test_masks_given_as_a_path(self, tmp_path):
         model = build("deit")
         masks = random_masks(model, "idle")

@@ -48,6 +48,16 @@ def test_the_table(healthy):
     assert rows(text, "processor")["instructions"].startswith(healthy["processor"]["uses"])
 
 
+def test_how_fast_products_are(healthy):
+    peaks = healthy["processor"]["peaks"]
+    assert peaks.keys() == {"float32", "bfloat16"}
+    assert all(1e9 < rate < 1e13 for rate in peaks.values())
+    report = copy.deepcopy(healthy)
+    report["processor"]["peaks"] = {"float32": 198.3e9, "bfloat16": 99.2e9}
+    told = rows(doctor.describe(report), "processor")["products"]
+    assert told.startswith("198 in float32, 99 in bfloat16 GFLOP/s a thread")
+
+
 def test_a_missing_package_has_its_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     report = doctor.examine()
@@ -73,6 +83,7 @@ def test_a_wrong_instruction_set_is_told(monkeypatch):
     monkeypatch.setenv("SLIMVIT_ISA", "sse9")
     line = rows(doctor.describe(doctor.examine()), "processor")["instructions"]
     assert line.startswith("no: SLIMVIT_ISA must be one of")
+    assert rows(doctor.describe(doctor.examine()), "processor")["products"] == "unknown"
 
 
 def test_without_torch_nothing_works(monkeypatch, capsys):
@@ -195,7 +206,11 @@ def test_verdict_names_each_device(healthy):
 def test_the_command_writes_json(tmp_path, capsys, healthy):
     assert main(["doctor", "--json", str(tmp_path / "report.json")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == doctor.verdict(healthy)
-    assert json.loads((tmp_path / "report.json").read_text()) == healthy
+    report = json.loads((tmp_path / "report.json").read_text())
+    wanted = copy.deepcopy(healthy)
+    for processor in (report["processor"], wanted["processor"]):
+        assert processor.pop("peaks").keys() == {"float32", "bfloat16"}  # measured by each
+    assert report == wanted
 
 
 def test_a_folder_that_is_missing_is_one_clear_line(tmp_path, capsys):

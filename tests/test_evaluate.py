@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from slimvit import Masks, accelerate, models
+from slimvit import Masks, accelerate, apply_masks, models
 from slimvit.data import ImageFolder, image_transform, loader
 from slimvit.errors import DataError, SlimvitError
 from slimvit.evaluate import evaluate
+from slimvit.runtime import AcceleratedViT
 
 
 class Answers(nn.Module):
@@ -98,6 +99,33 @@ def test_dense_masks_agree_everywhere(tiny_vit):
     images = torch.randn(7, 3, *spec.image_size, generator=torch.Generator().manual_seed(0))
     found = evaluate(tiny_vit, same, [(images, torch.full((7,), -1))])
     assert found.agreement == 100.0 and found.cosine == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_models_of_any_dtype(tiny_vit, backend):
+    """Images come in float32; a float32 model in bfloat16 agrees with itself where it is."""
+    dense = tiny_vit.bfloat16()
+    spec = models.spec(dense)
+    masks = Masks.dense(spec.depth, spec.grid, spec.prefix)
+    images = torch.randn(7, 3, *spec.image_size, generator=torch.Generator().manual_seed(0))
+    loader = [(images, torch.full((7,), -1))]
+    for slim in (apply_masks(dense, masks), accelerate(dense, masks, backend=backend)):
+        assert evaluate(dense, slim, loader).cosine > 0.99
+
+
+def test_accelerated_models_answer_in_float32():
+    """A tie in bfloat16 that float32 parts: 1.0 and 1.001."""
+
+    class Wide(AcceleratedViT):
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.table = nn.Parameter(torch.tensor([[1.0, 1.001]], dtype=torch.bfloat16))
+
+        def forward(self, images):
+            return torch.tensor([[1.0, 1.001]], dtype=images.dtype)
+
+    dense = Answers([[0.0, 1.0]], 2)
+    assert evaluate(dense, Wide(), batches([1], 1)).agreement == 100.0
 
 
 def test_real_top1(real):

@@ -325,6 +325,9 @@ class TestRefused:
         for sizes in ([0], [1, -2]):
             with pytest.raises(UsageError, match=r"batch_sizes must be positive, got \["):
                 accelerate(model, masks, batch_sizes=sizes)
+        for sizes in (8, [1.5], ["1"]):
+            with pytest.raises(UsageError, match="batch_sizes must be whole numbers in a list"):
+                accelerate(model, masks, batch_sizes=sizes)
         fast = accelerate(model, masks, backend="torch", batch_sizes=[1, 3])
         with pytest.raises(UsageError, match="cuda_graph needs the model on a GPU, it is on cpu"):
             fast.warm_up(1, cuda_graph=True)

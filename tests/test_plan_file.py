@@ -171,7 +171,7 @@ CHANGES = [
     ({"settings": "7"}, ["unreadable metadata"]),
     ({"settings": '{"magic": 1}'}, ["unreadable metadata", "magic"]),
     ({"settings": '{"counts": 3}'}, ["unreadable metadata"]),
-    ({"settings": '{"counts": [12, 6, 1], "hidden": 0}'}, ["hidden must be at least 1"]),
+    ({"settings": '{"counts": [12, 6, 1], "hidden": 0}'}, ["hidden must be a whole number"]),
     ({"counts": None}, ["lacks the metadata 'counts'"]),
     ({"counts": "[12, 6"}, ["unreadable metadata"]),
     ({"counts": "5"}, ["unreadable metadata"]),

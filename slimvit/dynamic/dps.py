@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class DPS(Planner):
         hidden: r, channels inside the predictors; None for D / 4 rounded to a multiple of 16.
 
     Raises:
-        PlanError: `hidden` is not positive.
+        PlanError: `hidden` is no whole number above 0.
 
     Source: Patch Slimming (Tang et al., CVPR 2022), section 4.4.
     """
@@ -57,9 +58,9 @@ class DPS(Planner):
 
     def __init__(self, counts: Sequence[int], *, hidden: int | None = None) -> None:
         super().__init__(counts)
-        if hidden is not None and hidden < 1:
-            raise PlanError(f"hidden must be at least 1 channel, got {hidden}")
-        self.hidden = hidden
+        if hidden is not None and not (isinstance(hidden, Integral) and hidden >= 1):
+            raise PlanError(f"hidden must be a whole number of channels, at least 1, got {hidden}")
+        self.hidden = None if hidden is None else int(hidden)
         self.predictors = nn.ModuleDict()
 
     def choose(self, layer: int, view: View, n: int) -> Choice:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -30,13 +31,14 @@ PRECISIONS = {
 }
 
 
+@torch.inference_mode(False)  # within it, changes of the weights could not be noticed
 def accelerate(
     model: nn.Module,
     masks: Masks | Planner | str | os.PathLike[str],
     *,
     backend: str = "auto",
     precision: str | None = None,
-    batch_sizes: Sequence[int] = (),
+    batch_sizes: Iterable[int] = (),
     cuda_graphs: bool = False,
 ) -> AcceleratedViT:
     """The slimmed model for inference; the given model is not changed.
@@ -62,6 +64,7 @@ def accelerate(
         MasksError, PlanError: the masks or the plan are wrong or do not fit the model.
         SlimvitError: the back end or the precision cannot run here; the message says why.
     """
+    sizes = _sizes(batch_sizes)
     slim = apply_masks(model, masks)
     token = slim.cls_token
     precision = dtype_name(token.dtype) if precision is None else precision
@@ -75,11 +78,9 @@ def accelerate(
     plan = getattr(slim, "plan", None)
     if cuda_graphs and plan is not None and plan.ragged:
         raise UsageError("cuda_graphs needs a plan whose images all keep as many patches")
-    if cuda_graphs and (not token.is_cuda or not batch_sizes):
-        why = f"the model is on {token.device}" if batch_sizes else "batch_sizes is empty"
+    if cuda_graphs and (not token.is_cuda or not sizes):
+        why = f"the model is on {token.device}" if sizes else "batch_sizes is empty"
         raise UsageError(f"cuda_graphs needs a model on a GPU and batch_sizes: {why}")
-    if any(size < 1 for size in batch_sizes):
-        raise UsageError(f"batch_sizes must be positive, got {list(batch_sizes)}")
     if token.device.type == "cpu":
         guard_forks()
     spec = models.spec(model)
@@ -113,9 +114,19 @@ def accelerate(
         choosers = choosers_of(plan, backend)
         fast = FusedDynamicViT(folded, plan, choosers, parts, dtype, backend, shape)
     fast.eval().requires_grad_(False)
-    for size in batch_sizes or ([1] if backend == "triton" and token.is_cuda else []):
+    for size in sizes or ([1] if backend == "triton" and token.is_cuda else []):
         fast.warm_up(size, cuda_graph=cuda_graphs)
     return fast
+
+
+def _sizes(given: Iterable[int]) -> list[int]:
+    try:
+        sizes = [operator.index(size) for size in given]
+    except TypeError:
+        raise UsageError(f"batch_sizes must be whole numbers in a list, got {given!r}") from None
+    if any(size < 1 for size in sizes):
+        raise UsageError(f"batch_sizes must be positive, got {sizes}")
+    return sizes
 
 
 def why_not_dynamic(plan: Planner, backend: str) -> str | None:

@@ -124,8 +124,10 @@ def fit_dps(
     Source: Patch Slimming (Tang et al., CVPR 2022), section 4.4.
     """
     spec = models.spec(model)
-    settings = _Settings(epochs, lr, spread, seed, 2 if flip else 1)
-    score = _check(score, epochs, lr, spread)
+    settings = _Settings(
+        whole("epochs", epochs, 1), lr, spread, whole("seed", seed), 2 if flip else 1
+    )
+    score = _check(score, lr, spread)
     plan = DPS(_counts(masks, spec), hidden=hidden).bind(spec)
     dense = copy.deepcopy(model).eval().requires_grad_(False)
     progress = progress and rank() == 0
@@ -273,12 +275,10 @@ def _counts(masks: Masks | Sequence[int], spec: Spec) -> tuple[int, ...]:
     return masks.counts
 
 
-def _check(score: str | Score, epochs: int, lr: float, spread: float) -> Score:
+def _check(score: str | Score, lr: float, spread: float) -> Score:
     if score == "random" or isinstance(score, str) and score not in SCORES:
         known = ", ".join(name for name in SCORES if name != "random")
         raise UsageError(f"score must be one of {known}, got {score!r}")
-    if epochs < 1:
-        raise UsageError(f"epochs must be at least 1, got {epochs}")
     if not (math.isfinite(lr) and lr > 0):
         raise UsageError(f"lr must be finite and above 0, got {lr}")
     if not (math.isfinite(spread) and spread >= 0):
