@@ -36,15 +36,26 @@ SLIMVIT_INLINE void prefetch_step(const T* b) {
   for (long i = 0; i < NV * S::kLanes * kStep<T>; i += kPerLine) __builtin_prefetch(b + i);
 }
 
-// acc[i][j] += a[i] · b[:, j] over `steps` steps, each of which fetches the line `later` bytes on
-// into the second cache.
+// What a tile fetches into the second cache as it goes: from so many bytes behind the start of its
+// columns on, so many bytes a step.
+struct Ahead {
+  long offset, pace;
+};
+
+// By how many tiles what follows a block of columns is fetched: slowly, for a core waits for few
+// lines at a time, and its own columns are among them.
+constexpr long kFetchingTiles = 8;
+
+// acc[i][j] += a[i] · b[:, j] over `steps` steps.
 template <class S, typename T, int MR, int NV>
 SLIMVIT_INLINE void multiply(typename S::F (&acc)[MR][NV], const T* a, long lda, const T* b,
-                             long steps, long later) {
+                             long steps, Ahead ahead) {
+  const char* next = reinterpret_cast<const char*>(b) + ahead.offset;
   constexpr long kStride = NV * S::kLanes * kStep<T>;
   for (long s = 0; s < steps; ++s) {
     prefetch_step<NV, S>(b + kStepsAhead * kStride);
-    __builtin_prefetch(reinterpret_cast<const char*>(b) + later, 0, 2);
+    __builtin_prefetch(next, 0, 2);
+    next += ahead.pace;
     decltype(S::operand(b)) column[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) column[j] = S::operand(b + j * S::kLanes * kStep<T>);
@@ -60,11 +71,11 @@ SLIMVIT_INLINE void multiply(typename S::F (&acc)[MR][NV], const T* a, long lda,
 }
 
 template <class S, typename T, int MR, int NV, class Epilogue>
-void tile(const T* a, long lda, const T* b, long steps, long later, long row, long column,
+void tile(const T* a, long lda, const T* b, long steps, Ahead ahead, long row, long column,
           Epilogue& epilogue) {
   typename S::F acc[MR][NV];
   epilogue.template begin<MR, NV>(acc, column);
-  multiply<S, T, MR, NV>(acc, a, lda, b, steps, later);
+  multiply<S, T, MR, NV>(acc, a, lda, b, steps, ahead);
   epilogue.template end<MR, NV>(acc, row, column);
 }
 
@@ -116,7 +127,7 @@ void matrix_tile(int rows, const bf16* a, long lda, const bf16* b, long steps, l
 }
 
 template <class S, typename T, int NV, class Epilogue>
-SLIMVIT_INLINE void tile_of(int rows, const T* a, long lda, const T* b, long steps, long later,
+SLIMVIT_INLINE void tile_of(int rows, const T* a, long lda, const T* b, long steps, Ahead ahead,
                             long row, long column, Epilogue& epilogue) {
   if constexpr (kMatrices<S, T>)
     matrix_tile<S, NV>(rows, a, lda, b, steps, row, column, epilogue);
@@ -124,7 +135,7 @@ SLIMVIT_INLINE void tile_of(int rows, const T* a, long lda, const T* b, long ste
     with_rows(rows, [&](auto count) {
       constexpr int kCount = decltype(count)::value;
       if constexpr (kCount <= S::rows(NV))
-        tile<S, T, kCount, NV>(a, lda, b, steps, later, row, column, epilogue);
+        tile<S, T, kCount, NV>(a, lda, b, steps, ahead, row, column, epilogue);
     });
 }
 
@@ -136,7 +147,7 @@ long first_row(long m, long t, long tiles, int vecs) {
 
 // The columns [begin, end) that a row of tiles passes: whole panels from `begin` on.
 template <class S, typename T, class Epilogue>
-void row_of_tiles(int rows, const T* a, long lda, const Panels<S, T>& b, long later, long row,
+void row_of_tiles(int rows, const T* a, long lda, const Panels<S, T>& b, Ahead ahead, long row,
                   long begin, long end, Epilogue& epilogue) {
   constexpr int kMaxVecs = Epilogue::kMaxVecs;
   const long steps = b.k / kStep<T>;
@@ -144,14 +155,14 @@ void row_of_tiles(int rows, const T* a, long lda, const Panels<S, T>& b, long la
     const long vecs = least(b.vecs, (b.n - column) / S::kLanes);
     const T* panel = b.data + column * b.k;
     if (vecs == 1)
-      tile_of<S, T, 1>(rows, a, lda, panel, steps, later, row, column, epilogue);
+      tile_of<S, T, 1>(rows, a, lda, panel, steps, ahead, row, column, epilogue);
     else if (vecs == 2)
-      tile_of<S, T, 2>(rows, a, lda, panel, steps, later, row, column, epilogue);
+      tile_of<S, T, 2>(rows, a, lda, panel, steps, ahead, row, column, epilogue);
     else if constexpr (kMaxVecs >= 3) {
       if (vecs == 3)
-        tile_of<S, T, 3>(rows, a, lda, panel, steps, later, row, column, epilogue);
+        tile_of<S, T, 3>(rows, a, lda, panel, steps, ahead, row, column, epilogue);
       else if constexpr (kMaxVecs >= 4)
-        tile_of<S, T, 4>(rows, a, lda, panel, steps, later, row, column, epilogue);
+        tile_of<S, T, 4>(rows, a, lda, panel, steps, ahead, row, column, epilogue);
     }
     column += vecs * S::kLanes;
   }
@@ -159,15 +170,16 @@ void row_of_tiles(int rows, const T* a, long lda, const Panels<S, T>& b, long la
 
 // Rows [0, m) of `a` times all columns of `b`.
 // As many columns as the second cache holds, and within them a tile's rows go outside: these stay
-// in the first cache while the columns stream past. The second and the next tiles fetch what
+// in the first cache while the columns stream past. The tiles after the first fetch what
 // follows the block: as many bytes, which are its successor or the weights of the next product.
 template <class S, typename T, class Epilogue>
 void gemm(const T* a, long lda, long m, const Panels<S, T>& b, Epilogue& epilogue) {
   const long panel = b.vecs * S::kLanes;
-  const long panel_bytes = panel * b.k * static_cast<long>(sizeof(T));
+  const long step_bytes = panel * kStep<T> * static_cast<long>(sizeof(T));
+  const long panel_bytes = b.k / kStep<T> * step_bytes;
   const long block = panel * most(1, kColumnBytes / panel_bytes);
-  const long lines = panel * kStep<T> * static_cast<long>(sizeof(T)) / kLine;  // of a step
   const long tiles = (m + S::rows(b.vecs) - 1) / S::rows(b.vecs);
+  const long fetching = least(kFetchingTiles, tiles - 1);
   for (long begin = 0; begin < b.n; begin += block) {
     const long end = least(begin + block, b.n);
     const long bytes = (end - begin) * b.k * static_cast<long>(sizeof(T));
@@ -175,8 +187,10 @@ void gemm(const T* a, long lda, long m, const Panels<S, T>& b, Epilogue& epilogu
       const long row = first_row<S, T>(m, t, tiles, b.vecs);
       const int rows = static_cast<int>(first_row<S, T>(m, t + 1, tiles, b.vecs) - row);
       if constexpr (kMatrices<S, T>) S::configure(rows);
-      const long later = 0 < t && t <= lines ? bytes + (t - 1) * kLine : 0;
-      row_of_tiles<S, T>(rows, a + row * lda, lda, b, later, row, begin, end, epilogue);
+      Ahead ahead{0, 0};
+      if (0 < t && t <= fetching)
+        ahead = {bytes + (t - 1) * panel_bytes / fetching, step_bytes / fetching};
+      row_of_tiles<S, T>(rows, a + row * lda, lda, b, ahead, row, begin, end, epilogue);
     }
   }
 }
