@@ -5,7 +5,8 @@ import csv
 import pytest
 import torch
 from references import build, random_images
-from test_bench import QUICK, ROWS, Other, report
+from test_bench import QUICK, Other
+from test_bench_report import ROWS, report
 
 from slimvit import Absorb, apply_masks
 from slimvit.bench import CSV_COLUMNS, RUNTIMES, Row, _rounds, append_csv, bench, check_csv

@@ -1,10 +1,26 @@
 """Scripts of benchmarks/: what their rows tell, and what they refuse before the work."""
 
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 from PIL import Image
-from test_bench import script
+from test_bench import Other
+from test_bench_report import ROWS, report
 
 from slimvit import Absorb
+from slimvit.bench import RUNTIMES, append_csv
+
+
+def script(name):
+    """A script of benchmarks/, which is no package."""
+    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    found = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
+    module = sys.modules[found.name] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -57,3 +73,50 @@ def test_the_roofline_says_why_it_cannot_be_measured(monkeypatch):
     monkeypatch.setattr(roofline._extensions, "why_not", lambda name: f"{name} is not built")
     with pytest.raises(SystemExit, match="_cpu is not built"):
         roofline.main([])
+
+
+def test_charts_are_drawn_from_the_results(tmp_path):
+    append_csv(tmp_path / "speed.csv", report(ROWS))
+    (tmp_path / "accuracy.csv").write_text(
+        "model,method,score,block_epochs,semantics,cut,top1,dense_top1\n"
+        "vit,search,eq6,0,drop,0.35,77.0,80.0\n"
+        "vit,search,eq6,3,drop,0.46,75.0,80.0\n"
+        'vit,counts,"random, seed 1",0,drop,0.46,70.0,80.0\n'
+        "vit,absorb 0.41,absorb,,drop,0.41,79.0,80.0\n"
+        "vit,counts,eq6,0,zero,0.46,1.0,80.0\n"
+    )
+    chart = script("chart")
+    chart.main([str(path) for path in sorted(tmp_path.glob("*.csv"))])
+    with (tmp_path / "accuracy.csv").open() as file:
+        figure = chart.accuracy(list(csv.DictReader(file)))
+    drawn = {line.get_label() for line in figure.axes[0].get_lines()}
+    assert drawn == {
+        *("search", "search with block fine-tuning", "counts, random", "absorb", "dense")
+    }
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == ["accuracy.png", "speed-a-processor-t1-b8-float32.png"]
+
+
+def test_the_matrix_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    run = script("run")
+    create = run.models.create
+    small = {"img_size": 64, "num_classes": 10}
+    monkeypatch.setattr(run.models, "create", lambda name, **options: create(name, **small))
+    output = tmp_path / "results" / "speed.csv"
+    arguments = ["--models", "test_vit", "--precisions", "float32", "--keep", "12,9x2,5x2,1"]
+    arguments += ["--against", "torch", "--threads", "1", "--rounds", "1", "--seconds", "0.001"]
+    run.main([*arguments, "--output", str(output), "--batches", "1"])
+    assert len(output.read_text().splitlines()) == 4
+    run.main([*arguments, "--output", str(output), "--batches", "1", "2"])
+    assert "batch 1, float32: already in" in capsys.readouterr().out
+    assert len(output.read_text().splitlines()) == 7
+    again = [*arguments, "--output", str(output), "--batches", "1", "--backend", "torch"]
+    run.main(again)
+    assert len(output.read_text().splitlines()) == 10
+    run.main([*again, "--against"])  # less than what is there
+    assert "already in" in capsys.readouterr().out
+    monkeypatch.setitem(RUNTIMES, "other", Other)
+    run.main([*again, "--against", "other"])
+    text = output.read_text()
+    assert [line.split(",")[0] for line in text.splitlines()].count("date") == 1
+    assert text.count(",other,") and text.count(",slimvit:torch,") == 4

@@ -16,18 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tuning import QUICK, same, weights
 
-from slimvit import (
-    Masks,
-    apply_masks,
-    models,
-)
+from slimvit import Masks, apply_masks, models
 from slimvit.errors import CheckpointError, DataError, SlimvitError, UsageError
-from slimvit.finetune import (
-    Settings,
-    choose_amp,
-    distillation_loss,
-    finetune,
-)
+from slimvit.finetune import Settings, choose_amp, distillation_loss, finetune
 from slimvit.finetune import _state as state
 from slimvit.finetune._optimizer import make_schedule
 

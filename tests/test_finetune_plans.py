@@ -9,17 +9,7 @@ import torch
 import torch.nn.functional as F
 from tuning import QUICK, same, weights
 
-from slimvit import (
-    DPS,
-    Absorb,
-    Masks,
-    Planner,
-    SPViT,
-    accelerate,
-    apply_masks,
-    load_plan,
-    models,
-)
+from slimvit import DPS, Absorb, Masks, Planner, SPViT, accelerate, apply_masks, load_plan, models
 from slimvit.dynamic import Static
 from slimvit.errors import CheckpointError, PlanError
 from slimvit.finetune import (
