@@ -8,6 +8,7 @@ import torch
 from references import MODELS, build, off, random_images, random_masks, reference_features
 from timm.models.vision_transformer import LayerScale
 from torch import nn
+from tracing import check_compiled, check_exported
 
 from slimvit.backends import NAMES, why_not
 from slimvit.errors import PlanError, SlimvitError, UsageError
@@ -238,16 +239,11 @@ class TestModule:
     def test_compile(self, semantics):
         model, fast = fast_pair("deit3", semantics)
         images = random_images(model, 2)
-        compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
-        assert off(compiled(images), fast(images)) < FLOAT32
+        check_compiled(fast, images)
 
     def test_export_with_a_dynamic_batch(self):
         model, fast = fast_pair("deit_distilled", "zero")
-        shapes = ({0: torch.export.Dim("batch")},)
-        program = torch.export.export(fast, (random_images(model, 2),), dynamic_shapes=shapes)
-        for batch in (1, 5):
-            images = random_images(model, batch, seed=batch)
-            assert off(program.module()(images), fast(images)) < FLOAT32
+        check_exported(fast, model)
 
 
 class TestRefused:

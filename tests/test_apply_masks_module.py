@@ -10,6 +10,7 @@ from references import MODELS, SMALL, off, random_images, randomise, reference_f
 from test_apply_masks import EXACT, FLOAT32, slim_pair
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from tracing import check_compiled, check_exported
 
 from slimvit.dynamic import Absorb
 from slimvit.errors import UnsupportedModelError
@@ -205,18 +206,14 @@ class TestTracing:
     def test_compile(self, semantics):
         model, slim = slim_pair("deit3", semantics, torch.float32)
         images = random_images(model, 2)
-        with torch.no_grad():
-            compiled = torch.compile(slim, fullgraph=True, backend="aot_eager")
-            assert off(compiled(images), slim(images)) < FLOAT32
+        check_compiled(slim, images)
 
     @pytest.mark.usefixtures("fresh_compiler")
     def test_inductor(self):
         model = randomise(VisionTransformer(img_size=32, **{**SMALL, "depth": 2})).eval()
         slim = apply_masks(model, Masks.from_counts([4, 3], (2, 2)))
         images = random_images(model, 2)
-        with torch.no_grad():
-            compiled = torch.compile(slim, fullgraph=True)
-            assert off(compiled(images), slim(images)) < FLOAT32
+        check_compiled(slim, images, "inductor")
 
     @pytest.mark.usefixtures("fresh_compiler")
     def test_compile_for_training(self):
@@ -233,9 +230,4 @@ class TestTracing:
     @pytest.mark.parametrize("semantics", SEMANTICS)
     def test_export_with_a_dynamic_batch(self, semantics):
         model, slim = slim_pair("deit_distilled", semantics, torch.float32)
-        shapes = ({0: torch.export.Dim("batch")},)
-        program = torch.export.export(slim, (random_images(model, 2),), dynamic_shapes=shapes)
-        for batch in (1, 3, 7):
-            images = random_images(model, batch, seed=batch)
-            with torch.no_grad():
-                assert off(program.module()(images), slim(images)) < FLOAT32
+        check_exported(slim, model)

@@ -10,6 +10,7 @@ from planners import FLOAT32, KINDS, pair, plans
 from references import build, off, random_images, randomise
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from tracing import check_compiled, check_exported
 
 from slimvit import apply_masks
 from slimvit.errors import SlimvitError, UnsupportedModelError
@@ -158,26 +159,17 @@ class TestTracing:
     def test_compile(self, kind):
         model, slim = pair(kind, "deit_distilled", torch.float32)
         images = random_images(model, 2)
-        with torch.no_grad():
-            compiled = torch.compile(slim, fullgraph=True, backend="aot_eager")
-            assert off(compiled(images), slim(images)) < FLOAT32
+        check_compiled(slim, images)
 
     @pytest.mark.usefixtures("fresh_compiler")
     def test_inductor(self):
         model, slim = pair("absorb", dtype=torch.float32)
         images = random_images(model, 2)
-        with torch.no_grad():
-            compiled = torch.compile(slim, fullgraph=True)
-            assert off(compiled(images), slim(images)) < FLOAT32
+        check_compiled(slim, images, "inductor")
 
     @pytest.mark.parametrize(
         ("kind", "name"), [("absorb", "deit_distilled"), ("largest", "dinov2_reg4")]
     )
     def test_export_with_a_dynamic_batch(self, kind, name):
         model, slim = pair(kind, name, torch.float32)
-        shapes = ({0: torch.export.Dim("batch")},)
-        program = torch.export.export(slim, (random_images(model, 2),), dynamic_shapes=shapes)
-        for batch in (1, 3, 7):
-            images = random_images(model, batch, seed=batch)
-            with torch.no_grad():
-                assert off(program.module()(images), slim(images)) < FLOAT32
+        check_exported(slim, model)

@@ -103,7 +103,7 @@ def test_dense_masks_agree_everywhere(tiny_vit):
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_models_of_any_dtype(tiny_vit, backend):
-    """Images come in float32; a float32 model in bfloat16 agrees with itself where it is."""
+    """The loader's images are float32, whatever the models compute in."""
     dense = tiny_vit.bfloat16()
     spec = models.spec(dense)
     masks = Masks.dense(spec.depth, spec.grid, spec.prefix)

@@ -42,8 +42,8 @@ struct Ahead {
   long offset, pace;
 };
 
-// By how many tiles what follows a block of columns is fetched: slowly, for a core waits for few
-// lines at a time, and its own columns are among them.
+// By how many rows of tiles what follows a block of columns is fetched: slowly, for only so many
+// lines are under way at a time, and the block's own are among them.
 constexpr long kFetchingTiles = 8;
 
 // acc[i][j] += a[i] · b[:, j] over `steps` steps.
@@ -168,10 +168,10 @@ void row_of_tiles(int rows, const T* a, long lda, const Panels<S, T>& b, Ahead a
   }
 }
 
-// Rows [0, m) of `a` times all columns of `b`.
-// As many columns as the second cache holds, and within them a tile's rows go outside: these stay
-// in the first cache while the columns stream past. The tiles after the first fetch what
-// follows the block: as many bytes, which are its successor or the weights of the next product.
+// Rows [0, m) of `a` times all columns of `b`. As many columns as the second cache holds, and
+// within them a tile's rows go outside: these stay in the first cache while the columns stream
+// past. The rows of tiles after the first fetch what follows the block: as many bytes, which are
+// its successor or the weights of the next product. Products of matrices (AMX) fetch nothing.
 template <class S, typename T, class Epilogue>
 void gemm(const T* a, long lda, long m, const Panels<S, T>& b, Epilogue& epilogue) {
   const long panel = b.vecs * S::kLanes;
