@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimvit.errors import ExportError, MismatchError, UsageError
+from slimvit.checks import whole
+from slimvit.errors import ExportError, MismatchError
 from slimvit.files import atomic_write, is_device, put_in_place
 
 TOLERANCE = 1e-4
@@ -54,10 +55,9 @@ def export_onnx(
             file, or it cannot be exported or written.
         MismatchError: ONNX Runtime answers otherwise than the model.
     """
-    if batch != "dynamic" and not (isinstance(batch, int) and batch >= 1):
-        raise UsageError(f'batch must be "dynamic" or at least 1, got {batch!r}')
-    if opset < 18:
-        raise UsageError(f"opset must be at least 18, got {opset}")
+    if batch != "dynamic":
+        batch = whole("batch, where it is not dynamic,", batch, 1)
+    opset = whole("opset", opset, 18)
     _require("onnx", "onnxscript", *(["onnxruntime"] if check else []))
     model = _plain(model)
     size = sum(p.numel() * p.element_size() for p in model.state_dict().values())

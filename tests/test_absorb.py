@@ -23,7 +23,7 @@ class TestCounts:
             ([9, 12, 1], "not grow with depth"),
             ([9, 0, 0], "keep the 1 prefix tokens"),
             ([9, 5, 0], "the 1 that the head reads"),
-            ([9.5, 5, 1], r"whole numbers, got \[9.5, 5, 1\]"),
+            ([9.5, 5, 1], "each of counts must be a whole number, got 9.5"),
         ],
     )
     def test_that_do_not_fit(self, counts, words):
@@ -101,7 +101,9 @@ class TestAbsorb:
 
     @pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, float("nan"), "0.4"])
     def test_cuts_out_of_range(self, value):
-        with pytest.raises(PlanError, match=r"cut must be a number in \(0, 1\), got"):
+        with pytest.raises(
+            PlanError, match="cut must be (a number|finite, above 0 and below 1), got"
+        ):
             Absorb(cut=value)
 
     def test_a_cut_out_of_reach(self):

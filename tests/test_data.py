@@ -246,11 +246,11 @@ def test_subset_must_be_a_slice(subset):
 def test_numbers_are_checked(folder):
     with pytest.raises(DataError, match="subset 20:30 holds none of the 12 images"):
         ImageFolder(folder, subset="20:30")
-    with pytest.raises(UsageError, match="samples must be >= 1, got 0"):
+    with pytest.raises(UsageError, match="samples must be at least 1, got 0"):
         ImageFolder(folder, samples=0)
-    with pytest.raises(UsageError, match="batch size must be >= 1, got 0"):
+    with pytest.raises(UsageError, match="batch size must be at least 1, got 0"):
         loader(ImageFolder(folder), 0)
-    with pytest.raises(UsageError, match="workers must be >= 0, got -1"):
+    with pytest.raises(UsageError, match="workers must be at least 0, got -1"):
         loader(ImageFolder(folder), 1, -1)
 
 

@@ -162,7 +162,9 @@ def test_what_cannot_be_exported_says_so(vit, tmp_path):
         export_onnx(torch.nn.Linear(2, 2), tmp_path / "a.onnx")
     with pytest.raises(UsageError, match="opset must be at least 18, got 17"):
         export_onnx(vit, tmp_path / "a.onnx", opset=17)
-    with pytest.raises(UsageError, match="batch must be"):
+    with pytest.raises(
+        UsageError, match="batch, where it is not dynamic, must be at least 1, got 0"
+    ):
         export_onnx(vit, tmp_path / "a.onnx", batch=0)
     with pytest.raises(ExportError, match="cannot write"):
         export_onnx(vit, tmp_path / "missing" / "a.onnx")

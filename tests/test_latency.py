@@ -175,7 +175,7 @@ def test_blocks_are_timed_through_fused_kernels(tiny_vit, monkeypatch):
         ({"ratios": (0.5,)}, r"ratios must be two or more in \(0, 1\], got \[0.5\]"),
         ({"ratios": (0.5, 1.5)}, r"in \(0, 1\], got \[1.5, 0.5\]"),
         ({"ratios": (0.02, 0.01)}, r"16 patches, got \[0.02, 0.01\], which give 2 alone"),
-        ({"batch": 0}, "batch and rounds must be at least 1, got 0 and 1"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"backend": "tpu"}, "tpu"),
         ({"precision": "int8"}, "precision must be one of"),
     ],

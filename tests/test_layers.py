@@ -27,6 +27,7 @@ LAYERS = (
     ("data",),
     ("masks",),
     ("files", "images"),
+    ("checks",),
     ("errors",),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

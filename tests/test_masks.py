@@ -66,7 +66,7 @@ class TestRules:
             ({"keep": torch.ones(0, 14, dtype=torch.bool)}, "at least one token"),
             ({"keep": torch.zeros(3, 14, dtype=torch.bool)}, "the last keeps none"),
             ({"prefix": 1}, "grid (3, 4) plus 1 prefix tokens, got N = 14"),
-            ({"prefix": -1, "grid": (3, 5)}, "plus -1 prefix tokens"),
+            ({"prefix": -1, "grid": (3, 5)}, "prefix must be at least 0, got -1"),
             ({"grid": (4, 4)}, "tokens must be grid (4, 4)"),
             ({"grid": (-3, -4)}, "grid must be two positive whole numbers, got (-3, -4)"),
             ({"grid": (12,)}, "grid must be two positive whole numbers"),
@@ -77,9 +77,9 @@ class TestRules:
             ({"semantics": "gone"}, "one of drop, zero, idle, got 'gone'"),
             ({"scores": torch.ones(14)}, "scores must be [3, 14], got [14]"),
             ({"errors": torch.ones(2)}, "errors must be [3], got [2]"),
-            ({"tolerance": 0.0}, "tolerance must be positive and finite, got 0.0"),
-            ({"tolerance": float("nan")}, "tolerance must be positive and finite, got nan"),
-            ({"tolerance": float("inf")}, "tolerance must be positive and finite, got inf"),
+            ({"tolerance": 0.0}, "tolerance must be finite and above 0, got 0.0"),
+            ({"tolerance": float("nan")}, "tolerance must be finite and above 0, got nan"),
+            ({"tolerance": float("inf")}, "tolerance must be finite and above 0, got inf"),
         ],
     )
     def test_refused(self, change, message):
@@ -179,7 +179,9 @@ class TestMakers:
 
     @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
     def test_uniform_refused(self, ratio):
-        with pytest.raises(MasksError, match=r"keep_ratio must lie in \[0, 1\]"):
+        with pytest.raises(
+            MasksError, match="keep_ratio must be finite, at least 0 and at most 1, got"
+        ):
             Masks.uniform(4, ratio, GRID)
 
     def test_depth_refused(self):
@@ -342,8 +344,8 @@ class TestBadFile:
             ("grid", "[2, 7]", "tokens must be grid (2, 7)"),
             ("image_size", "224", "image_size must be two positive whole numbers"),
             ("tolerance", "low", "unreadable metadata"),
-            ("tolerance", "nan", "tolerance must be positive and finite"),
-            ("tolerance", "-0.02", "tolerance must be positive and finite"),
+            ("tolerance", "nan", "tolerance must be finite and above 0"),
+            ("tolerance", "-0.02", "tolerance must be finite and above 0"),
             ("semantics", "gone", "semantics must be one of drop, zero, idle"),
         ],
     )

@@ -171,15 +171,15 @@ CHANGES = [
     ({"settings": "7"}, ["unreadable metadata"]),
     ({"settings": '{"magic": 1}'}, ["unreadable metadata", "magic"]),
     ({"settings": '{"counts": 3}'}, ["unreadable metadata"]),
-    ({"settings": '{"counts": [12, 6, 1], "hidden": 0}'}, ["hidden must be a whole number"]),
+    ({"settings": '{"counts": [12, 6, 1], "hidden": 0}'}, ["hidden must be at least 1, got 0"]),
     ({"counts": None}, ["lacks the metadata 'counts'"]),
     ({"counts": "[12, 6"}, ["unreadable metadata"]),
     ({"counts": "5"}, ["unreadable metadata"]),
     ({"counts": "[12, 6]"}, ["one for each of 3 blocks, got 2"]),
     ({"counts": "[6, 12, 1]"}, ["not grow with depth"]),
-    ({"counts": "[12.5, 6, 1]"}, ["whole numbers"]),
-    ({"counts": '["a", "b", "c"]'}, ["whole numbers"]),
-    ({"counts": "[Infinity, 6, 1]"}, ["whole numbers"]),
+    ({"counts": "[12.5, 6, 1]"}, ["each of counts must be a whole number, got 12.5"]),
+    ({"counts": '["a", "b", "c"]'}, ["each of counts must be a whole number, got 'a'"]),
+    ({"counts": "[Infinity, 6, 1]"}, ["each of counts must be a whole number, got inf"]),
     ({"spec": "{}"}, ["unreadable metadata"]),
     ({"spec": "null"}, ["unreadable metadata"]),
     ({"spec": "["}, ["unreadable metadata"]),
@@ -312,5 +312,5 @@ def test_arguments_that_settings_forget_are_not_lost_in_a_file(tmp_path):
 
 def test_counts_may_be_of_any_whole_numbers():
     assert DPS(torch.tensor(COUNTS)).bind(spec(build("deit"))).counts == tuple(COUNTS)
-    with pytest.raises(PlanError, match="counts must be whole numbers"):
+    with pytest.raises(PlanError, match="each of counts must be a whole number, got 12.5"):
         DPS([12.5, 6, 1]).bind(spec(build("deit")))

@@ -363,7 +363,7 @@ def test_its_weights_go_to_a_model_of_other_classes():
         ({"stages": (3, 6)}, r"stages must be as many as keep, 3, got \[3, 6\]"),
         ({"stages": (3, 3, 6)}, r"stages must be rising block numbers from 0, got \[3, 3, 6\]"),
         ({"stages": (-1, 3, 6)}, r"rising block numbers from 0"),
-        ({"temperature": 0.0}, r"temperature must be > 0, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be finite and above 0, got 0.0"),
     ],
 )
 def test_bad_settings_are_named(options, message):

@@ -76,22 +76,15 @@ def absorb_block(
         ascending.
     """
     part = BlockWeights(*weights)
-    require(backend, head_tokens in (1, 2), "head_tokens must be 1 or 2", head_tokens)
     rule = "sizes must be the sizes, their logs and the spreads, or nothing"
     require(backend, len(sizes) in (0, 3), rule, len(sizes))
     size, key_bias, spread = sizes or (None, None, None)
     check(backend, x, stats, part, n, None, key_bias)
-    (batch, m, width), inner = x.shape, part.proj.shape[1]
-    _check_choice(backend, n, m, prefix)
-    rule = f"candidates must be from m - n = {m - n} to the {m - prefix} patches"
-    require(backend, m - n <= candidates <= m - prefix, rule, candidates)
-    rule = f"sizes must be [B, m] = [{batch}, {m}], float32, contiguous"
-    for tensor in sizes:
-        fits = tensor.shape == (batch, m) and tensor.dtype == torch.float32
-        require(backend, fits and tensor.is_contiguous(), rule, tensor)
-    if not batch:
-        kept, none = nothing(x, n, width), x.new_empty(0, n, dtype=torch.float32)
+    _check_absorbed(backend, x, sizes, n, prefix, head_tokens, candidates)
+    if not len(x):
+        kept, none = nothing(x, n, x.shape[2]), x.new_empty(0, n, dtype=torch.float32)
         return *kept, none, none.clone(), none.clone(), none.to(torch.int64)
+    inner = part.proj.shape[1]
     x, kernels, precision = x.contiguous(), kernel_set(backend), precision_of(tf32)
     with on_device(x):
         stats = statistics(kernels, x, spread) if stats is None else stats
@@ -177,6 +170,26 @@ def predicted_tokens(
             precision=precision_of(tf32),
         )
         return kernels.top_tokens(hidden, n, prefix, weight=part.score)
+
+
+def _check_absorbed(
+    backend: str,
+    x: Tensor,
+    sizes: list[Tensor],
+    n: int,
+    prefix: int,
+    head_tokens: int,
+    candidates: int,
+) -> None:
+    batch, m, _ = x.shape
+    require(backend, head_tokens in (1, 2), "head_tokens must be 1 or 2", head_tokens)
+    _check_choice(backend, n, m, prefix)
+    rule = f"candidates must be from m - n = {m - n} to the {m - prefix} patches"
+    require(backend, m - n <= candidates <= m - prefix, rule, candidates)
+    rule = f"sizes must be [B, m] = [{batch}, {m}], float32, contiguous"
+    for tensor in sizes:
+        fits = tensor.shape == (batch, m) and tensor.dtype == torch.float32
+        require(backend, fits and tensor.is_contiguous(), rule, tensor)
 
 
 def _check_choice(backend: str, n: int, m: int, prefix: int) -> None:

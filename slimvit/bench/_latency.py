@@ -19,6 +19,7 @@ from slimvit.bench import _machine
 from slimvit.bench._pieces import pieces
 from slimvit.bench._rounds import measure
 from slimvit.bench._run import _threads
+from slimvit.checks import whole
 from slimvit.dynamic import SPViT
 from slimvit.errors import UsageError
 from slimvit.export import sample_images
@@ -158,32 +159,18 @@ def latency_table(
         SlimvitError: the back end does not run such models here.
     """
     shape, threads = spec(model), threads or torch.get_num_threads()
-    ratios = sorted(set(ratios), reverse=True)
-    if len(ratios) < 2 or not all(0 < ratio <= 1 for ratio in ratios):
-        raise UsageError(f"ratios must be two or more in (0, 1], got {ratios}")
-    if batch < 1 or rounds < 1:
-        raise UsageError(f"batch and rounds must be at least 1, got {batch} and {rounds}")
+    batch, rounds = whole("batch", batch, 1), whole("rounds", rounds, 1)
     if shape.depth < 3:
         raise UsageError(f"the model must have three blocks or more, got {shape.depth}")
-    tokens = list(dict.fromkeys(shape.prefix + max(2, round(r * shape.patches)) for r in ratios))
-    if len(tokens) < 2:
-        raise UsageError(
-            f"ratios must give two or more numbers of the {shape.patches} patches, got {ratios}, "
-            f"which give {tokens[0] - shape.prefix} alone"
-        )
+    tokens = _tokens(ratios, shape)
     options = {"backend": backend, "precision": precision}
     probe = accelerate(model, SPViT((0.5,), stages=(0,)), **options)
-    wholes = [SPViT((1.0,)), SPViT([0.7**i for i in falls(shape)])]
-    whole = [accelerate(model, plan, **options) for plan in wholes]
+    plans = [SPViT((1.0,)), SPViT([0.7**i for i in falls(shape)])]
+    models = [accelerate(model, plan, **options) for plan in plans]
     device = next(model.parameters()).device
     images = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
-    runs = [run for n in tokens for run in pieces(probe, n, batch, shape)] + whole
+    runs = [run for n in tokens for run in pieces(probe, n, batch, shape)] + models
     times = time_calls(runs, images, rounds=rounds, seconds=seconds, threads=threads)
-    rows = []
-    for i, n in enumerate(tokens):
-        chain, last, selector = times[3 * i : 3 * i + 3]
-        keep = (n - shape.prefix) / shape.patches
-        rows.append(Row(keep, n, chain / (shape.depth - 2), last, selector))
     table = LatencyTable(
         model=shape.name,
         image_size=shape.image_size,
@@ -194,14 +181,35 @@ def latency_table(
         precision=precision,
         batch=batch,
         rounds=rounds,
-        rows=tuple(rows),
+        rows=tuple(_row(n, times[3 * i : 3 * i + 3], shape) for i, n in enumerate(tokens)),
         rest_ms=0.0,
         dense_ms=times[-2],
         versions=_machine.versions(),
         commit=_machine.commit(),
     )
-    rests = [t - table.predict(fast.plan) for t, fast in zip(times[-2:], whole)]
+    rests = [t - table.predict(fast.plan) for t, fast in zip(times[-2:], models)]
     return dataclasses.replace(table, rest_ms=statistics.mean(rests))
+
+
+def _tokens(ratios: Sequence[float], shape: Spec) -> list[int]:
+    """Numbers of tokens of these shares of the patches, falling."""
+    ratios = sorted(set(ratios), reverse=True)
+    if len(ratios) < 2 or not all(0 < ratio <= 1 for ratio in ratios):
+        raise UsageError(f"ratios must be two or more in (0, 1], got {ratios}")
+    patches = list(dict.fromkeys(max(2, round(ratio * shape.patches)) for ratio in ratios))
+    if len(patches) < 2:
+        raise UsageError(
+            f"ratios must give two or more numbers of the {shape.patches} patches, got {ratios}, "
+            f"which give {patches[0]} alone"
+        )
+    return [shape.prefix + number for number in patches]
+
+
+def _row(tokens: int, times: Sequence[float], shape: Spec) -> Row:
+    """What the `pieces` of so many tokens took."""
+    chain, last, selector = times
+    keep = (tokens - shape.prefix) / shape.patches
+    return Row(keep, tokens, chain / (shape.depth - 2), last, selector)
 
 
 def falls(shape: Spec) -> range:

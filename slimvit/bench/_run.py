@@ -26,8 +26,9 @@ from slimvit.bench._runtimes import (
     SlimvitStatic,
     Workload,
 )
+from slimvit.checks import number, one_of, whole
 from slimvit.dynamic import Planner
-from slimvit.errors import MismatchError, SlimvitError, UsageError
+from slimvit.errors import MismatchError, SlimvitError
 from slimvit.export import sample_images
 from slimvit.macs import gmacs, mean_gmacs
 from slimvit.masks import Masks
@@ -129,15 +130,12 @@ def _check(
     against: Sequence[str] | None,
 ) -> None:
     for name, value in (("batch", batch), ("rounds", rounds), ("threads", threads)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be at least 1, got {value}")
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"seconds must be positive and finite, got {seconds}")
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if value is not None:
+            whole(name, value, 1)
+    number("seconds", seconds, above=0)
+    one_of("precision", precision, PRECISIONS)
     for name in against or ():
-        if name not in RUNTIMES:
-            raise UsageError(f"unknown runtime {name!r}: one of {', '.join(RUNTIMES)}")
+        one_of("each of against", name, RUNTIMES)
 
 
 def _prepare(

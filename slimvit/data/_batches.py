@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from slimvit.checks import whole
 from slimvit.data._folder import ImageFolder, Unreadable, warn
-from slimvit.errors import DataError, UsageError
+from slimvit.errors import DataError
 
 
 class Batches:
@@ -35,16 +36,9 @@ class Batches:
         shuffle_seed: int | None = None,
         keep_empty: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise UsageError(f"batch size must be >= 1, got {batch_size}")
-        if workers < 0:
-            raise UsageError(f"workers must be >= 0, got {workers}")
-        self.dataset, self.batch_size, self.workers, self.shard = (
-            dataset,
-            batch_size,
-            workers,
-            shard,
-        )
+        self.batch_size = whole("batch size", batch_size, 1)
+        self.workers = whole("workers", workers, 0)
+        self.dataset, self.shard = dataset, shard
         self.shuffle_seed, self.keep_empty, self.epoch = shuffle_seed, keep_empty, 0
 
     def __len__(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from slimvit.checks import whole
 from slimvit.data._labels import NO_LABEL, classes, find_images
 from slimvit.data._transform import Transform
 from slimvit.errors import DataError, UsageError
@@ -122,8 +123,8 @@ def warn(message: str) -> None:
 
 
 def _pick(count: int, subset: str | None, samples: int | None) -> list[int]:
-    if samples is not None and samples < 1:
-        raise UsageError(f"samples must be >= 1, got {samples}")
+    if samples is not None:
+        samples = whole("samples", samples, 1)
     chosen = range(count)[parse_subset(subset)] if subset is not None else range(count)
     if samples is None or samples >= len(chosen):
         return list(chosen)

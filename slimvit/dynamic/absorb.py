@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slimvit.checks import number
 from slimvit.dynamic.planner import Planner
-from slimvit.dynamic.schedule import check_cut, counts_for_cut
+from slimvit.dynamic.schedule import counts_for_cut
 from slimvit.errors import PlanError
 from slimvit.models import Spec
 from slimvit.ops import AbsorbParts, Choice, Threshold, View, candidates, complement, rows_of, top
@@ -61,11 +61,15 @@ class Absorb(Planner):
         thresholds: Sequence[float] | None = None,
     ) -> None:
         super().__init__(counts)
-        check_cut(cut, counts)
-        self.cut = cut
-        self.thresholds = None if thresholds is None else tuple(map(float, thresholds))
-        if not all(0 <= value < math.inf for value in self.thresholds or ()):
-            raise PlanError(f"thresholds must be finite and ≥ 0, got {list(self.thresholds)}")
+        if (cut is None) == (counts is None):
+            raise PlanError("give one of cut and counts")
+        self.cut = None if cut is None else number("cut", cut, above=0, below=1, error=PlanError)
+        if thresholds is not None:
+            thresholds = tuple(
+                number("each of thresholds", value, least=0, error=PlanError)
+                for value in thresholds
+            )
+        self.thresholds = thresholds
 
     def bind(self, spec: Spec) -> Absorb:
         """A copy for a model of this shape."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
 
+from slimvit.checks import whole
 from slimvit.dynamic.planner import Planner
 from slimvit.dynamic.seeded import seeded
 from slimvit.errors import PlanError
@@ -58,9 +58,7 @@ class DPS(Planner):
 
     def __init__(self, counts: Sequence[int], *, hidden: int | None = None) -> None:
         super().__init__(counts)
-        if hidden is not None and not (isinstance(hidden, Integral) and hidden >= 1):
-            raise PlanError(f"hidden must be a whole number of channels, at least 1, got {hidden}")
-        self.hidden = None if hidden is None else int(hidden)
+        self.hidden = None if hidden is None else whole("hidden", hidden, 1, PlanError)
         self.predictors = nn.ModuleDict()
 
     def choose(self, layer: int, view: View, n: int) -> Choice:

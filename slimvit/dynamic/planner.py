@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import operator
 import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import nn
 
+from slimvit.checks import whole
 from slimvit.errors import PlanError
 from slimvit.models import Spec
 from slimvit.ops import Alive, Choice, ChooserParts, View
@@ -48,7 +48,7 @@ class Planner(nn.Module):
 
     def __init__(self, counts: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.counts = None if counts is None else tuple(map(_whole, counts))
+        self.counts = None if counts is None else _whole(counts)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -168,7 +168,7 @@ class Planner(nn.Module):
         if self.spec is not None:
             _check_model(self.spec, spec)
         bound = copy.deepcopy(self)
-        bound.counts = tuple(self.counts_for(spec))
+        bound.counts = _whole(self.counts_for(spec))
         bound.spec = spec
         _check(bound.counts, spec)
         return bound
@@ -183,12 +183,8 @@ class Planner(nn.Module):
         return "" if self.counts is None else "kept=" + ",".join(map(str, self.counts))
 
 
-def _whole(count: Any) -> Any:
-    """Python's own number for any whole one; `bind` refuses the rest."""
-    try:
-        return operator.index(count)
-    except TypeError:
-        return count
+def _whole(counts: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(whole("each of counts", count, error=PlanError) for count in counts)
 
 
 def _shape(spec: Spec) -> str:
@@ -207,8 +203,6 @@ def _check_model(wanted: Spec, got: Spec) -> None:
 def _check(counts: Sequence[int], spec: Spec) -> None:
     if len(counts) != spec.depth:
         raise PlanError(f"counts must be one for each of {spec.depth} blocks, got {len(counts)}")
-    if not all(isinstance(count, int) for count in counts):
-        raise PlanError(f"counts must be whole numbers, got {list(counts)}")
     if any(b > a for a, b in zip((spec.tokens, *counts), counts, strict=False)):
         raise PlanError(
             f"kept counts must start at N = {spec.tokens} or less and not grow with depth, "

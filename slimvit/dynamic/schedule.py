@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from slimvit.errors import PlanError
@@ -23,14 +22,6 @@ class Shape(NamedTuple):
     whole: int = 1
     power: float = 1.6
     steepest: float = 0.77
-
-
-def check_cut(cut: float | None, counts: Sequence[int] | None) -> None:
-    """Refuse neither or both, and a cut out of range."""
-    if (cut is None) == (counts is None):
-        raise PlanError("give one of cut and counts")
-    if cut is not None and not (isinstance(cut, numbers.Real) and 0 < cut < 1):
-        raise PlanError(f"cut must be a number in (0, 1), got {cut!r}")
 
 
 def counts_for_cut(

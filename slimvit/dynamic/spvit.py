@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimvit.checks import number
 from slimvit.dynamic.planner import Planner
 from slimvit.dynamic.seeded import seeded
 from slimvit.dynamic.selector import Selector
@@ -79,12 +80,11 @@ class SPViT(Planner):
         super().__init__()
         self.keep = tuple(map(float, keep))
         self.stages = None if stages is None else tuple(stages)
-        self.argmax, self.temperature = argmax, temperature
+        self.argmax = argmax
+        self.temperature = number("temperature", temperature, above=0, error=PlanError)
         self.selectors = nn.ModuleDict()
         self._stage_at: dict[int, Stage] = {}
         _check(self.keep, self.stages)
-        if not temperature > 0:
-            raise PlanError(f"temperature must be > 0, got {temperature}")
 
     def bind(self, spec: Spec) -> SPViT:
         """A copy for a model of this shape, with a selector for each stage that prunes."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from slimvit.errors import UsageError
+from slimvit.checks import number, one_of, whole
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}
 
+_WHOLE = ("epochs", "seed", "frozen_epochs")
+_POSITIVE = ("lr", "temperature")
 _NOT_NEGATIVE = (
-    "weight_decay", "warmup_epochs", "min_lr", "clip", "seed",
-    "keep_weight", "class_weight", "token_weight", "frozen_epochs", "backbone_rate",
+    "weight_decay", "warmup_epochs", "min_lr", "clip",
+    "keep_weight", "class_weight", "token_weight", "backbone_rate",
 )  # fmt: skip
 
 
@@ -65,19 +66,16 @@ class Settings:
     backbone_rate: float = 0.01
 
     def __post_init__(self) -> None:
-        self._check("epochs", self.epochs >= 0, ">= 0")
-        self._check("lr", self.lr > 0, "> 0")
-        self._check("temperature", self.temperature > 0, "> 0")
+        for name in _WHOLE:
+            whole(name, getattr(self, name), 0)
+        for name in _POSITIVE:
+            number(name, getattr(self, name), above=0)
         for name in _NOT_NEGATIVE:
-            self._check(name, getattr(self, name) >= 0, ">= 0")
-        self._check("alpha", 0 <= self.alpha <= 1, "in [0, 1]")
-        self._check("amp", self.amp in ("auto", *AMP), f"auto or one of {', '.join(AMP)}")
-        self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1)")
-
-    def _check(self, name: str, holds: bool, rule: str) -> None:
-        value = getattr(self, name)
-        if not holds or (isinstance(value, float) and not math.isfinite(value)):
-            raise UsageError(f"{name} must be {rule} and finite, got {value!r}")
+            number(name, getattr(self, name), least=0)
+        number("alpha", self.alpha, least=0, most=1)
+        one_of("amp", self.amp, ("auto", *AMP))
+        if self.ema_decay is not None:
+            number("ema_decay", self.ema_decay, above=0, below=1)
 
 
 def spvit_settings(batch_size: int) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from slimvit.checks import number, one_of, whole
 from slimvit.errors import MasksError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Masks:
     data: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix", whole("prefix", self.prefix, 0, MasksError))
         object.__setattr__(self, "grid", _pair("grid", self.grid))
         if self.image_size is not None:
             object.__setattr__(self, "image_size", _pair("image_size", self.image_size))
@@ -155,6 +156,7 @@ class Masks:
             info: other attributes of Masks.
         """
         tokens = grid[0] * grid[1] + prefix
+        counts = [whole("each of counts", n, error=MasksError) for n in counts]
         if not counts or any(not 1 <= n <= tokens for n in counts):
             raise MasksError(f"kept counts must lie in [1, N] = [1, {tokens}], got {list(counts)}")
         if any(b > a for a, b in zip(counts, counts[1:], strict=False)):
@@ -198,10 +200,8 @@ class Masks:
 
         Source: the uniform baseline of Patch Slimming, Table 3.
         """
-        if depth < 1:
-            raise MasksError(f"depth must be at least 1, got {depth}")
-        if not 0 <= keep_ratio <= 1:
-            raise MasksError(f"keep_ratio must lie in [0, 1], got {keep_ratio}")
+        depth = whole("depth", depth, 1, MasksError)
+        keep_ratio = number("keep_ratio", keep_ratio, least=0, most=1, error=MasksError)
         kept = prefix + round(keep_ratio * grid[0] * grid[1])
         counts = [kept] * (depth - 1) + [min(head_tokens, kept)]
         return Masks.from_counts(counts, grid, prefix, scores=scores, **info)
@@ -243,10 +243,8 @@ def _check(masks: Masks) -> None:
         raise MasksError(f"keep must be [L, N] booleans, got {got}")
     if keep.device.type != "cpu":
         raise MasksError(f"keep must be on the CPU, got {keep.device}")
-    if masks.semantics not in SEMANTICS:
-        names = ", ".join(SEMANTICS)
-        raise MasksError(f"semantics must be one of {names}, got {masks.semantics!r}")
-    if prefix < 0 or grid[0] * grid[1] + prefix != keep.shape[1]:
+    one_of("semantics", masks.semantics, SEMANTICS, MasksError)
+    if grid[0] * grid[1] + prefix != keep.shape[1]:
         raise MasksError(
             f"tokens must be grid {grid} plus {prefix} prefix tokens, got N = {keep.shape[1]}"
         )
@@ -269,5 +267,5 @@ def _check(masks: Masks) -> None:
     ):
         if value is not None and tuple(value.shape) != shape:
             raise MasksError(f"{name} must be {list(shape)}, got {list(value.shape)}")
-    if masks.tolerance is not None and not 0 < masks.tolerance < math.inf:
-        raise MasksError(f"tolerance must be positive and finite, got {masks.tolerance}")
+    if masks.tolerance is not None:
+        number("tolerance", masks.tolerance, above=0, error=MasksError)

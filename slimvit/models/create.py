@@ -12,6 +12,7 @@ from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from slimvit.checks import whole
 from slimvit.errors import CheckpointError, UsageError
 
 
@@ -38,8 +39,8 @@ def create(
         CheckpointError: the weights are missing, unreadable or do not fit.
     """
     _check_name(name)
-    if img_size is not None and img_size < 1:
-        raise UsageError(f"img_size must be at least 1, got {img_size}")
+    if img_size is not None:
+        img_size = whole("img_size", img_size, 1)
     options: dict[str, Any] = {"img_size": img_size, "num_classes": num_classes}
     options = {key: value for key, value in options.items() if value is not None}
     try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,10 +12,11 @@ from torch import nn
 from slimvit import models
 from slimvit.backends import choose
 from slimvit.backends.forks import guard_forks
+from slimvit.checks import one_of, whole
 from slimvit.dynamic import Planner
 from slimvit.errors import UsageError
 from slimvit.masks import Masks
-from slimvit.ops import why_not_fused, why_not_packed
+from slimvit.ops import NetworkParts, why_not_fused, why_not_packed
 from slimvit.runtime.accelerated import AcceleratedViT, dtype_name
 from slimvit.runtime.apply_masks import apply_masks
 from slimvit.runtime.choosers import choosers_of
@@ -66,67 +67,80 @@ def accelerate(
     """
     sizes = _sizes(batch_sizes)
     slim = apply_masks(model, masks)
-    token = slim.cls_token
-    precision = dtype_name(token.dtype) if precision is None else precision
-    if precision not in PRECISIONS and precision == dtype_name(token.dtype):
-        raise UsageError(
-            f"the model is in {precision}: give a precision, one of {', '.join(PRECISIONS)}"
-        )
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    dtype = PRECISIONS[precision]
-    plan = getattr(slim, "plan", None)
-    if cuda_graphs and plan is not None and plan.ragged:
-        raise UsageError("cuda_graphs needs a plan whose images all keep as many patches")
-    if cuda_graphs and (not token.is_cuda or not sizes):
-        why = f"the model is on {token.device}" if sizes else "batch_sizes is empty"
-        raise UsageError(f"cuda_graphs needs a model on a GPU and batch_sizes: {why}")
-    if token.device.type == "cpu":
+    plan, device = getattr(slim, "plan", None), slim.cls_token.device
+    dtype = _dtype(precision, slim.cls_token.dtype)
+    if cuda_graphs:
+        _check_graphs(plan, device, sizes)
+    if device.type == "cpu":
         guard_forks()
     spec = models.spec(model)
     # Kernels read a dynamic model as one whose masks keep everything in the model's own order.
     folded = slim if plan is None else apply_masks(model, _dense(spec))
     folded.fold()
     parts = folded.network_parts()
-
-    def refuses(name: str) -> str | None:
-        if name == "torch":
-            return None
-        if isinstance(parts, str):
-            return parts
-        if plan is not None:
-            reason = why_not_dynamic(plan, name)
-            if reason is not None:
-                return reason
-        return why_not_packed(parts) if name == "cpu" else why_not_fused(parts, name)
-
-    backend = choose(backend, token.device, dtype, refuses)
+    backend = choose(backend, device, dtype, partial(_why_not, parts, plan))
     shape = (spec.in_chans, *spec.image_size)
     if backend == "torch":
         fast = AcceleratedViT(slim.to(dtype), backend, shape)
-    elif backend == "cpu" and plan is None:
-        fast = PackedViT(folded, parts, dtype, shape)
-    elif backend == "cpu":
-        fast = PackedDynamicViT(folded, plan, choosers_of(plan, "cpu"), parts, dtype, shape)
-    elif plan is None:
-        fast = FusedViT(folded, parts, dtype, backend, shape)
     else:
-        choosers = choosers_of(plan, backend)
-        fast = FusedDynamicViT(folded, plan, choosers, parts, dtype, backend, shape)
+        fast = _compiled(folded, plan, parts, dtype, backend, shape)
     fast.eval().requires_grad_(False)
-    for size in sizes or ([1] if backend == "triton" and token.is_cuda else []):
+    for size in sizes or ([1] if backend == "triton" and device.type == "cuda" else []):
         fast.warm_up(size, cuda_graph=cuda_graphs)
     return fast
 
 
+def _compiled(
+    folded: nn.Module,
+    plan: Planner | None,
+    parts: NetworkParts,
+    dtype: torch.dtype,
+    backend: str,
+    shape: tuple[int, int, int],
+) -> AcceleratedViT:
+    """The model in a back end's kernels."""
+    choosers = None if plan is None else choosers_of(plan, backend)
+    if backend == "cpu":
+        if plan is None:
+            return PackedViT(folded, parts, dtype, shape)
+        return PackedDynamicViT(folded, plan, choosers, parts, dtype, shape)
+    if plan is None:
+        return FusedViT(folded, parts, dtype, backend, shape)
+    return FusedDynamicViT(folded, plan, choosers, parts, dtype, backend, shape)
+
+
 def _sizes(given: Iterable[int]) -> list[int]:
-    try:
-        sizes = [operator.index(size) for size in given]
-    except TypeError:
-        raise UsageError(f"batch_sizes must be whole numbers in a list, got {given!r}") from None
-    if any(size < 1 for size in sizes):
-        raise UsageError(f"batch_sizes must be positive, got {sizes}")
-    return sizes
+    if not isinstance(given, Iterable):
+        raise UsageError(f"batch_sizes must be whole numbers in a list, got {given!r}")
+    return [whole("each of batch_sizes", size, 1) for size in given]
+
+
+def _dtype(precision: str | None, own: torch.dtype) -> torch.dtype:
+    """What to compute in; None keeps the model's own dtype."""
+    if precision is None and own not in PRECISIONS.values():
+        known = ", ".join(PRECISIONS)
+        raise UsageError(f"the model is in {dtype_name(own)}: give a precision, one of {known}")
+    return own if precision is None else PRECISIONS[one_of("precision", precision, PRECISIONS)]
+
+
+def _check_graphs(plan: Planner | None, device: torch.device, sizes: list[int]) -> None:
+    if plan is not None and plan.ragged:
+        raise UsageError("cuda_graphs needs a plan whose images all keep as many patches")
+    if device.type != "cuda" or not sizes:
+        why = f"the model is on {device}" if sizes else "batch_sizes is empty"
+        raise UsageError(f"cuda_graphs needs a model on a GPU and batch_sizes: {why}")
+
+
+def _why_not(parts: NetworkParts | str, plan: Planner | None, backend: str) -> str | None:
+    """Why a back end does not run this model and plan, or None if it does."""
+    if backend == "torch":
+        return None
+    if isinstance(parts, str):
+        return parts
+    reason = None if plan is None else why_not_dynamic(plan, backend)
+    if reason is not None:
+        return reason
+    return why_not_packed(parts) if backend == "cpu" else why_not_fused(parts, backend)
 
 
 def why_not_dynamic(plan: Planner, backend: str) -> str | None:

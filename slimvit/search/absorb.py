@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from slimvit.checks import number
 from slimvit.dynamic import Absorb, Shape, counts_for_cut
 from slimvit.errors import DataError, PlanError, SearchError, SlimvitError, UsageError
 from slimvit.models import Spec, evaluating, spec
@@ -84,10 +84,10 @@ def fit_absorb(
     """
     if (cut is None) == (speedup is None):
         raise UsageError("give one of cut and speedup")
-    if cut is not None and not 0 < cut < 1:
-        raise UsageError(f"cut must lie between 0 and 1, got {cut}")
-    if speedup is not None and not 1 < speedup < math.inf:
-        raise UsageError(f"speedup must be above 1 and finite, got {speedup}")
+    if cut is not None:
+        cut = number("cut", cut, above=0, below=1)
+    if speedup is not None:
+        speedup = number("speedup", speedup, above=1)
     shape, images = spec(model), None
     if cut is None:
         images = _first(shape, loader)
@@ -173,11 +173,11 @@ def _best(
         own: number of the plan that has reached it.
         reached: whether another does; asked of the best few.
     """
-    for number in sorted(range(len(found)), key=lambda number: found[number][0])[:_TIMED]:
-        if own is not None and found[own][0] - found[number][0] <= _SURE * found[number][1]:
+    for best in sorted(range(len(found)), key=lambda plan: found[plan][0])[:_TIMED]:
+        if own is not None and found[own][0] - found[best][0] <= _SURE * found[best][1]:
             break
-        if reached(number):
-            return number
+        if reached(best):
+            return best
     return own
 
 
@@ -228,7 +228,7 @@ def _cut_for(model: nn.Module, shape: Spec, speedup: float, images: Tensor | Non
     low, high = 0.0, _most(shape, [Shape()])
     if not reached(high):
         raise SearchError(
-            f"speed-up {speedup} is out of reach: Absorb's own shape cuts at most {high:.3f}"
+            f"speed-up {speedup:g} is out of reach: Absorb's own shape cuts at most {high:.3f}"
         )
     for _ in range(_TRIALS):
         middle = (low + high) / 2

@@ -99,15 +99,8 @@ def run(
     for index in range(spec.depth - 1, 0, -1):
         kept = found.keep.nonzero().squeeze(1)
         start = time.perf_counter()
-        scores = score_layer(
-            features,
-            index,
-            dense,
-            kept,
-            settings.score,
-            tokens=spec.tokens,
-            seed=settings.seed,
-        )
+        options = {"tokens": spec.tokens, "seed": settings.seed}
+        scores = score_layer(features, index, dense, kept, settings.score, **options)
         module = models.block_module(tuned, index)
         position = spec.depth - index
         if position < len(done):
@@ -125,17 +118,11 @@ def run(
                 semantics=settings.semantics,
             )
             n, error, steps = _find(layer, features, settings, module, spec)
-            found = Found(
-                layer=index,
-                keep=torch.zeros(spec.tokens, dtype=torch.bool).index_fill(
-                    0, layer.order[:n], True
-                ),
-                scores=scores.float(),
-                error=error,
-                steps=steps,
-                seconds=time.perf_counter() - start,
-                weights=copy.deepcopy(module.state_dict()) if layer.tuned else {},
-            )
+            keep = torch.zeros(spec.tokens, dtype=torch.bool)
+            keep[layer.order[:n]] = True
+            weights = copy.deepcopy(module.state_dict()) if layer.tuned else {}
+            seconds = time.perf_counter() - start
+            found = Found(index, keep, scores.float(), error, steps, seconds, weights)
             finished(found)
         yield found
 

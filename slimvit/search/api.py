@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimvit import macs, models
+from slimvit.checks import whole
 from slimvit.errors import SearchError, UsageError
 from slimvit.masks import Masks
 from slimvit.search import identity
 from slimvit.search.algorithm1 import Found, Settings, run
 from slimvit.search.budget import bisect, measure_speedup, uniform_counts
 from slimvit.search.features import Features, images_of
-from slimvit.search.options import Budget, read_budget, read_settings, whole
+from slimvit.search.options import Budget, read_budget, read_settings
 from slimvit.search.reduce import rank
 from slimvit.search.scores import Score
 from slimvit.search.state import State

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from slimvit import models
+from slimvit.checks import number, one_of, whole
 from slimvit.errors import UsageError
 from slimvit.masks import SEMANTICS, Masks
 from slimvit.models import Spec
 from slimvit.search.algorithm1 import Settings
 from slimvit.search.scores import SCORES, Score
+
+_BOUNDS = {
+    "tolerance": {"above": 0},
+    "cut": {"above": 0, "below": 1},
+    "speedup": {"above": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Budget:
     @property
     def wanted(self) -> str:
         """The cut or the speed-up in words."""
-        return f"cut {self.cut}" if self.cut is not None else f"speed-up {self.speedup}"
+        return f"cut {self.cut:g}" if self.cut is not None else f"speed-up {self.speedup:g}"
 
 
 def read_budget(
@@ -56,13 +60,7 @@ def read_budget(
     if counts is not None:
         return Budget(counts=_counts(counts, spec))
     (name,) = names
-    value = _number(name, given[name])
-    if name == "cut" and not 0 < value < 1:
-        raise UsageError(f"cut must lie between 0 and 1, got {value}")
-    least = 1 if name == "speedup" else 0
-    if name != "cut" and not (math.isfinite(value) and value > least):
-        raise UsageError(f"{name} must be finite and above {least}, got {value}")
-    return Budget(**{name: value})
+    return Budget(**{name: number(name, given[name], **_BOUNDS[name])})
 
 
 def read_settings(
@@ -80,45 +78,16 @@ def read_settings(
     Raises:
         UsageError: an option is out of range.
     """
-    if isinstance(score, str) and score not in SCORES:
-        raise UsageError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-    lr = _number("lr", lr)
-    if not (math.isfinite(lr) and lr > 0):
-        raise UsageError(f"lr must be finite and above 0, got {lr}")
-    if semantics not in SEMANTICS:
-        raise UsageError(f"semantics must be one of {', '.join(SEMANTICS)}, got {semantics!r}")
     return Settings(
-        score=SCORES[score] if isinstance(score, str) else score,
+        score=SCORES[one_of("score", score, SCORES)] if isinstance(score, str) else score,
         tolerance=budget.tolerance,
         counts=budget.counts,
-        granularity=whole("granularity", granularity, 1, " token"),
+        granularity=whole("granularity", granularity, 1),
         epochs=whole("epochs", epochs, 0),
-        lr=lr,
-        semantics=semantics,
+        lr=number("lr", lr, above=0),
+        semantics=one_of("semantics", semantics, SEMANTICS),
         seed=whole("seed", seed),
     )
-
-
-def whole(name: str, value: Any, least: int | None = None, unit: str = "") -> int:
-    """`value` as a whole number.
-
-    Raises:
-        UsageError: it is none, or below `least`.
-    """
-    try:
-        found = operator.index(value)
-    except TypeError:
-        raise UsageError(f"{name} must be a whole number, got {value!r}") from None
-    if least is not None and found < least:
-        raise UsageError(f"{name} must be at least {least}{unit}, got {found}")
-    return found
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UsageError(f"{name} must be a number, got {value!r}") from None
 
 
 def _counts(values: Sequence[int], spec: Spec) -> tuple[int, ...]:

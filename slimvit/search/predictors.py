@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,15 +12,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimvit import models
+from slimvit.checks import number, one_of, whole
 from slimvit.dynamic import DPS
 from slimvit.dynamic.dps import Predictor
 from slimvit.dynamic.seeded import seeded
-from slimvit.errors import MasksError, SlimvitError, UsageError
+from slimvit.errors import MasksError, SlimvitError
 from slimvit.masks import Masks
 from slimvit.models import Spec
 from slimvit.search.features import Features, images_of
 from slimvit.search.image_scores import block_scores
-from slimvit.search.options import whole
 from slimvit.search.reduce import ExactMean, own_batches, rank
 from slimvit.search.scores import SCORES, Score
 from slimvit.search.spread import spread_pattern
@@ -125,9 +124,13 @@ def fit_dps(
     """
     spec = models.spec(model)
     settings = _Settings(
-        whole("epochs", epochs, 1), lr, spread, whole("seed", seed), 2 if flip else 1
+        epochs=whole("epochs", epochs, 1),
+        lr=number("lr", lr, above=0),
+        spread=number("spread", spread, least=0),
+        seed=whole("seed", seed),
+        views=2 if flip else 1,
     )
-    score = _check(score, lr, spread)
+    score = _score(score)
     plan = DPS(_counts(masks, spec), hidden=hidden).bind(spec)
     dense = copy.deepcopy(model).eval().requires_grad_(False)
     progress = progress and rank() == 0
@@ -204,9 +207,9 @@ class _Trainer:
         )
         mean = ExactMean(1)
         for epoch in range(epochs):
-            for number in torch.randperm(len(own), generator=self._generator).tolist():
+            for turn in torch.randperm(len(own), generator=self._generator).tolist():
                 optimizer.zero_grad(set_to_none=True)
-                batch = own[number]
+                batch = own[turn]
                 if batch is not None:
                     with torch.enable_grad():
                         losses = self._losses(batch, targets[batch])
@@ -275,12 +278,6 @@ def _counts(masks: Masks | Sequence[int], spec: Spec) -> tuple[int, ...]:
     return masks.counts
 
 
-def _check(score: str | Score, lr: float, spread: float) -> Score:
-    if score == "random" or isinstance(score, str) and score not in SCORES:
-        known = ", ".join(name for name in SCORES if name != "random")
-        raise UsageError(f"score must be one of {known}, got {score!r}")
-    if not (math.isfinite(lr) and lr > 0):
-        raise UsageError(f"lr must be finite and above 0, got {lr}")
-    if not (math.isfinite(spread) and spread >= 0):
-        raise UsageError(f"spread must be finite and at least 0, got {spread}")
-    return SCORES[score] if isinstance(score, str) else score
+def _score(score: str | Score) -> Score:
+    known = [name for name in SCORES if name != "random"]
+    return SCORES[one_of("score", score, known)] if isinstance(score, str) else score

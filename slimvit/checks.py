@@ -1,0 +1,75 @@
+"""Checks of plain arguments: Python's own values, or one error with the name, rule and value."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from slimvit.errors import SlimvitError, UsageError
+
+
+def whole(
+    name: str, value: Any, least: int | None = None, error: type[SlimvitError] = UsageError
+) -> int:
+    """`value`, Python's or NumPy's or a tensor's whole number, as an int.
+
+    Raises:
+        error: it is none, or below `least`.
+    """
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise error(f"{name} must be a whole number, got {value!r}") from None
+    if least is not None and found < least:
+        raise error(f"{name} must be at least {least}, got {found}")
+    return found
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    error: type[SlimvitError] = UsageError,
+) -> float:
+    """`value` as a finite float, above < value < below, least ≤ value ≤ most.
+
+    Raises:
+        error: it is none, or out of bounds.
+    """
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise error(f"{name} must be a number, got {value!r}") from None
+    rules = (
+        ("above", above, above is None or found > above),
+        ("at least", least, least is None or found >= least),
+        ("below", below, below is None or found < below),
+        ("at most", most, most is None or found <= most),
+    )
+    if not (math.isfinite(found) and all(holds for _, _, holds in rules)):
+        words = ["finite", *(f"{word} {bound:g}" for word, bound, _ in rules if bound is not None)]
+        rule = ", ".join(words[:-1]) + " and " * (len(words) > 1) + words[-1]
+        raise error(f"{name} must be {rule}, got {value}")
+    return found
+
+
+def one_of(
+    name: str, value: Any, known: Iterable[str], error: type[SlimvitError] = UsageError
+) -> Any:
+    """`value`, which is one of the known names.
+
+    Raises:
+        error: it is not.
+    """
+    known = tuple(known)
+    if not (isinstance(value, str) and value in known):
+        raise error(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return value
