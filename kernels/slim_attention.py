@@ -2,7 +2,8 @@
 
     out = softmax(q kᵀ / sqrt(d) + bias) v,   for every image and head
 
-Up to 272 keys all logits of a tile of queries stay in registers: one maximum, one exponential each.
+Up to 224 keys (128 where heads are wider than 64) all logits of a tile of queries stay in registers,
+beside what is summed for the tile: one maximum, one exponential each.
 Keys come in up to three pieces whose lengths are powers of two, so that 141 of them cost 144 and
 not 256. Longer rows are taken piece by piece with a running maximum. In either way keys and values
 are read once, and softmax is in float32.
@@ -18,7 +19,8 @@ from torch import Tensor
 from .common import architecture, power_of_two
 from .configs import Config, lookup
 
-ON_CHIP = 272
+LONGEST = {64: 224, 128: 128}
+"""Keys whose logits stay in registers, by the width of a head."""
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -217,7 +219,7 @@ def slim_attention(
     out = torch.empty_like(q)
     config = config or lookup("attention", architecture(q.device), q.element_size(), d, n)
     block_m = min(config.block_m, max(16, power_of_two(n)))
-    sizes = pieces(m, config.block_n, q.dtype)
+    sizes = pieces(m, d, config.block_n, q.dtype)
     _slim_attention[(triton.cdiv(n, block_m), heads, batch)](
         *(q, kv, key_bias if key_bias is not None else q, extra, out),
         *(n, m, m if key_bias is not None and key_bias.dim() == 2 else 0, d**-0.5, extra_bias),
@@ -238,15 +240,14 @@ def slim_attention(
     return out
 
 
-def pieces(m: int, running: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def pieces(m: int, d: int, running: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Into which pieces m keys are cut: three powers of two, or (`running`, -1, 0) for many.
 
     Float32 has no matrix instructions, and long rows of logits would not stay in registers.
     """
-    if m > (64 if dtype == torch.float32 else ON_CHIP):
+    longest = next((keys for width, keys in LONGEST.items() if d <= width), 0)
+    if m > (64 if dtype == torch.float32 else longest):
         return running, -1, 0
     rest = -(-m // 16) * 16
-    found = [1 << bit for bit in range(9, 3, -1) if rest >> bit & 1]
-    if len(found) > 3:
-        found = [power_of_two(rest)]
+    found = [1 << bit for bit in range(7, 3, -1) if rest >> bit & 1]
     return tuple([*found, 0, 0][:3])

@@ -39,6 +39,8 @@ SHAPES = {
     "S": (384, 6, [(197, 141), (131, 121)]),
     "B": (768, 12, [(197, 197), (577, 257)]),
 }
+# head size, alive tokens: of patches of 14 pixels, wider heads, and the longest that stay on the chip
+ATTENTION = [(32, 224), (64, 224), (64, 225), (64, 257), (72, 257), (80, 128), (80, 257), (128, 400)]
 # bfloat16 is float16's code but for the type of the operands, and float32 has matrix instructions
 # nowhere: once is enough for each.
 DTYPES = {80: (torch.float16, torch.float32), 90: (torch.float16, torch.bfloat16)}
@@ -99,6 +101,8 @@ def record(arch: int, used: list[dict[str, Any]]) -> list[dict[str, Any]]:
                             launch_choice(dtype, batch, m, n, width, heads)
                             launch_selector(dtype, batch, m, n, width, heads)
                     launch_ends(dtype, batch, 197, 111, width, heads)
+            for d, m in ATTENTION:
+                launch_attention(empty(dtype, 64, m - 50, 2 * d), empty(dtype, 64, m, 4 * d), 2)
     finally:
         JITFunction.run, configs.find = original, original_find
     return list(found.values())
@@ -111,12 +115,16 @@ def launch_block(dtype: torch.dtype, batch: int, m: int, n: int, width: int, hea
     q, kv = kernels.slim_qkv(x, stats, wide[0], wide[1], wide[1], n, width, **eps)
     index = empty(torch.int64, batch, n)
     kernels.slim_qkv(x, stats, wide[0], wide[1], wide[1], n, width, **eps, index=index)
-    a = kernels.slim_attention(q, kv, heads)
-    bias = empty(torch.float32, batch, m)
-    kernels.slim_attention(q, kv, heads, key_bias=bias)
-    kernels.slim_attention(q, kv, heads, extra=empty(torch.float32, 2 * width), extra_bias=1.0)
+    a = launch_attention(q, kv, heads)
     up, down = matrix(dtype, 4 * width, width), matrix(dtype, width, 4 * width)
     second_half(a, x, narrow, up, down)
+
+
+def launch_attention(q: torch.Tensor, kv: torch.Tensor, heads: int) -> torch.Tensor:
+    batch, m, twice = kv.shape
+    kernels.slim_attention(q, kv, heads, key_bias=empty(torch.float32, batch, m))
+    kernels.slim_attention(q, kv, heads, extra=empty(torch.float32, twice), extra_bias=1.0)
+    return kernels.slim_attention(q, kv, heads)
 
 
 def launch_choice(dtype: torch.dtype, batch: int, m: int, n: int, width: int, heads: int) -> None:

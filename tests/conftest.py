@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 
+pytest_plugins = ("commands", "gpu_bench")  # fixtures of several rooms
+
 torch.set_num_threads(min(4, torch.get_num_threads()))
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     import interpreter
@@ -127,7 +129,8 @@ def emulated_cuda(emulation, monkeypatch) -> ModuleType:
 
     from slimvit import _extensions
 
-    for name in ("kernel_checks", "fused_blocks", "test_fused_block_ops", "test_kernels_absorb"):
+    modules = ("absorb_checks", "fused_blocks", "kernel_checks", "test_fused_block_ops")
+    for name in modules:
         if name in sys.modules:
             monkeypatch.setattr(sys.modules[name], "DEVICE", torch.device("cpu"))
     # By the same monkeypatch as the tests', so that all is undone in its order.

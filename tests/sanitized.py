@@ -22,6 +22,7 @@ TESTS = [
     "test_cpu_vit.py",
     "test_slim_vit.py",
     "test_cpu_choice.py",
+    "test_cpu_choice_order.py",
     "test_dynamic_vit.py",
     "test_cpu_selector.py",
     "test_cpu_spvit.py",

@@ -1,42 +1,18 @@
-"""Benchmarks on GPUs: what they plan, refuse, write and tell; tried in the interpreter."""
+"""Benchmarks on GPUs: what they plan, write and tell."""
 
 import csv
-import functools
 import importlib
 import json
-import pickle
-from pathlib import Path
 
 import pytest
 import timm
-import torch
+from gpu_bench import BENCHMARKS, MODELS, ROOT, interpreted, on_gpu
 
-from slimvit import Masks, _extensions, accelerate
+from slimvit import Masks
 from slimvit.bench import parse_keep
-from slimvit.errors import SlimvitError, UsageError
+from slimvit.errors import UsageError
 
-ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
-MODELS = tuple(f"deit_{size}_patch16_224" for size in ("tiny", "small", "base"))
 FACTS = {"device": "GPU", "commit": "abc", "source": "123", "torch": "2"}
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
-)
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The benchmarks' modules by name; their folder is no package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module
-
-
-@pytest.fixture(scope="module")
-def configs():
-    _extensions.load("kernels")
-    return importlib.import_module("slimvit.kernels.configs")
 
 
 def planned(bench, **options):
@@ -199,183 +175,6 @@ def test_logits_beyond_twice_pytorchs_error_are_refused(bench):
     assert "eager PyTorch itself" in refusal(0.001, 0.5, "bfloat16")
 
 
-@pytest.fixture(scope="module")
-def launches(bench):
-    """Launches of a wide block, whose second half is three kernels, and of a narrow one's."""
-    calls, found = bench("gpu_calls"), {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for width in (64, 112):
-        torch.manual_seed(0)
-        options = {"embed_dim": width, "depth": 2, "num_heads": width // 16, "num_classes": 5}
-        model = timm.create_model("test_vit", img_size=32, **options).eval().to(device)
-        bench("gpu_networks").randomised(model)
-        masks = Masks.from_counts((4, 1), (2, 2))
-        fast = accelerate(model, masks, backend="triton", precision="float32", batch_sizes=(2,))
-        with torch.no_grad(), calls.watched(lambda launch: found.setdefault(launch.name, launch)):
-            fast(torch.randn(2, 3, 32, 32, device=device))
-    return found
-
-
-def test_every_kernel_of_the_floor_is_watched_and_matches_float64(bench, launches):
-    last = {"last_q", "last_u", "last_attention", "last_v"}
-    halves = {f"{p}{n}" for p in ("", "last_") for n in ("proj", "fc1", "fc2", "proj_mlp")}
-    assert set(launches) == {"embedding", "qkv", "attention"} | last | halves
-    for name, launch in launches.items():
-        verdict = bench("gpu_calls").judge(launch)
-        assert verdict.passes, (name, verdict)
-        assert verdict.error > 0
-
-
-def test_the_table_is_asked_as_the_launches_ask_it(launches, configs, monkeypatch):
-    asked = []
-
-    def noted(stage, arch, itemsize, width, rows, lookup=configs.lookup):
-        asked.append((stage, width, rows))
-        return lookup(stage, arch, itemsize, width, rows)
-
-    for launch in launches.values():
-        monkeypatch.setitem(launch.function.__globals__, "lookup", noted)
-        launch()
-        assert asked.pop() == (launch.stage, *launch.table_key())
-
-
-def wrong(launch, spoil):
-    """The launch, its result spoilt."""
-
-    @functools.wraps(launch.function)
-    def function(**arguments):
-        return spoil(launch.function(**arguments))
-
-    return type(launch)(launch.name, launch.stage, function, launch.arguments)
-
-
-def test_wrong_kernels_are_refused(bench, launches):
-    def one_value(result):
-        result[0][-1, -1, -1] += 0.01
-        return result
-
-    def statistics(result):
-        result[1][-1, 0, 0, 1] *= 1.1
-        return result
-
-    def unwritten(result):
-        return torch.empty_like(result[0]), result[1]
-
-    for spoil in (one_value, statistics, unwritten):
-        assert not bench("gpu_calls").judge(wrong(launches["fc2"], spoil)).passes
-    assert not bench("gpu_calls").judge(wrong(launches["attention"], torch.neg)).passes
-
-
-def test_a_network_that_fails_is_refused_and_said(bench, monkeypatch):
-    kernels, said = bench("gpu_kernels"), []
-    network = kernels.Network("deit_tiny_patch16_224", 224, "1", "cpu")
-    task = kernels.Task("triton", network, "float16", (1,))
-    bad = bench("gpu_calls").Verdict(0.5, 0.001, 0.002)
-    for check in (
-        lambda task: [kernels.Check("triton", network, "float16", "slim", 1, "qkv", bad)],
-        lambda task: (_ for _ in ()).throw(RuntimeError("out of registers")),
-    ):
-        monkeypatch.setattr(kernels, "check", check)
-        assert kernels.check_all([task], 1, said.append)[1] == {("triton", network, "float16")}
-    assert "qkv (slim, batch 1) is not timed: it is 0.5 off, PyTorch 0.001" in said[0]
-    assert said[-1].endswith("RuntimeError: out of registers")
-
-
-def test_processes_that_check_tell_why_they_could_not(bench):
-    kernels, said = bench("gpu_kernels"), []
-    networks = [kernels.Network("no_such_model", size, "1", "cpu") for size in (32, 64)]
-    tasks = [kernels.Task("triton", network, "float32", (1,)) for network in networks]
-    found, refused = kernels.check_all(tasks, 2, said.append)
-    assert (found, refused) == ([], {task[:3] for task in tasks})
-    assert all("not checked, so not timed: UsageError" in line for line in said)
-
-
-def test_another_process_launches_the_same_on_zeros(bench, launches):
-    compile_one, job = bench("tune_compile").compile_one, bench("tune_compile").job
-    for name in ("proj_mlp", "attention"):
-        work = pickle.loads(pickle.dumps(job(launches[name], (16, 16, 16, 4, 1))))
-        assert compile_one(work) == ""
-    broken = work._replace(arguments=work.arguments | {"heads": 0})
-    assert "division" in compile_one(broken)
-
-
-STAGES = ("linear", "qkv", "proj", "fc1", "fc2", "mlp", "attention", "last_attention", "embedding")
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("rows", [32, 512, 4096, None])
-def test_candidates_begin_with_the_present_one_and_fit(bench, configs, stage, rows):
-    table = bench("tune_table")
-    key = table.Key(stage, 90, 2, 192, rows)
-    current = (32, 32, 32, 4, 2)
-    found = table.candidates(key, current, 100_000)
-    assert found[0] == current
-    assert 6 <= len(found) == len(set(found))
-    assert all(table.shared(key, config) <= 100_000 for config in found)
-    for config in found:
-        assert all(not value or value & (value - 1) == 0 for value in config[:4])
-
-
-def test_the_fastest_that_always_works_is_chosen(bench):
-    choose, a, b, c = bench("tune_table").choose, (1,) * 5, (2,) * 5, (3,) * 5
-    assert choose({a: [4.0, 4.0], b: [2.0, 2.0], c: [1.0, None]}, [1, 1], a) == (b, a, 2.0)
-    assert choose({a: [4.0], b: [3.95]}, [1], a).config == a  # within what measuring scatters
-    assert choose({a: [2.0, 2.0], b: [1.0, 8.0]}, [1, 1], a).config == a
-    assert choose({a: [2.0, 2.0], b: [1.0, 8.0]}, [5, 1], a).config == b
-    assert choose({a: [None], b: [1.0]}, [1], a).config == b
-    assert choose({a: [None], b: [None]}, [1], a).config == a
-
-
-def test_the_table_is_written_as_it_is(bench, configs):
-    assert bench("tune_table").text_of(configs.entries()) == configs.TABLE.read_text()
-
-
-def choices(bench, configs, *found):
-    """Keys with choices: (stage, width, rows, config or None for no change)."""
-    table = bench("tune_table")
-    made = {}
-    for stage, width, rows, config in found:
-        key = table.Key(stage, 90, 2, width, rows)
-        before = bench("tune").astuple(configs.lookup(*key[:4], rows or table.UNBOUNDED))
-        made[key] = table.Choice(config or before, before, 2.0)
-    return made
-
-
-def test_special_entries_come_first_and_others_stay(bench, configs):
-    table, tune, old = bench("tune_table"), bench("tune"), configs.entries()
-    wide = choices(bench, configs, ("qkv", 384, 512, (64,) * 5), ("mlp", 192, None, None))
-    entries = table.merged(old, wide)
-    narrow = choices(bench, configs, ("qkv", 192, None, (16,) * 5), ("qkv", 192, 512, (8,) * 5))
-    entries = table.merged(entries, narrow)
-    assert [entry for entry in entries if entry in old] == old
-    assert len(entries) == len(old) + 3  # nothing changed for mlp
-    tune.validate(table.text_of(entries), wide | narrow, configs, old)
-    again = table.merged(entries, choices(bench, configs, ("qkv", 192, 512, (4,) * 5)))
-    assert len(again) == len(entries)
-    assert sum(entry["config"] == [4] * 5 for entry in again) == 1
-
-
-def test_a_narrower_model_does_not_fall_under_a_wider_ones_entry(bench, configs):
-    found = choices(bench, configs, ("fc1", 768, 512, (64,) * 5), ("fc1", 384, 512, None))
-    entries = bench("tune_table").merged(configs.entries(), found)
-    bench("tune").validate(bench("tune_table").text_of(entries), found, configs, configs.entries())
-
-
-@pytest.mark.parametrize("spoil", ["shadowed", "dropped", "no JSON"])
-def test_a_wrong_table_is_refused(bench, configs, spoil):
-    table, tune, old = bench("tune_table"), bench("tune"), configs.entries()
-    found = choices(bench, configs, ("qkv", 192, 512, (8,) * 5))
-    entries = table.merged(old, found)
-    if spoil == "shadowed":
-        entries = [*old, *(entry for entry in entries if entry not in old)]
-    elif spoil == "dropped":
-        entries = [entry for entry in entries if entry["kernel"] != ["last_attention"]]
-    text = table.text_of(entries)[: -2 if spoil == "no JSON" else None]
-    with pytest.raises((SlimvitError, json.JSONDecodeError)):
-        tune.validate(text, found, configs, old)
-    assert configs.entries() == old  # and the kernels read their own table again
-
-
 REGISTER = """
 import os, runpy
 {environment}
@@ -392,6 +191,8 @@ def script(name, *arguments):
     except SystemExit as stop:
         print("status", stop.code)
 """
+
+
 SMALL = '"--batches", "1", "--precisions", "float32", "--rounds", "2", "--seconds", "0.01"'
 
 

@@ -3,14 +3,10 @@
 import functools
 import math
 
+import absorb_checks
 import pytest
-import test_kernels_absorb
 import torch
-from cuda_checks import all_devices, devices, kernels, use
-from emulated import A100, T4
-from kernel_checks import EPS, Random, stats_of
-from test_kernels_absorb import (
-    CHOICES,
+from absorb_checks import (
     MERGED,
     SCORED,
     Case,
@@ -18,13 +14,14 @@ from test_kernels_absorb import (
     alone,
     check_merged,
     check_scored,
-    check_select,
-    chosen,
     given,
-    hard_scores,
     inputs,
     several,
 )
+from choice_checks import CHOICES, check_select, chosen, hard_scores
+from cuda_checks import all_devices, devices, kernels, use
+from emulated import A100, T4
+from kernel_checks import EPS, Random, stats_of
 from torch import Tensor
 
 from slimvit.backends.cuda_choosing import MOST_TOKENS
@@ -151,7 +148,7 @@ def test_select(batch, m, n, prefix, kind):
     check_select(kernels.absorb_select, kind, batch, m, n, prefix)
 
 
-merge = functools.partial(test_kernels_absorb.merge, kernels=kernels)
+merge = functools.partial(absorb_checks.merge, kernels=kernels)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["first", "again"])

@@ -11,7 +11,8 @@ from emulated import A100
 from fused_blocks import Case
 from kernel_checks import FLOOR, check_stats, distance
 from references import random_images
-from test_fused_dynamic import BLOCKS, alive_of, arguments, model_of, plans, reference, steady
+from test_fused_dynamic import BLOCKS, alive_of, arguments, reference, steady
+from test_fused_dynamic_vit import model_of, plans
 from torch import Tensor, nn
 
 from slimvit.dynamic import Absorb, SPViT

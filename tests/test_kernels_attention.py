@@ -9,7 +9,7 @@ import torch
 from kernel_checks import DTYPES, EPS, Random, check, kernels, normalise, stats_of
 from torch import Tensor
 
-from slimvit.kernels.slim_attention import ON_CHIP, pieces
+from slimvit.kernels.slim_attention import pieces
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -39,7 +39,8 @@ class Case(NamedTuple):
         return ",".join(f"{k}={v}" for k, v in given)
 
 
-# Up to 64 keys are taken at once in float32, up to 272 in half precision: more in a running way.
+# Up to 64 keys are taken at once in float32, up to 224 in half precision (128 of wide
+# heads): more in a running way.
 CASES = [
     Case(1, 1, queries=16),
     Case(1, 1, 3, 32, 2, extra=5),
@@ -58,7 +59,10 @@ CASES = [
     Case(141, 1, 3, 16, 2, key_bias="m", extra=56),
     Case(197, 111, 1, 32, 1, key_bias="m", extra=86, sharpness=60.0),
     Case(197, 5, 2, 64, 3, key_bias="Bm", shut=150, queries=16),
-    Case(239, 5, 1, 32, 2),  # four pieces: one of 256 instead
+    Case(111, 5, 1, 80, 2),
+    Case(128, 3, 1, 128, 1),
+    Case(223, 5, 1, 32, 2),
+    Case(225, 5, 1, 32, 2),
     Case(257, 129, 1, 64, 1, key_bias="m"),
     Case(257, 2, 2, 80, 2, extra=320),
     Case(272, 31, 2, 16, 2, key_bias="Bm", shut=256, extra=1),
@@ -241,24 +245,25 @@ def test_nan_stays_in_its_image_of_the_last_block(dtype):
 
 class TestPieces:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-    def test_cover_all_keys_with_little_waste(self, dtype):
-        longest = 64 if dtype == torch.float32 else ON_CHIP
+    @pytest.mark.parametrize("d", [16, 64, 80, 128])
+    def test_cover_all_keys_with_little_waste(self, dtype, d):
+        longest = 64 if dtype == torch.float32 else 224 if d <= 64 else 128
         for m in range(1, longest + 1):
-            found = [size for size in pieces(m, 32, dtype) if size]
+            found = [size for size in pieces(m, d, 32, dtype) if size]
             assert all(size >= 16 and size & (size - 1) == 0 for size in found)
             assert found == sorted(found, reverse=True)
-            rounded = -(-m // 16) * 16
-            many = bin(rounded).count("1") > 3
-            assert sum(found) == (1 << rounded.bit_length() if many else rounded)
+            assert sum(found) == -(-m // 16) * 16
         for m in (longest + 1, 577, 1025):
-            assert pieces(m, 32, dtype) == (32, -1, 0)
+            assert pieces(m, d, 32, dtype) == (32, -1, 0)
 
     def test_examples(self):
         for m, wanted in {
             1: (16, 0, 0),
             141: (128, 16, 0),
             197: (128, 64, 16),
-            239: (256, 0, 0),
-            272: (256, 16, 0),
+            224: (128, 64, 32),
+            225: (64, -1, 0),
         }.items():
-            assert pieces(m, 64, torch.float16) == wanted
+            assert pieces(m, 64, 64, torch.float16) == wanted
+        assert pieces(128, 80, 64, torch.float16) == (128, 0, 0)
+        assert pieces(129, 80, 64, torch.float16) == (64, -1, 0)

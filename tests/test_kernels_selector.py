@@ -6,8 +6,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from choice_checks import chosen, hard_scores
 from kernel_checks import DTYPES, FLOOR, Random, check_stats, distance, kernels
-from test_kernels_absorb import chosen, hard_scores
 from torch import Tensor
 
 from slimvit.dynamic.selector import Selector

@@ -11,7 +11,7 @@ from slimvit.ops.folded_block import FoldedBlock
 from slimvit.ops.modules import activation_name, layer_norm_of
 from slimvit.ops.network import NetworkParts, why_not_plain
 
-_CUDA_HEAD = 128  # see csrc/cuda/slim_attention.cu
+_WIDEST_HEAD = 128  # what a tile of the attention kernels has room for
 # What a block may keep for its keys and values to be folded away, and how many bytes of a row fit
 # the registers that are left: see kernels/last_attention.py and csrc/cuda/last_attention.cu.
 _LAST_TOKENS, _LAST_QUERIES, _LAST_BYTES = 2, 32, {"triton": 1536, "cuda": 2048}
@@ -151,8 +151,8 @@ def why_not_fused(parts: NetworkParts, backend: str = "triton") -> str | None:
     """Why the GPU kernels of a back end do not compute such a network, or None if they do."""
     for number, block in enumerate(parts.blocks, 1):
         reason = why_not_plain(block)
-        if reason is None and backend == "cuda" and block.head_dim > _CUDA_HEAD:
-            reason = f"head_dim must be at most {_CUDA_HEAD}, got {block.head_dim}"
+        if reason is None and block.head_dim > _WIDEST_HEAD:
+            reason = f"head_dim must be at most {_WIDEST_HEAD}, got {block.head_dim}"
         if reason is not None:
             return f"block {number}: {reason}"
     return None
