@@ -6,6 +6,7 @@
 
 The most important is measured first and written at once; what does not fit the minutes is named.
 Started again it goes on where it was, as long as commit, sources, device and torch are the same.
+It does so by itself, leaving out the step, once an error makes the device useless to a process.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
 
 import argparse
+import contextlib
 import gc
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -26,7 +29,7 @@ import gpu_kernels
 import gpu_models
 import gpu_tables
 import torch
-from gpu_clock import Clock, ceilings, clocks, facts
+from gpu_clock import CLOCKS, Clock, ceilings, clocks, facts
 from gpu_floor import Chip
 from gpu_kernels import Task
 from gpu_networks import Network, quiet
@@ -81,7 +84,24 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, help="processes that check kernels; default: CPUs - 2")
     parser.add_argument("--device", default="cuda", help="cpu: in Triton's interpreter, to try it")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the CSVs")
+    # Steps as they are told: how a process that lost the device names them to the next.
+    parser.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
     return parser
+
+
+def continued(command: Sequence[str], step: Step, minutes: float) -> list[str]:
+    """A command line of the same, without a step; of an option given twice the last counts."""
+    return [*command, "--without", str(step), "--minutes", f"{max(0.0, minutes):.2f}"]
+
+
+def tidy(cuda: bool) -> None:
+    """Give back what a step held; that fails where the device is lost."""
+    with contextlib.suppress(Exception):
+        torch.compiler.reset()  # it refuses to compile the same code for the ninth model
+    gc.collect()
+    if cuda:
+        with contextlib.suppress(Exception):
+            torch.cuda.empty_cache()
 
 
 class Session:
@@ -105,11 +125,14 @@ class Session:
         kinds = [kind for kind in args.kinds if self.clock.cuda or kind != "graphs"]
         asked = (args.models, args.image_sizes, args.batches, args.precisions)
         steps = plan(*asked, large_batches=args.large_batches, kinds=kinds)
-        left = [step for step in steps if not self.has(step)]
-        say(f"{len(steps)} steps, {len(steps) - len(left)} of them measured before")
-        if not left:
-            return
-        self.check(left)
+        missing = [step for step in steps if not self.has(step)]
+        say(f"{len(steps)} steps, {len(steps) - len(missing)} of them measured before")
+        left = [step for step in missing if str(step) not in args.without]
+        for step in missing:
+            if step not in left:
+                say(f"given up, the device was lost in it: {step}")
+        if any(self.budget.allows(step, self.elapsed()) for step in left):
+            self.check(left)
         skipped = []
         for step in left:
             if self.budget.allows(step, self.elapsed()):
@@ -164,13 +187,24 @@ class Session:
         if new:
             self.rows[name] = replaced(step, self.rows[name], new, self.facts["device"])
             gpu_tables.write(self.paths[name], self.columns[name], self.rows[name])
-        torch.compiler.reset()  # it refuses to compile the same code for the ninth model
-        gc.collect()
-        if self.clock.cuda:
-            torch.cuda.empty_cache()
+        tidy(self.clock.cuda)
         spent = time.perf_counter() - begin
         self.budget.spent(step, spent)
         say(f"{step}: {len(new)} rows in {spent:.0f} s, {self.elapsed():.0f} s in all")
+        if not gpu_models.answers(self.clock):
+            self.restart(step)
+
+    def restart(self, step: Step) -> None:
+        """Go on in a new process: in this one every call to the device fails from now on."""
+        say("the device does not answer any more: a new process goes on after this step")
+        with contextlib.suppress(OSError):
+            for number in map(int, os.listdir("/proc/self/fd")):
+                if number > 2:  # the device, left open, would keep its memory
+                    with contextlib.suppress(OSError):
+                        os.set_inheritable(number, False)
+        minutes = self.args.minutes - self.elapsed() / 60
+        command = [sys.executable, *sys.orig_argv[1:]]
+        os.execv(sys.executable, continued(command, step, minutes))
 
     def kernels(self, step: Step) -> list[Record]:
         network = self.network(step)
@@ -182,7 +216,7 @@ class Session:
             return []
         chip = self.chip(step.precision)
         rows = gpu_kernels.measure(network, step.precision, step.batch, self.clock, chip)
-        run = self.now() | clocks(self.clock, self.busy(step.precision))
+        run = self.now() | self.frequencies(step.precision)
         return gpu_kernels.with_errors([run | row for row in rows], self.checks)
 
     def speeds(self, step: Step) -> list[Record]:
@@ -197,7 +231,7 @@ class Session:
 
         options = (self.args.rounds, self.args.seconds)
         measured = gpu_models.measure(step, network, self.clock, wanted, say, *options)
-        run = self.now() | clocks(self.clock, self.busy(step.precision))
+        run = self.now() | self.frequencies(step.precision)
         return gpu_tables.speed_records(step, *measured, run)
 
     def chip(self, precision: str) -> Chip:
@@ -207,6 +241,13 @@ class Session:
             self.chips[precision] = Chip(self.facts["device"], flops, bandwidth)
             say(f"ceilings, {precision}: {1e-12 * flops:.0f} TFLOP/s, {1e-9 * bandwidth:.0f} GB/s")
         return self.chips[precision]
+
+    def frequencies(self, precision: str) -> Record:
+        """The clocks of the device at work; empty where they cannot be read, as rows are kept."""
+        try:
+            return clocks(self.clock, self.busy(precision))
+        except Exception:
+            return dict.fromkeys(CLOCKS, "")
 
     def busy(self, precision: str) -> partial[None]:
         """Matrix products that keep the device at work while its clocks are read."""

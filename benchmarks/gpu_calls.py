@@ -29,6 +29,7 @@ STAGES = {
     "slim_attention": ("attention", "attention"),
     "last_attention": ("attention", "last_attention"),
     "slim_mlp": ("proj_mlp", "mlp"),
+    "whole_block": ("block", ""),
     "row_stats": ("row_stats", ""),
     "scatter_tokens": ("scatter_tokens", ""),
 }
@@ -100,7 +101,8 @@ def watched(see: Callable[[Launch], None], backend: str = "triton") -> Iterator[
             bound.apply_defaults()
             short, stage, last = names(name, bound.arguments, last)
             result = function(*args, **kwargs)
-            see(Launch(short, stage, function, dict(bound.arguments)))
+            if result is not None:  # a whole block is left to the other kernels where it is None
+                see(Launch(short, stage, function, dict(bound.arguments)))
             return result
 
         return call
@@ -129,7 +131,7 @@ def names(function: str, arguments: dict[str, Any], last: bool) -> tuple[str, st
             return "last_u" if arguments["bias"] is None else "last_v", stage, last
     else:
         short, stage = STAGES[function]
-    if short in ("embedding", "qkv", "row_stats", "scatter_tokens"):
+    if short in ("embedding", "qkv", "block", "row_stats", "scatter_tokens"):
         return short, stage, last and short == "row_stats"
     return ("last_" if last else "") + short, stage, last
 
@@ -162,7 +164,7 @@ def judge(launch: Launch, **changed: Any) -> Verdict:
     if launch.name == "row_stats":
         error = stats_error(result, a["x"])
         return Verdict(error, error, STATS_ERROR)
-    emitted = launch.stage not in ("", "qkv") and isinstance(result, tuple)
+    emitted = launch.name != "qkv" and isinstance(result, tuple)
     values = result if isinstance(result, tuple) else (result,)
     values, stats = (values[:1], values[1]) if emitted else (values, None)
     dtype, batch = values[0].dtype, values[0].shape[0]
@@ -221,7 +223,8 @@ def poisoned() -> Iterator[None]:
 def _mapped(arguments: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     def one(value: Any) -> Any:
         if isinstance(value, tuple):
-            return tuple(one(item) for item in value)
+            items = [one(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
         return change(value) if isinstance(value, Tensor) else value
 
     return {name: one(value) for name, value in arguments.items()}
@@ -316,6 +319,15 @@ def _mlp(attended, x, proj, fc1, fc2, eps, activation, index, spread, squares, *
     return [y + F.linear(_mean_activation(u, s, activation), *fc2)]
 
 
+def _block(x, part, n, heads, activation, eps, key_bias, zero_rows, index, out) -> list[Tensor]:
+    if key_bias is not None or zero_rows or out is not None:
+        raise NotImplementedError("biased keys, zero rows and idle tokens are not measured")
+    q, kv = _qkv(x, part.qkv, part.qkv_bias, n, part.proj.shape[1], eps[0], index)
+    (attended,) = _attention(q, kv, heads, None, None)
+    weights = part[3:5], part[5:7], part[8:10]
+    return _mlp(attended, x, *weights, eps[1], activation, index, None, None)
+
+
 def _scatter(x, index, length) -> list[Tensor]:
     index = index.expand(x.shape[0], -1)[..., None].expand_as(x)
     return [x.new_zeros(x.shape[0], length, x.shape[2]).scatter(1, index, x)]
@@ -328,5 +340,6 @@ REFERENCES: dict[str, Callable[..., list[Tensor]]] = {
     "slim_attention": _attention,
     "last_attention": _last_attention,
     "slim_mlp": _mlp,
+    "whole_block": _block,
     "scatter_tokens": _scatter,
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,10 @@ from slimvit.models import Spec
 from slimvit.runtime import PRECISIONS
 
 INDEX_BATCH = 2
+DEADLINE = 240.0  # seconds of a task: a compiler that hangs leaves half of a run for measuring
+_ENDING = 10.0  # seconds: a driver at work may hold an ended process back, and must not hold us
+# To start one process collects others that ended, whose exit codes their own threads ask for.
+_LOCK = threading.Lock()
 
 
 class Check(NamedTuple):
@@ -79,16 +85,45 @@ def check_all(
 
 
 def _answers(tasks: Sequence[Task], jobs: int) -> Iterable[list[Check] | str]:
-    if jobs < 2 or len(tasks) < 2:
+    if jobs < 2 and not any(_on_gpu(task) for task in tasks):
         yield from map(answer, tasks)
         return
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        yield from pool.map(_alone, tasks)
+
+
+def _alone(task: Task) -> list[Check] | str:
+    """What `answer` says in a process of its own: it may hang, die or lose its device."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context) as pool:
-        for future in [pool.submit(answer, task) for task in tasks]:
-            try:
-                yield future.result()
-            except Exception as error:  # the process died
-                yield first_line(error)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(answer, task, sender), daemon=True)
+    try:
+        with _LOCK:
+            process.start()
+        sender.close()  # or the pipe would outlive the process
+        if not receiver.poll(DEADLINE):
+            return f"it took more than {DEADLINE:.0f} s"
+        return receiver.recv()
+    except EOFError:
+        with _LOCK:
+            process.join(_ENDING)
+        return f"its process ended with {process.exitcode}"
+    except Exception as error:  # it did not start, or what it sent cannot be read
+        return first_line(error)
+    finally:
+        receiver.close()
+        if process.pid is not None:
+            with _LOCK:
+                process.kill()
+                process.join(_ENDING)
+
+
+def _send(work: Callable[[Task], object], task: Task, sender: Connection) -> None:
+    sender.send(work(task))
+
+
+def _on_gpu(task: Task) -> bool:
+    return torch.device(task.network.device).type == "cuda"
 
 
 def answer(task: Task) -> list[Check] | str:
@@ -103,8 +138,10 @@ def answer(task: Task) -> list[Check] | str:
 def check(task: Task) -> list[Check]:
     """Check each distinct launch of the dense and slim networks, and of blocks with an index."""
     quiet()
-    model, shape, masks = task.network.build()
     dtype, device = PRECISIONS[task.precision], task.network.device
+    if _on_gpu(task):
+        torch.cuda.set_device(device)  # launches by themselves are made on the current one
+    model, shape, masks = task.network.build()
     found: dict[tuple[object, ...], Check] = {}
 
     def judged(form: str, batch: int) -> Callable[[Launch], None]:

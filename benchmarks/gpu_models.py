@@ -121,25 +121,72 @@ def measure(
         Rows, the model's shape and its masks.
     """
     work = Work(network, step.batch, step.precision, clock)
+    rows = timed(prepared(step.kind, work, wanted, tell), work, tell, rounds, seconds)
+    return rows, work.shape, work.masks
+
+
+def prepared(
+    kind: str, work: Work, wanted: Callable[[str], str | None], tell: Callable[[str], object]
+) -> list[Row]:
+    """The rows of a kind of step that work and answer right; none once the device is lost."""
     rows: list[Row] = []
-    for runtime, form in ROWS[step.kind]:
+    for runtime, form in ROWS[kind]:
         name = runtime.removeprefix("slimvit:")
         reason = wanted(runtime)
         if reason is None and name != runtime:
-            reason = why_not(name, clock.device, work.dtype)
+            reason = why_not(name, work.clock.device, work.dtype)
             if reason is not None and name == "cuda":
                 continue  # it need not be built, and why it is not has been said
         if reason is None:
-            row, reason = attempt(runtime, form, step.kind == "graphs", work)
-        if reason is None:
-            rows.append(row)
-        elif reason:
+            row, reason = attempt(runtime, form, kind == "graphs", work)
+            if reason is None:
+                rows.append(row)
+                continue
+        if reason:
             tell(f"  {runtime} {form} is not timed: {reason}")
+        if not answers(work.clock):
+            tell("  no other row is timed: the device does not answer any more")
+            return []
+    return rows
+
+
+def timed(
+    rows: Sequence[Row], work: Work, tell: Callable[[str], object], rounds: int, seconds: float
+) -> list[Row]:
+    """Rows after their rounds, all the same number; one that fails is named and left out."""
+    left = list(rows)
     with torch.inference_mode():
         for number in range(rounds):
-            for row in rows if number % 2 == 0 else rows[::-1]:
-                _turn(row, work, seconds)
-    return rows, work.shape, work.masks
+            for row in list(left if number % 2 == 0 else left[::-1]):
+                try:
+                    _turn(row, work, seconds)
+                except Exception as error:  # the rounds of the others are worth keeping
+                    tell(f"  {row.runtime} {row.form} is not timed: {first_line(error)}")
+                    left = [other for other in left if other is not row]
+                    if not answers(work.clock):
+                        return _complete(left, max(1, number), tell)
+    return left
+
+
+def _complete(rows: Sequence[Row], rounds: int, tell: Callable[[str], object]) -> list[Row]:
+    """Rows that have so many rounds, cut to them, where the device was lost in the next."""
+    kept = []
+    for row in rows:
+        if len(row.rates) < rounds:
+            tell(f"  {row.runtime} {row.form} is not timed: the device does not answer any more")
+            continue
+        row.rates, row.latencies = row.rates[:rounds], row.latencies[:rounds]
+        kept.append(row)
+    return kept
+
+
+def answers(clock: Clock) -> bool:
+    """Whether the device still works in this process: after an illegal address nothing does."""
+    try:
+        clock.wait()
+    except Exception:
+        return False
+    return True
 
 
 def attempt(runtime: str, form: str, graphs: bool, work: Work) -> tuple[Row | None, str | None]:
@@ -234,11 +281,11 @@ def _turn(row: Row, work: Work, seconds: float) -> None:
         once = work.clock.queued(calls[:1], trial) / trial
     times = max(1, int(seconds / 2 / max(once * len(calls), 1e-7)))
     elapsed = work.clock.queued(calls, times)
-    row.rates.append(work.batch * times * len(calls) / elapsed)
     singles = [] if work.clock.cuda else [once]
     end = time.perf_counter() + seconds / 2
     while not singles or (len(singles) < _SINGLE_CALLS and time.perf_counter() < end):
         singles.append(work.clock.waited(calls[len(singles) % len(calls)]))
+    row.rates.append(work.batch * times * len(calls) / elapsed)  # both or, if a call fails, neither
     row.latencies.append(median(singles))
 
 

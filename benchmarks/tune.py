@@ -62,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     if device.type != "cuda" and not (args.dry_run or args.table):
         say("what the interpreter takes says nothing of a GPU: give --dry-run or --table")
         return 2
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # launches by themselves are made on the current one
     quiet()
     clock = Clock(device)
     before = table_of(table, configs)

@@ -28,12 +28,13 @@ class Job(NamedTuple):
     function: str
     arguments: dict[str, Any]
     config: tuple[int, int, int, int, int]
+    device: str
 
 
 def job(launch: Launch, config: tuple[int, int, int, int, int]) -> Job:
     """What another process has to launch."""
     arguments = {name: _blank(value) for name, value in launch.arguments.items()}
-    return Job(launch.function.__name__, arguments, config)
+    return Job(launch.function.__name__, arguments, config, str(launch.tensors()[0].device))
 
 
 def compile_all(jobs: Sequence[Job], processes: int, seconds: float) -> None:
@@ -47,6 +48,8 @@ def compile_one(work: Job) -> str:
     """Launch a job on zeros; "" or what went wrong."""
     module = kernel_set("triton")
     try:
+        if torch.device(work.device).type == "cuda":
+            torch.cuda.set_device(work.device)  # launches are made on the current one
         with torch.no_grad():
             arguments = {name: _filled(value) for name, value in work.arguments.items()}
             arguments["config"] = module.Config(*work.config)

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import sys
 
 import pytest
 import timm
@@ -175,6 +176,51 @@ def test_logits_beyond_twice_pytorchs_error_are_refused(bench):
     assert "eager PyTorch itself" in refusal(0.001, 0.5, "bfloat16")
 
 
+def test_a_lost_device_ends_a_step_and_not_the_run(bench, monkeypatch, tmp_path, capsys):
+    """Its good rows are written, and a new process takes the steps after it."""
+    gpu, models, tried = bench("gpu"), bench("gpu_models"), []
+    arguments = ["--device", "cpu", "--models", "test_vit", "--keep", "60,40x4,1", "--kinds"]
+    arguments += ["rows", "--image-sizes", "32", "--precisions", "float32", "--batches", "4", "2"]
+    arguments += ["1", "--minutes", "5", "--output", str(tmp_path)]
+    fails = {4: RuntimeError("CUDA error: an illegal memory access"), 2: None, 1: None}
+
+    def measure(step, network, *_):
+        tried.append(step.batch)
+        if fails[step.batch] is not None:
+            raise fails[step.batch]
+        return [row(bench, "torch", "dense", (50.0,), (1.0,))], *network.shapes()
+
+    def no_clocks(*_):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(gpu.Session, "check", lambda self, steps: None)
+    monkeypatch.setattr(gpu.Session, "elapsed", lambda self: 60.0)
+    monkeypatch.setattr(gpu, "clocks", no_clocks)
+    monkeypatch.setattr(models, "measure", measure)
+    monkeypatch.setattr(models, "answers", lambda clock: tried[-1] == 2)  # lost before
+    monkeypatch.setattr(gpu.os, "set_inheritable", lambda *_: None)
+    monkeypatch.setattr(gpu.os, "execv", lambda *given: sys.exit(given))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "gpu.py", *arguments])
+    for batch, left in ((4, "4.00"), (1, "3.00")):
+        with pytest.raises(SystemExit) as stop:
+            gpu.main(sys.orig_argv[3:])
+        path, command = stop.value.code
+        step = f"rows: test_vit, 32 px, batch {batch}, float32"
+        given_up = ["--without", step, "--minutes", left]
+        assert (path, command) == (sys.executable, [path, *sys.orig_argv[1:], *given_up])
+        monkeypatch.setattr(sys, "orig_argv", command)
+    assert gpu.main(sys.orig_argv[3:]) == 0
+    assert tried == [4, 1, 2]
+    out = capsys.readouterr().out
+    assert out.count("given up, the device was lost in it: rows: test_vit, 32 px, batch 4") == 2
+    assert "Acceptance" in out.rpartition("given up")[2]
+    with (tmp_path / "gpu-speed.csv").open(newline="") as file:
+        assert [(r["batch"], r["sm_mhz"]) for r in csv.DictReader(file)] == [("1", ""), ("2", "")]
+    monkeypatch.setattr(gpu.Session, "check", None)  # where no step fits, nothing is checked
+    assert gpu.main([*sys.orig_argv[3:], "--minutes", "0"]) == 0
+    assert "skipped, 30 s do not fit any more" in capsys.readouterr().out
+
+
 REGISTER = """
 import os, runpy
 {environment}
@@ -243,9 +289,11 @@ def test_dry_runs_on_a_cpu(run_from, tmp_path, configs):
 @on_gpu
 def test_a_small_model_on_a_gpu(run_from, tmp_path):
     """All kinds of steps, torch.compile and CUDA graphs included."""
-    gpu = f'"gpu.py", "--image-sizes", "32", {SMALL.replace("float32", "float16")}'
+    # A model of timm's own: the processes that check kernels do not know the one made here.
+    gpu = '"gpu.py", "--models", "test_vit", "--keep", "60,40x4,1", "--image-sizes", "32", '
+    gpu += SMALL.replace("float32", "float16")
     code = REGISTER.format(environment="", benchmarks=str(BENCHMARKS))
-    code += f'script({gpu}, "--output", {str(tmp_path)!r}, "--jobs", "1")\n'
+    code += f'script({gpu}, "--output", {str(tmp_path)!r})\n'
     out = "\n".join(run_from(ROOT, code))
     assert "status 0" in out
     assert "failed" not in out

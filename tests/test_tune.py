@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from slimvit.errors import SlimvitError
 
@@ -81,3 +82,17 @@ def test_a_wrong_table_is_refused(bench, configs, spoil):
     with pytest.raises((SlimvitError, json.JSONDecodeError)):
         tune.validate(text, found, configs, old)
     assert configs.entries() == old  # and the kernels read their own table again
+
+
+def test_launches_are_made_on_the_device_that_was_asked_for(bench, monkeypatch):
+    tune, current = bench("tune"), []
+
+    def shapes(args, device, *_):
+        assert current == [device]
+        raise InterruptedError(str(device))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(tune, "shapes", shapes)
+    with pytest.raises(InterruptedError, match="cuda:1"):
+        tune.main(["--device", "cuda:1", "--dry-run"])
