@@ -286,7 +286,7 @@ class TestRefused:
             ("qk_norm", "block 1: it has q_norm, a LayerNorm"),
             ("rms_norm", "block 1: it has q_norm, a RmsNorm"),
             ("dinov2_swiglu", "block 1: it has ls2, a LayerScale"),
-            ("dynamic_img_pad", "images are padded to whole patches"),
+            ("dynamic_img_pad", "images are padded or cropped to whole patches"),
         ],
     )
     def test_a_model_that_the_cpu_kernels_do_not_compute(self, name, reason, caplog):

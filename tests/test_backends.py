@@ -1,6 +1,7 @@
 """Back ends: why one does not work here, and which one is taken."""
 
 import logging
+import types
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from references import build, random_images, random_masks
 from torch import Tensor, nn
 
 from slimvit import Absorb, Masks
-from slimvit.backends import NAMES, choose, select, why_not
+from slimvit.backends import NAMES, choose, select, triton, why_not
+from slimvit.backends.fused_checks import tf32_allowed
 from slimvit.errors import SlimvitError, UsageError
 from slimvit.runtime import accelerate
 
@@ -48,6 +50,25 @@ def test_unknown(name):
         why_not(name)
     with pytest.raises(UsageError, match=f"unknown back end '{name}'"):
         choose(name, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("where", ["backends", "matmul", "precision"])
+def test_tf32_by_whichever_of_torchs_switches(where):
+    matmul = torch.backends.cuda.matmul
+    holder = torch.backends if where == "backends" else matmul
+    before = holder.fp32_precision
+    assert not tf32_allowed()
+    try:
+        if where == "precision":
+            torch.set_float32_matmul_precision("high")
+        else:
+            holder.fp32_precision = "tf32"
+        assert tf32_allowed()
+    finally:
+        if where == "precision":
+            torch.set_float32_matmul_precision("highest")
+        holder.fp32_precision = before
+    assert not tf32_allowed()
 
 
 def only(*working):
@@ -100,6 +121,31 @@ class TestChoice:
         assert choose("auto", "cuda", torch.float16) == "torch"
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
         assert choose("auto", "cuda", torch.float16) == "triton"
+
+    def test_triton_without_a_compiler_for_its_driver(self, monkeypatch):
+        class Driver:
+            def get_current_device(self) -> int:
+                if self.found:
+                    return 0
+                raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+        monkeypatch.setattr(triton.kernel_set(), "INTERPRETED", False)
+        monkeypatch.setattr(triton, "_STARTED", [])
+        driver = types.SimpleNamespace(active=Driver())
+        monkeypatch.setattr("triton.runtime.driver", driver)
+        for driver.active.found in (False, True):
+            reason = why_not("triton", "cuda", torch.float16)
+            failed = "Triton does not start: Failed to find C compiler."
+            assert reason == (None if driver.active.found else failed)
+
+    def test_plain_torch_on_a_cpu_is_worth_a_warning(self, monkeypatch, caplog):
+        monkeypatch.setenv("SLIMVIT_ISA", "sse9")
+        assert choose("auto", "cpu", torch.float32) == "torch"
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert record.getMessage().startswith("back end cpu passed over: SLIMVIT_ISA must be one")
 
     def test_auto_finds_none(self, monkeypatch):
         monkeypatch.setattr(select, "why_not", only())

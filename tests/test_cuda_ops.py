@@ -119,6 +119,14 @@ class TestWithoutCode:
         self.pretend(monkeypatch, (9, 0), "out of memory (cudaErrorMemoryAllocation)")
         assert backends.why_not("cuda", "cuda", HALF).startswith("out of memory")
 
+    def test_a_gpu_without_memory_to_spare_is_asked_again(self, monkeypatch):
+        failures = ["out of memory (cudaErrorMemoryAllocation)", None]
+        self.pretend(monkeypatch, (9, 0), "")
+        monkeypatch.setattr(backends.cuda.module(), "probe", lambda index: failures.pop(0))
+        assert backends.why_not("cuda", "cuda", HALF).startswith("out of memory")
+        assert backends.why_not("cuda", "cuda", HALF) is None
+        assert backends.why_not("cuda", "cuda", HALF) is None  # without another probe
+
     def pretend(self, monkeypatch, capability: tuple[int, int], failure: str) -> None:
         class Module:
             why_not = staticmethod(lambda: None)
@@ -131,7 +139,7 @@ class TestWithoutCode:
         )
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(backends.cuda, "_runs_on", backends.cuda._runs_on.__wrapped__)
+        monkeypatch.setattr(backends.cuda, "_RUN_ON", set())
 
 
 class TestRefused:
@@ -179,6 +187,14 @@ class TestRefused:
                 call()
         with pytest.raises(SlimvitError, match=f"^back end cuda: width {eight}"):
             torch.ops.slimvit.scatter_tokens(x, torch.arange(3), 5, backend="cuda")
+
+    def test_rows_that_begin_anywhere(self):
+        use(V100)
+        x = torch.zeros(3 * 16 + 1, dtype=HALF)[1:].view(1, 3, 16)
+        rule = "x must begin at a multiple of 16 bytes, got one [0-9]+ beyond: clone it$"
+        with pytest.raises(SlimvitError, match=f"^back end cuda: {rule}"):
+            torch.ops.slimvit.scatter_tokens(x, torch.arange(3), 5, backend="cuda")
+        torch.ops.slimvit.scatter_tokens(x.clone(), torch.arange(3), 5, backend="cuda")
 
     def test_dtypes_of_the_other_ops(self):
         random, message = Random(), "^back end cuda: it computes float16 and bfloat16, not float"

@@ -123,7 +123,7 @@ class TestCuda:
         monkeypatch.setattr(
             _extensions, "_attempt", lambda name: module if name == "_cuda" else real(name)
         )
-        monkeypatch.setattr(backends.cuda, "_runs_on", backends.cuda._runs_on.__wrapped__)
+        monkeypatch.setattr(backends.cuda, "_RUN_ON", set())
 
     def module(self, **answers: object) -> SimpleNamespace:
         known = {"architectures": "75-real 80", "runtime": "13.0", "driver": None, **answers}

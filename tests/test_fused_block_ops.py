@@ -127,9 +127,11 @@ class TestRefused:
         self.refuses(rf"n must be in \[1, m\] = \[1, 7\], got {n}$", n=n)
 
     def test_stats(self):
-        rule = rf"stats must be \[B, m, parts, 2\] = \[2, 7, 3, 2\], float32, on {DEVICE}.*, got "
+        shape = r"\[B, m, parts, 2\] = \[2, 7, 3, 2\]"
+        rule = rf"stats must be {shape}, float32, contiguous, on {DEVICE}.*, got "
         self.refuses(rule + r"\[2, 7, 1, 2\], float32", stats=Random()(2, 7, 1, 2))
         self.refuses(rule + r"\[2, 6, 3, 2\], float32", stats=Random()(2, 6, 3, 2))
+        self.refuses(rule + r"\[2, 7, 3, 2\], float32", stats=Random()(2, 9, 3, 2)[:, :7])
         half = Random()(2, 7, 3, 2, dtype=torch.half)
         self.refuses(rule + r"\[2, 7, 3, 2\], float16", stats=half)
 

@@ -31,7 +31,7 @@ REFUSED = {
     "qk_norm": "block 1: it has q_norm, a LayerNorm",
     "rms_norm": "block 1: it has q_norm, a RmsNorm",
     "scale_norms": "block 1: it has attn_norm, a LayerNorm",
-    "dynamic_img_pad": "images are padded to whole patches",
+    "dynamic_img_pad": "images are padded or cropped to whole patches",
     "gated": "block 1: its attention is gated",
 }
 # To kernels the same as one of the others, whose network they have.

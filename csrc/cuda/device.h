@@ -171,8 +171,11 @@ void launch(const char* name, void (*kernel)(P), dim3 grid, int threads, int sha
             const P& params) {
   if (shared > 48 << 10) {
     // All there is, and never less for a later launch: an earlier one may be in a graph by then.
+    cudaFuncAttributes own{};
+    check(cudaFuncGetAttributes(&own, kernel), name);
+    const int rest = shared_memory_limit() - static_cast<int>(own.sharedSizeBytes);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               shared_memory_limit()),
+                               rest > shared ? rest : shared),
           name);
   }
   kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(params);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 
 import torch
@@ -49,11 +48,20 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-@functools.cache
+_RUN_ON: set[int] = set()
+
+
 def _runs_on(index: int) -> str | None:
-    """Why kernels of this build do not run on a GPU, and the cure where its code was left out."""
+    """Why kernels of this build do not run on a GPU, and the cure where its code was left out.
+
+    Where they do they are tried once; a GPU without memory to spare may have some the next time.
+    """
+    if index in _RUN_ON:
+        return None
     built, capability = module(), _capability(torch.device("cuda", index))
     reason = built.probe(index)
+    if reason is None:
+        _RUN_ON.add(index)
     if reason is None or "NoKernelImage" not in reason:
         return reason
     cure = f"TORCH_CUDA_ARCH_LIST={capability // 10}.{capability % 10}"
@@ -100,6 +108,15 @@ def per_image(tensor: Tensor | None) -> int:
     return tensor.shape[1] if tensor is not None and tensor.dim() == 2 else 0
 
 
+def _address(name: str, tensor: Tensor) -> int:
+    """Where a tensor begins; rows of two-byte numbers are read 16 bytes at a time."""
+    address = tensor.data_ptr()
+    if address % 16 and tensor.element_size() == 2:
+        rule = f"{name} must begin at a multiple of 16 bytes"
+        raise SlimvitError(f"back end cuda: {rule}, got one {address % 16} beyond: clone it")
+    return address
+
+
 def call(function: object, like: Tensor, **arguments: object) -> None:
     """`run` a kernel of matrices in the dtype of `like`."""
     if like.dtype not in DTYPES:
@@ -111,7 +128,7 @@ def run(function: object, like: Tensor, **arguments: object) -> None:
     """Call a kernel with tensors as addresses, on the current stream of the device of `like`."""
     at_most("batch", arguments.get("batch", 0), MOST_IMAGES)
     plain = {
-        name: value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value
+        name: _address(name, value) if isinstance(value, Tensor) else 0 if value is None else value
         for name, value in arguments.items()
     }
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0

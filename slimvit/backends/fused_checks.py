@@ -7,7 +7,6 @@ package itself, the CUDA back end's is `slimvit.backends.cuda_kernels`.
 from __future__ import annotations
 
 import contextlib
-import functools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -71,8 +70,7 @@ def check(
     """Refuse what a block's kernels cannot read; `ops.FusedBlock` says what each is."""
     _known(backend)
     width, dtype, device = part.qkv.shape[1], part.qkv.dtype, part.qkv.device
-    ask = _ask_once if device.type == "cuda" else _ask  # a GPU stays what it is
-    reason = ask(backend, device, dtype)
+    reason = _ask(backend, device, dtype)
     if reason is not None:
         raise SlimvitError(f"back end {backend}: {reason}")
     rule = f"x must be [B, m, D] with D = {width}, {_name(dtype)}, on {device}"
@@ -86,8 +84,8 @@ def check(
     if stats is not None:
         shape = (batch, m, width // part_width(width), 2)
         fits = stats.shape == shape and stats.dtype == torch.float32 and stats.device == device
-        rule = f"stats must be [B, m, parts, 2] = {list(shape)}, float32, on {device}"
-        require(backend, fits, rule, stats)
+        rule = f"stats must be [B, m, parts, 2] = {list(shape)}, float32, contiguous, on {device}"
+        require(backend, fits and stats.is_contiguous(), rule, stats)
     if index is not None:
         fits = index.shape == (batch, n) and index.dtype == torch.int64
         rule = f"index must be [B, n] = [{batch}, {n}], int64, on {device}"
@@ -113,11 +111,18 @@ def _known(backend: str) -> None:
         raise SlimvitError(f"back end must be one of {', '.join(_KERNELS)}, got {backend!r}")
 
 
+_WORKS: set[tuple[str, torch.device, torch.dtype]] = set()
+
+
 def _ask(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    return _WHY_NOT[backend](device, dtype)
-
-
-_ask_once = functools.cache(_ask)
+    """Why not; of a GPU that works only once, since it stays what it is."""
+    asked = (backend, device, dtype)
+    if asked in _WORKS:
+        return None
+    reason = _WHY_NOT[backend](device, dtype)
+    if reason is None and device.type == "cuda":
+        _WORKS.add(asked)
+    return reason
 
 
 def nothing(like: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
@@ -129,6 +134,14 @@ def nothing(like: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be where the tensors are."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 products may be in TF32, by whichever of torch's switches was used."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # it does not answer once `fp32_precision` was set
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def precision_of(tf32: bool) -> str:

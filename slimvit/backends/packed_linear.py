@@ -22,6 +22,7 @@ def packable(x: Tensor) -> bool:
         and x.dtype in _DTYPES
         and not (torch.is_grad_enabled() and x.requires_grad)
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -79,14 +80,22 @@ class PackedLinear(nn.Module):
         return F.gelu(y) if gelu else y
 
     def _pack(self, rows: slice, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The packed weight and the bias of some outputs; packed anew if the weight has changed."""
+        """The packed weight and the bias of some outputs; packed anew if either has changed.
+
+        What is written through `.data`, or by NumPy, has no version and is not noticed.
+        """
         weight, bias = self.weight, self.bias
-        state = (weight.data_ptr(), weight._version, None if bias is None else bias._version)
+        state = (weight.data_ptr(), weight._version)
+        if bias is not None:
+            state += (bias.data_ptr(), bias._version)
         pack = self._packs.get((rows.start, rows.stop))
         if pack is None or pack[0] != state:
             part = weight.detach()[rows].contiguous()
             packed = torch.ops.mkldnn._reorder_linear_weight(part, x.numel() // x.shape[-1])
-            pack = (state, packed, None if bias is None else bias.detach()[rows].contiguous())
+            own = None if bias is None else bias.detach()
+            # Held, the memory of what was packed is not given to another tensor.
+            held = (weight.detach(), own)
+            pack = (state, packed, None if own is None else own[rows].contiguous(), held)
             self._packs[(rows.start, rows.stop)] = pack
         return pack[1], pack[2]
 
@@ -112,6 +121,8 @@ class PatchLinear(nn.Module):
         """Whether a module is a convolution of patches that neither overlap nor leave a gap."""
         return (
             type(module) is nn.Conv2d
+            and not (module._forward_hooks or module._forward_pre_hooks)
+            and "forward" not in vars(module)
             and module.stride == module.kernel_size
             and module.padding == (0, 0)
             and module.dilation == (1, 1)
@@ -122,6 +133,9 @@ class PatchLinear(nn.Module):
         """What the convolution gives, [B, D, gh, gw], for images [B, C, H, W]."""
         batch, channels, height, width = images.shape
         rows, columns = height // self.patch[0], width // self.patch[1]
+        images = images[
+            ..., : rows * self.patch[0], : columns * self.patch[1]
+        ]  # as it drops the rest
         patches = images.reshape(batch, channels, rows, self.patch[0], columns, self.patch[1])
         width = channels * self.patch[0] * self.patch[1]
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, width)

@@ -74,8 +74,8 @@ def choose(
             continue
         reason = refuses(candidate)
         if reason is None:
-            # Another set of fused kernels does as well; plain PyTorch on a GPU is worth a warning.
-            slow = candidate == "torch" and torch.device(device).type == "cuda"
+            # Another set of fused kernels does as well; plain PyTorch is worth a warning.
+            slow = candidate == "torch"
             for name, reason in passed.items():
                 level = logging.WARNING if slow else logging.DEBUG
                 _log.log(level, "back end %s passed over: %s", name, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 import torch
@@ -11,6 +12,7 @@ from slimvit.errors import SlimvitError
 
 OLDEST = 80
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_STARTED: list[bool] = []
 
 
 def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
@@ -35,10 +37,25 @@ def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
                 f"Triton has no matrix instructions below sm_{OLDEST}, and "
                 f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}"
             )
+        reason = None if kernel_set().INTERPRETED else _starts()
+        if reason is not None:
+            return reason
     if dtype not in DTYPES:
         return (
             f"{str(dtype).removeprefix('torch.')} is not computed: use float16, bfloat16 or float32"
         )
+    return None
+
+
+def _starts() -> str | None:
+    """Why Triton does not start, or None: at first it compiles its driver with a C compiler."""
+    if not _STARTED:
+        try:
+            importlib.import_module("triton.runtime").driver.active.get_current_device()
+        except Exception as error:  # of the compiler, the linker or CUDA
+            text = str(error).strip() or type(error).__name__
+            return f"Triton does not start: {text.splitlines()[0]}"
+        _STARTED.append(True)
     return None
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import LayerScale, Mlp
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import LayerScale, Mlp, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +26,7 @@ from slimvit.ops import (
     slim_block,
     zero_key,
 )
+from slimvit.ops.modules import altered
 
 
 class SlimCalls:
@@ -107,7 +110,8 @@ class _Slim(SlimCalls):
         """Keep only what inference needs; training is over after this.
 
         Layer scale goes into the projection before it, dropout goes away, the key of the zero
-        rows becomes a constant, and plain blocks are computed with fewer calls.
+        rows becomes a constant, and plain blocks are computed with fewer calls. Blocks may share
+        modules and weights, so that nothing is changed in place.
         """
         self.eval()
         for layer, module in enumerate(self.blocks):
@@ -115,12 +119,9 @@ class _Slim(SlimCalls):
                 extra = zero_key(parts(module), self._dead[layer])
                 self.register_buffer(f"_zero_key_{layer}", extra.key, persistent=False)
                 self.register_buffer(f"_zero_value_{layer}", extra.value, persistent=False)
-            module.ls1 = _fold_scale(module.ls1, module.attn.proj)
-            if type(module.mlp) is Mlp and isinstance(module.mlp.norm, nn.Identity):
-                module.ls2 = _fold_scale(module.ls2, module.mlp.fc2)
-                module.mlp = nn.Sequential(module.mlp.fc1, module.mlp.act, module.mlp.fc2)
-            if FoldedBlock.why_not(parts(module)) is None:
-                self.blocks[layer] = FoldedBlock(parts(module))
+            block = _without_scale(module)
+            plain = FoldedBlock.why_not(parts(block)) is None
+            self.blocks[layer] = FoldedBlock(parts(block)) if plain else block
         if PatchLinear.replaces(self.patch_embed.proj):
             self.patch_embed.proj = PatchLinear(self.patch_embed.proj)
         self._folded = True
@@ -129,19 +130,19 @@ class _Slim(SlimCalls):
     def network_parts(self) -> NetworkParts | str:
         """What a back end needs to compute the folded network by itself, or why it cannot."""
         embedding = self.patch_embed
+        reason = self._altered()
+        if reason is not None:
+            return reason
         if not isinstance(embedding.proj, PatchLinear):
             return "its patches overlap or leave gaps"
         if not isinstance(embedding.norm, nn.Identity):
             return "patches are normalised one by one"
         height, width = embedding.proj.patch
         if tuple(size % side for size, side in zip(embedding.img_size, (height, width))) != (0, 0):
-            return "images are padded to whole patches"
+            return "images are padded or cropped to whole patches"
         channels = embedding.proj.in_channels
         blank = self.cls_token.new_zeros(1, channels, *embedding.img_size)
         table = self._pos_embed(embedding(blank))[0]  # [N, D]
-        linears = [getattr(self, name, None) for name in ("head", "head_dist")]
-        heads = [linear for linear in linears if linear is not None]
-        plain = isinstance(self.fc_norm, nn.Identity) and all(type(h) is nn.Linear for h in heads)
         return NetworkParts(
             image_size=tuple(embedding.img_size),
             patch_weight=embedding.proj.linear.weight.unflatten(1, (channels, height, width)),
@@ -156,10 +157,32 @@ class _Slim(SlimCalls):
             ],
             zero_rows=self._dead,
             norm=self.norm,
-            heads=heads if plain else [],
+            heads=self._plain_heads(),
             counts=self._counts,
             idle=self._idle,
         )
+
+    def _altered(self) -> str | None:
+        """What ahead of the head is more than its class and its weights say, or None."""
+        for name in ("", "patch_embed", "pos_drop", "patch_drop", "norm_pre", "norm"):
+            module = getattr(self, name) if name else self
+            reason = altered(name or "the model", module, deep=bool(name))
+            if reason is not None:
+                return f"{reason}, which would not run"
+        for name in ("cls_token", "pos_embed", "reg_token"):
+            value = getattr(self, name, None)
+            if value is not None and not isinstance(value, nn.Parameter):
+                return f"its {name} is computed anew in each call"
+        return None
+
+    def _plain_heads(self) -> list[nn.Linear]:
+        """Linear heads, where they are all that `forward_head` calls; else nothing."""
+        heads = [head for name in ("head", "head_dist") if (head := getattr(self, name, None))]
+        known = (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
+        own = type(self).forward_head not in known or "forward_head" in vars(self)
+        called = nn.ModuleList([self.fc_norm, self.head_drop, *heads])
+        plain = isinstance(self.fc_norm, nn.Identity) and all(type(h) is nn.Linear for h in heads)
+        return heads if plain and not own and altered("head", called) is None else []
 
     def keep_head(self) -> None:
         """Drop everything ahead of the final norm: `forward_head` is all that still works."""
@@ -211,10 +234,37 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _fold_scale(scale: nn.Module, linear: nn.Linear) -> nn.Module:
-    if not isinstance(scale, LayerScale) or type(linear) is not nn.Linear:
-        return scale
-    linear.weight.mul_(scale.gamma[:, None])
+def _without_scale(block: nn.Module) -> nn.Module:
+    """The block with its layer scales in the layers before them, and its MLP a plain sequence."""
+    block = _shallow(block)
+    if _scales(block.ls1, block.attn.proj):
+        block.attn = _shallow(block.attn)
+        block.attn.proj, block.ls1 = _scaled(block.attn.proj, block.ls1), nn.Identity()
+    mlp = block.mlp
+    if type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity) and altered("mlp", mlp) is None:
+        fc2 = mlp.fc2
+        if _scales(block.ls2, fc2):
+            fc2, block.ls2 = _scaled(fc2, block.ls2), nn.Identity()
+        block.mlp = nn.Sequential(mlp.fc1, mlp.act, fc2)
+    return block
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """The same parts and parameters in a module of their own."""
+    copied = copy.copy(module)
+    copied._modules, copied._parameters = dict(module._modules), dict(module._parameters)
+    return copied
+
+
+def _scales(scale: nn.Module, linear: nn.Module) -> bool:
+    """Whether a layer scale may go into the layer before it."""
+    plain = type(scale) is LayerScale and type(linear) is nn.Linear
+    return plain and altered("scale", scale) is None and altered("linear", linear) is None
+
+
+def _scaled(linear: nn.Linear, scale: LayerScale) -> nn.Linear:
+    scaled = _shallow(linear)
+    scaled.weight = nn.Parameter(linear.weight * scale.gamma[:, None], requires_grad=False)
     if linear.bias is not None:
-        linear.bias.mul_(scale.gamma)
-    return nn.Identity()
+        scaled.bias = nn.Parameter(linear.bias * scale.gamma, requires_grad=False)
+    return scaled

@@ -11,6 +11,7 @@ from slimvit.errors import MasksError, SlimvitError, UnsupportedModelError
 from slimvit.masks import Masks
 from slimvit.models.spec import Spec
 from slimvit.ops import BlockParts
+from slimvit.ops.modules import altered
 
 _OTHER_FAMILIES = {
     "SwinTransformer": "windowed attention needs every patch of a window",
@@ -68,9 +69,12 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{kind} is slimmed already: give the dense model")
     if not isinstance(model, VisionTransformer):
         reason = _OTHER_FAMILIES.get(kind, "it is not one of timm's VisionTransformer family")
+        if any(isinstance(part, VisionTransformer) for part in model.modules()):
+            reason += ", but holds one: give that"
         raise UnsupportedModelError(f"{kind} cannot be slimmed: {reason}")
     for name in ("forward", "forward_features"):
-        if getattr(type(model), name) is not getattr(VisionTransformer, name):
+        own = getattr(type(model), name) is not getattr(VisionTransformer, name)
+        if own or name in vars(model):
             raise UnsupportedModelError(f"{kind} cannot be slimmed: it has a {name} of its own")
     name = model_name(model)
     if model.global_pool != "token" or not model.has_class_token:
@@ -102,7 +106,7 @@ def _check_block(where: str, block: nn.Module) -> None:
         )
     if type(block.attn.qkv) is not nn.Linear:
         raise UnsupportedModelError(
-            f"{where} projects queries by {type(block.attn.qkv).__name__}: "
+            f"{where} projects queries by {_class_name(block.attn.qkv)}: "
             "only a plain Linear can be split into queries and keys"
         )
     if type(block.mlp) not in _TOKENWISE_MLPS:
@@ -112,14 +116,19 @@ def _check_block(where: str, block: nn.Module) -> None:
         )
     # Slimmed, these modules are not called: what hangs on their calls would be lost.
     for name, module in (("", block), (".attn", block.attn), (".attn.qkv", block.attn.qkv)):
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise UnsupportedModelError(
-                f"{where}{name} has forward hooks, which would not run: remove them first"
-            )
+        reason = altered(where + name, module, deep=False)
+        if reason is not None:
+            raise UnsupportedModelError(f"{reason}, which would not run: remove them first")
     if not isinstance(block.attn.qkv.weight, nn.Parameter):
         raise UnsupportedModelError(
             f"{where}.attn.qkv computes its weight anew in each call: make it a parameter first"
         )
+
+
+def _class_name(module: nn.Module) -> str:
+    kind = type(module)
+    whole = f"{kind.__module__}.{kind.__name__}"
+    return whole if kind.__name__ == nn.Linear.__name__ else kind.__name__
 
 
 def check_masks(masks: Masks, model_spec: Spec) -> None:
@@ -199,7 +208,7 @@ def check_shape(model: nn.Module, images: Tensor) -> None:
 def embed(model: nn.Module, images: Tensor) -> Tensor:
     """Z_0: images [B, C, H, W] to tokens [B, N, D], position embedding and pre-norm included."""
     check_shape(model, images)
-    return model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
 
 def model_name(model: nn.Module) -> str:

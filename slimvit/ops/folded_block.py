@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimvit.backends.packed_linear import PackedLinear, packable
+from slimvit.ops.modules import altered, layer_norm_of
 from slimvit.ops.slim_attention import slim_attention
 from slimvit.ops.slim_block import BlockParts, ExtraKey, append_key
 
@@ -39,8 +40,12 @@ class FoldedBlock(nn.Module):
             part = getattr(block, name)
             if not isinstance(part, nn.Identity):
                 return f"it has {name}, a {type(part).__name__}"
+        for name, part in block._asdict().items():
+            reason = altered(name, part) if isinstance(part, nn.Module) else None
+            if reason is not None:
+                return f"{reason}, which would not run"
         for norm in (block.norm1, block.norm2):
-            if not isinstance(norm, nn.LayerNorm) or not norm.elementwise_affine:
+            if layer_norm_of(norm) is None:
                 return f"its norm is {type(norm).__name__}, not LayerNorm with weights"
         if block.gate is not None:
             return "its attention is gated"

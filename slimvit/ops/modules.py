@@ -1,14 +1,28 @@
-"""What norms and activations are called, whatever classes a foreign model makes them of."""
+"""What norms and activations are called, and which modules do no more than their class says."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+# By the forward that is called: a subclass may have one of its own. timm is for slimvit.models.
+_LAYER_NORMS = {
+    ("torch.nn.modules.normalization", "LayerNorm.forward"),
+    ("timm.layers.norm", "LayerNorm.forward"),
+    ("timm.layers.norm", "LayerNormFp32.forward"),
+}
+_ACTIVATIONS = {
+    ("timm.layers.activations", "GELU.forward"): "gelu",
+    ("timm.layers.activations", "GELUTanh.forward"): "gelu_tanh",
+    ("timm.layers.activations", "QuickGELU.forward"): "quick_gelu",
+}
+
 
 def layer_norm_of(norm: nn.Module) -> tuple[Tensor, Tensor, float] | None:
-    """Weight, bias and eps of a LayerNorm, or None if it is no LayerNorm with weights."""
+    """Weight, bias and eps of a LayerNorm, or None if a call of it computes anything else."""
     if not isinstance(norm, nn.LayerNorm) or not norm.elementwise_affine:
+        return None
+    if _forward_of(norm) not in _LAYER_NORMS or altered("norm", norm) is not None:
         return None
     bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
     return norm.weight, bias, norm.eps
@@ -16,8 +30,30 @@ def layer_norm_of(norm: nn.Module) -> tuple[Tensor, Tensor, float] | None:
 
 def activation_name(module: nn.Module) -> str | None:
     """What the kernels call an activation, or None if they have none such."""
+    if altered("activation", module) is not None:
+        return None
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(
-        type(module).__name__
-    )
+    return _ACTIVATIONS.get(_forward_of(module))
+
+
+def altered(name: str, module: nn.Module, deep: bool = True) -> str | None:
+    """What makes calls of a module differ from what its class computes, or None.
+
+    Args:
+        name: what the module is called in the answer, its parts after it.
+        module: with hooks, or a `forward` set on the module itself.
+        deep: whether its parts count too.
+    """
+    for path, part in module.named_modules() if deep else [("", module)]:
+        where = f"{name}.{path}" if path else name
+        if part._forward_hooks or part._forward_pre_hooks:
+            return f"{where} has forward hooks"
+        if "forward" in vars(part):
+            return f"{where} has a forward set on it"
+    return None
+
+
+def _forward_of(module: nn.Module) -> tuple[str, str]:
+    forward = type(module).forward
+    return forward.__module__, forward.__qualname__

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimvit.ops.modules import altered
 from slimvit.ops.slim_attention import masked_attention, slim_attention
 from slimvit.ops.spread import spread_mlp
 
@@ -204,6 +205,6 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
 
 
 def _drop_path(drop_path: nn.Module, branch: Tensor) -> Tensor:
-    if isinstance(drop_path, nn.Identity):
+    if isinstance(drop_path, nn.Identity) and altered("drop_path", drop_path, deep=False) is None:
         return branch
     return drop_path(branch.transpose(0, 1)).transpose(0, 1)  # it drops along dimension 0: images

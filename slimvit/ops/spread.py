@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from slimvit.ops.modules import activation_name, layer_norm_of
+from slimvit.ops.modules import activation_name, altered, layer_norm_of
 
 _MLP = ("fc1", "act", "drop1", "norm", "fc2", "drop2")  # timm's
 
@@ -91,6 +91,8 @@ def spread_activation(act: nn.Module, u: Tensor, s: Tensor) -> Tensor:
 def _layers(mlp: nn.Module) -> tuple[nn.Linear, nn.Module, list[nn.Module]] | None:
     """First layer, activation and what follows, where that is all there is."""
     parts = dict(mlp.named_children())
+    if altered("mlp", mlp, deep=False) is not None:
+        return None
     plain = isinstance(mlp, nn.Sequential) and len(parts) == 3
     if not plain and (type(mlp).__name__ != "Mlp" or tuple(parts) != _MLP):
         return None

@@ -17,6 +17,7 @@ from slimvit.dynamic import Planner
 from slimvit.errors import UsageError
 from slimvit.masks import Masks
 from slimvit.ops import NetworkParts, why_not_fused, why_not_packed
+from slimvit.ops.modules import altered
 from slimvit.runtime.accelerated import AcceleratedViT, dtype_name
 from slimvit.runtime.apply_masks import apply_masks
 from slimvit.runtime.choosers import choosers_of
@@ -137,9 +138,13 @@ def _why_not(parts: NetworkParts | str, plan: Planner | None, backend: str) -> s
         return None
     if isinstance(parts, str):
         return parts
-    reason = None if plan is None else why_not_dynamic(plan, backend)
-    if reason is not None:
-        return reason
+    if plan is not None:
+        reason = altered("the plan", plan)
+        if reason is not None:
+            return f"{reason}, which would not run"
+        reason = why_not_dynamic(plan, backend)
+        if reason is not None:
+            return reason
     return why_not_packed(parts) if backend == "cpu" else why_not_fused(parts, backend)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from slimvit.backends.fused_checks import tf32_allowed
 from slimvit.errors import SlimvitError
 from slimvit.ops import FusedNetwork, NetworkParts
 from slimvit.runtime.accelerated import AcceleratedViT, check_floating, dtype_name, no_state
@@ -28,7 +29,7 @@ class FusedViT(AcceleratedViT):
         image_shape: tuple[int, int, int],
     ) -> None:
         super().__init__(network, backend, image_shape)
-        tf32 = torch.get_float32_matmul_precision() != "highest"
+        tf32 = tf32_allowed()
         self.fused = FusedNetwork(parts, dtype, tf32, backend)
         network.keep_head()
         network.to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from slimvit.backends.fused_checks import tf32_allowed
 from slimvit.dynamic import Planner
 from slimvit.ops import ChooserParts, FusedDynamicNetwork, NetworkParts
 from slimvit.runtime.accelerated import AcceleratedViT
@@ -35,7 +36,7 @@ class FusedDynamicViT(FusedViT):
         image_shape: tuple[int, int, int],
     ) -> None:
         AcceleratedViT.__init__(self, network, backend, image_shape)
-        tf32 = torch.get_float32_matmul_precision() != "highest"
+        tf32 = tf32_allowed()
         self.masks = None
         self.fused = FusedDynamicNetwork(parts, plan.counts, choosers, dtype, tf32, backend)
         network.keep_head()
