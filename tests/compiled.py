@@ -40,7 +40,16 @@ SHAPES = {
     "B": (768, 12, [(197, 197), (577, 257)]),
 }
 # head size, alive tokens: of patches of 14 pixels, wider heads, and the longest that stay on the chip
-ATTENTION = [(32, 224), (64, 224), (64, 225), (64, 257), (72, 257), (80, 128), (80, 257), (128, 400)]
+ATTENTION = [
+    (32, 224),
+    (64, 224),
+    (64, 225),
+    (64, 257),
+    (72, 257),
+    (80, 128),
+    (80, 257),
+    (128, 400),
+]
 # bfloat16 is float16's code but for the type of the operands, and float32 has matrix instructions
 # nowhere: once is enough for each.
 DTYPES = {80: (torch.float16, torch.float32), 90: (torch.float16, torch.bfloat16)}

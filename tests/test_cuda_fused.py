@@ -8,6 +8,7 @@ from fused_blocks import Case, inputs, make, make_parts
 from kernel_checks import check, check_stats
 from test_fused_block import reference
 
+from slimvit.backends import cuda_block
 from slimvit.backends.fused import BlockWeights
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda", "poison_empty")
@@ -102,3 +103,12 @@ def test_few_images_are_left_to_the_other_kernels():
     part = BlockWeights(*(block._buffers[name] for name in BlockWeights._fields))
     given = x, part, 1, 3, "gelu", block.eps, None, 0, None, None
     assert kernels.whole_block(*given) is None
+
+
+@pytest.mark.parametrize(
+    "batch, pays",
+    [(0, False), (64, False), (131, False), (132, True), (133, False), (197, False), (198, True)]
+    + [(256, True), (264, True), (265, False), (297, True), (1024, True), (1025, True)],
+)
+def test_a_whole_block_is_taken_where_the_last_turn_is_busy_too(batch, pays):
+    assert cuda_block.pays(batch, 132) == pays

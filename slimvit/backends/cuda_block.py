@@ -11,8 +11,9 @@ from torch import Tensor
 
 from slimvit.backends import cuda
 
-# From how many images a multiprocessor a block of each width is one launch: a guess, not measured.
-WHOLE_FROM = {192: 1.0, 384: 1.0}
+# Widths of blocks that are one launch, and how busy that must keep the multiprocessors: a guess.
+WIDTHS = (192, 384)
+BUSY = 0.75
 
 
 def whole_block(
@@ -32,9 +33,15 @@ def whole_block(
     An image is one block of threads, so few of them would leave multiprocessors without work.
     """
     batch, _, width = x.shape
-    if not x.is_cuda or batch < WHOLE_FROM.get(width, math.inf) * _multiprocessors(x.get_device()):
+    if not x.is_cuda or width not in WIDTHS or not pays(batch, _multiprocessors(x.get_device())):
         return None
     return fused_block(x, part, n, heads, activation, eps, key_bias, zero_rows, index, out)
+
+
+def pays(batch: int, multiprocessors: int) -> bool:
+    """Whether images, one to a multiprocessor at a time, keep them busy: also in the last turn."""
+    turns = math.ceil(batch / multiprocessors)
+    return batch >= max(1, BUSY * turns) * multiprocessors
 
 
 def fused_block(
