@@ -39,7 +39,7 @@ SHAPES = {
     "S": (384, 6, [(197, 141), (131, 121)]),
     "B": (768, 12, [(197, 197), (577, 257)]),
 }
-# head size, alive tokens: of patches of 14 pixels, wider heads, and the longest that stay on the chip
+# head size, alive tokens: of patches of 14 pixels, of wide heads, and as many as stay on the chip
 ATTENTION = [
     (32, 224),
     (64, 224),
