@@ -12,7 +12,7 @@ from timm.utils import accuracy
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from slimvit.errors import DataError, SlimvitError
+from slimvit.errors import DataError, SlimvitError, UsageError
 from slimvit.runtime.accelerated import AcceleratedViT
 
 
@@ -67,14 +67,16 @@ def evaluate(
 
     Raises:
         DataError: the loader gives no image.
+        UsageError: a batch is not (images, targets) of these shapes.
         SlimvitError: an output is NaN or infinite.
     """
     device = torch.device(device) if device else next(dense.parameters()).device
     classes = getattr(dense, "num_classes", 1) > 0
     sums = torch.zeros(9, dtype=torch.float64)
-    for images, targets in tqdm(
+    for batch in tqdm(
         loader, "evaluate", unit="batch", disable=None if progress else True, leave=False
     ):
+        images, targets = read_batch(batch)
         images = images.to(device, non_blocking=True)
         answers = {"dense": _answer(dense, images), "slim": _answer(slim, images)}
         for name, answer in answers.items():
@@ -86,6 +88,30 @@ def evaluate(
     if reduce and dist.is_initialized():
         sums = _sum_over_processes(sums, device)
     return _percentages(sums.tolist(), classes)
+
+
+def read_batch(batch: object) -> tuple[Tensor, Tensor]:
+    """Images [b, …] and targets [b] int64 of a batch.
+
+    Raises:
+        UsageError: it is no such pair; soft labels, [b, C], are none either.
+    """
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        got = type(batch).__name__
+        got += f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise UsageError(f"batches must be (images, targets), got {got}")
+    images, targets = batch
+    if not (isinstance(images, Tensor) and isinstance(targets, Tensor)):
+        kinds = f"({type(images).__name__}, {type(targets).__name__})"
+        raise UsageError(f"batches must be tensors (images, targets), got {kinds}")
+    dtype, shape = targets.dtype, images.shape[:1]
+    whole = dtype != torch.bool and not (dtype.is_floating_point or dtype.is_complex)
+    if targets.shape != shape or not whole:
+        raise UsageError(
+            f"targets must be classes [b] = {list(shape)}, whole numbers, negative for no label, "
+            f"got {list(targets.shape)} {str(dtype).removeprefix('torch.')}"
+        )
+    return images, targets.long()
 
 
 def _answer(model: nn.Module, images: Tensor) -> Tensor:

@@ -97,6 +97,11 @@ class TestAbsorbTokens:
         got = absorb_tokens(alive._replace(policy=policy), choice)
         assert torch.equal(got.policy, policy.gather(1, choice.index))
 
+    def test_a_policy_is_not_averaged(self):
+        alive = some_alive(2, 9, False)._replace(policy=torch.ones(2, 9))
+        with pytest.raises(ValueError, match="into = None where the tokens have a policy"):
+            absorb_tokens(alive, some_choice(2, 9, 4, 1, True))
+
     def test_no_token_is_lost(self):
         alive, choice = some_alive(3, 63, True), some_choice(3, 63, 7, 2, True)
         got = absorb_tokens(alive, choice)

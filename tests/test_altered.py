@@ -220,3 +220,11 @@ class TestPackedWeights:
         traced = torch.jit.trace(fast, random_images(model, 2))
         images = random_images(model, 5, seed=1)
         assert off(traced(images), fast(images)) < NEAR
+
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+    def test_numbers_of_patches_of_each_images_own_are_not_traced(self):
+        model = build("deit")
+        plan = Absorb(counts=COUNTS["deit"], thresholds=[0.1] * 3)
+        for slim in (apply_masks(model, plan).eval(), accelerate(model, plan, backend="torch")):
+            with pytest.raises(UnsupportedModelError, match="torch.jit.trace would hold on to the"):
+                torch.jit.trace(slim, random_images(model, 1))

@@ -78,6 +78,17 @@ def test_hidden_and_other_files_are_left_out(folder):
     assert len(ImageFolder(folder)) == 12
 
 
+def test_types_of_files(tmp_path):
+    """Those of timm, and others that Pillow reads."""
+    names = ["0.png", "1.jpg", "2.JPEG", "3.webp", "4.bmp", "5.tif", "6.TIFF"]
+    for i, name in enumerate(names):
+        write_image(tmp_path / name, 9 * i)
+    images = ImageFolder(tmp_path, transform=pil_to_tensor)
+    assert images.names == names
+    ((read, _),) = loader(images, 9)
+    assert (read[:, 0, 0, 0] - 9 * torch.arange(7)).abs().max() <= 1  # some lose a little
+
+
 @pytest.mark.parametrize(
     "subset, samples, expected",
     [

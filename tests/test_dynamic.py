@@ -7,7 +7,7 @@ from references import MODELS, build, off, random_images, random_masks
 
 from slimvit import Absorb, Planner, accelerate, apply_masks, load_plan
 from slimvit.backends import why_not
-from slimvit.dynamic import DPS, Choice, SPViT, Static
+from slimvit.dynamic import DPS, SPViT, Static
 from slimvit.errors import PlanError, SlimvitError, UnsupportedModelError
 from slimvit.macs import cut, gmacs
 from slimvit.masks import Masks
@@ -253,52 +253,6 @@ class TestCustomPlanner:
         with pytest.raises(PlanError, match="Nameless has no kind"):
             plan.save(tmp_path / "p.safetensors")
         assert list(tmp_path.iterdir()) == []
-
-
-class Wrong(Planner):
-    """Gives what it is told to."""
-
-    kind = "test-wrong"
-
-    def __init__(self, counts, choice):
-        super().__init__(counts)
-        self.choice = choice
-
-    def choose(self, layer, view, n):
-        index = view.top(view.alive.place, n).index
-        return self.choice(index, view.alive.x.shape[0])
-
-
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [
-        (lambda index, m: Choice(index.flip(1)), "choose must keep the 1 prefix tokens, got"),
-        (lambda index, m: Choice(index.clamp(min=1)), "choose must keep the 1 prefix tokens, got"),
-        (lambda index, m: Choice(index * 0), "choose must give places from 0 to m - 1"),
-        (lambda index, m: Choice(index[0]), r"choose must give index \[B, n\] = \[2, 12\], got"),
-        (lambda index, m: Choice(index.where(index == 0, m)), "choose must give places from 0 to"),
-        (
-            lambda index, m: Choice(index, torch.full((2, m - index.shape[1]), index.shape[1])),
-            "choose must give into, of each pruned token, from 0 to n - 1",
-        ),
-    ],
-    ids=["unsorted", "prefix", "twice", "shape", "outside", "into"],
-)
-def test_a_wrong_choice_is_refused(choice, message):
-    model = build("deit")
-    slim = apply_masks(model, Wrong([12, 6, 1], choice)).eval()
-    with pytest.raises(ValueError, match=message):
-        slim(random_images(model, 2))
-
-
-def test_a_planner_that_cannot_choose_says_so():
-    model = build("deit")
-
-    class Idle(Planner):
-        kind = "test-idle"
-
-    with pytest.raises(PlanError, match="Idle has no choose, and block 1 is to keep 12 of 17"):
-        apply_masks(model, Idle([12, 6, 1]))(random_images(model, 1))
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

@@ -12,8 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tracing import check_compiled, check_exported
 
-from slimvit import apply_masks
+from slimvit import DPS, SPViT, apply_masks
 from slimvit.errors import SlimvitError, UnsupportedModelError
+from slimvit.models import spec
 
 
 class TestModule:
@@ -113,6 +114,19 @@ class TestTraining:
             assert parameter.grad is not None, key
             assert parameter.grad.isfinite().all(), key
             assert parameter.grad.abs().sum() > 0, key
+
+    @pytest.mark.parametrize("kind", ["absorb", "dps", "largest", "spvit"])
+    def test_what_wants_a_gradient_gets_one(self, kind):
+        """DistributedDataParallel waits for the gradient of every parameter that wants one."""
+        model = build("deit")
+        named = plans(model) | {"dps": DPS([12, 6, 1]), "spvit": SPViT([0.6], stages=[1])}
+        given = named[kind].bind(spec(model)).requires_grad_(True)
+        slim = apply_masks(model, given).train()
+        slim(random_images(model, 4)).square().sum().backward()
+        for key, parameter in slim.named_parameters():
+            assert parameter.requires_grad == (parameter.grad is not None), key
+        assert all(parameter.requires_grad for parameter in given.parameters())
+        assert all(p.requires_grad == (kind == "spvit") for p in slim.plan.parameters())
 
     @pytest.mark.parametrize("kind", ["absorb", "reverse"])
     def test_gradients_are_right(self, kind):

@@ -4,7 +4,7 @@ from torch import nn
 
 from slimvit import Masks, accelerate, apply_masks, models
 from slimvit.data import ImageFolder, image_transform, loader
-from slimvit.errors import DataError, SlimvitError
+from slimvit.errors import DataError, SlimvitError, UsageError
 from slimvit.evaluate import evaluate
 from slimvit.runtime import AcceleratedViT
 
@@ -54,6 +54,31 @@ def test_only_labelled_images_count_for_accuracy():
     assert (found.images, found.labelled) == (3, 2)
     assert (found.top1, found.dense_top1) == (50.0, 100.0)
     assert found.agreement == pytest.approx(66.6667)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"image": 0, "label": 1}, r"batches must be \(images, targets\), got dict"),
+        (torch.zeros(2), r"batches must be \(images, targets\), got Tensor"),
+        ((torch.zeros(2),), r"batches must be \(images, targets\), got tuple of 1"),
+        ((torch.zeros(2), [0, 1]), r"tensors \(images, targets\), got \(Tensor, list\)"),
+        ((torch.zeros(2), torch.rand(2, 10)), r"classes \[b\] = \[2\], .*, got \[2, 10\] float32"),
+        ((torch.zeros(2), torch.zeros(2)), r"classes \[b\] = \[2\], whole .*, got \[2\] float32"),
+        ((torch.zeros(2), torch.zeros(2) > 0), r"classes \[b\] = \[2\], .*, got \[2\] bool"),
+        ((torch.zeros(2), torch.tensor([1])), r"classes \[b\] = \[2\], .*, got \[1\] int64"),
+    ],
+)
+def test_batches_of_another_kind_are_named(batch, message):
+    with pytest.raises(UsageError, match=message):
+        evaluate(answering([1, 2]), answering([1, 2]), [batch])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32])
+def test_targets_of_any_whole_numbers(dtype):
+    loader = [(torch.arange(2.0), torch.tensor([1, -1], dtype=dtype))]
+    found = evaluate(answering([1, 2]), answering([1, 2]), loader)
+    assert (found.labelled, found.top1) == (1, 100.0)
 
 
 def test_without_labels():

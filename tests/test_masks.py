@@ -1,5 +1,6 @@
 """Masks: what they refuse, their order and their makers."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,6 +72,9 @@ class TestRules:
             ({"semantics": "gone"}, "one of drop, zero, idle, got 'gone'"),
             ({"scores": torch.ones(14)}, "scores must be [3, 14], got [14]"),
             ({"errors": torch.ones(2)}, "errors must be [3], got [2]"),
+            ({"scores": np.ones((3, 14))}, "scores must be a tensor [3, 14], got ndarray"),
+            ({"model": None}, "model must be text, got None"),
+            ({"data": 3}, "data must be text, got 3"),
             ({"tolerance": 0.0}, "tolerance must be finite and above 0, got 0.0"),
             ({"tolerance": float("nan")}, "tolerance must be finite and above 0, got nan"),
             ({"tolerance": float("inf")}, "tolerance must be finite and above 0, got inf"),
@@ -99,6 +103,18 @@ class TestRules:
     def test_pairs_are_tuples(self):
         masks = Masks(self.keep(), 2, list(GRID), image_size=[48, 64])
         assert (masks.grid, masks.image_size) == (GRID, (48, 64))
+
+    def test_are_their_own(self):
+        """What was checked holds, whatever becomes of the tensors that were given."""
+        keep, scores, errors = self.keep((2, 5)), torch.ones(3, 14), torch.ones(3)
+        masks = Masks(keep, 2, GRID, scores=scores.requires_grad_(), errors=errors)
+        turned = Masks(keep.t().contiguous().t(), 2, GRID)
+        with torch.no_grad():
+            for given in (keep, scores, errors):
+                given.zero_()
+        assert masks.counts == turned.counts == (14, 14, 13)
+        assert masks.scores.sum() == 42 and not masks.scores.requires_grad
+        assert masks.errors.sum() == 3 and turned.keep.is_contiguous()
 
     def test_replace_validates(self):
         assert example().replace(semantics="idle").semantics == "idle"
@@ -157,7 +173,26 @@ class TestMakers:
         with pytest.raises(MasksError, match=message):
             Masks.from_counts(counts, GRID, 2)
 
+    def test_scores_of_numpy(self):
+        scores = np.arange(14)[::-1].astype(np.float32)
+        wanted = Masks.from_counts([5, 3], GRID, 2, scores=torch.arange(13.0, -1, -1))
+        for given in (scores.copy(), scores.tolist(), scores.astype(int).copy()):
+            got = Masks.from_counts([5, 3], GRID, 2, scores=given)
+            assert torch.equal(got.keep, wanted.keep)
+        assert scores[0] == 13
+
+    @pytest.mark.parametrize("make", [Masks.dense, Masks.uniform, Masks.from_counts])
+    def test_grids_of_no_whole_numbers(self, make):
+        counts = {Masks.dense: (2,), Masks.uniform: (2, 0.5), Masks.from_counts: ([5, 3],)}[make]
+        for grid in ((3.0, 4.0), 12, None):
+            with pytest.raises(MasksError, match="grid must be two positive whole numbers, got"):
+                make(*counts, grid, 2)
+        with pytest.raises(MasksError, match="prefix must be a whole number, got 1.5"):
+            make(*counts, GRID, 1.5)
+
     def test_scores_refused(self):
+        with pytest.raises(MasksError, match="scores must be numbers, got str"):
+            Masks.from_counts([5], GRID, 2, scores="best")
         with pytest.raises(MasksError, match=r"\[N\] = \[14\], got \[12\]"):
             Masks.from_counts([5], GRID, 2, scores=torch.zeros(12))
         with pytest.raises(MasksError, match="1 are NaN"):

@@ -1,7 +1,6 @@
 """Algorithm 1: what it promises, its budgets, fine-tuning and several processes."""
 
 import copy
-import functools
 import itertools
 
 import pytest
@@ -162,26 +161,6 @@ def test_measured_speedup_is_a_ratio_of_times_on_the_models_device(tiny_vit, dev
     assert measure_speedup(tiny_vit.to(device), masks, images, rounds=1) > 0
     with pytest.raises(DataError, match="no images to measure a speed-up with"):
         measure_speedup(tiny_vit, masks, None)
-
-
-def test_own_score_is_one_function(tiny_vit, batches):
-    def middle(view):
-        wanted = torch.arange(view.paths.shape[1]).sub(8).abs()
-        return torch.exp(-wanted.double()).expand(len(view.paths), -1)
-
-    for score in (middle, functools.partial(middle)):
-        masks = quick(tiny_vit, batches, counts=(6, 6, 6, 6, 6, 1), score=score).masks
-        assert masks.keep[0].nonzero().squeeze(1).tolist() == [0, 6, 7, 8, 9, 10]
-
-
-def test_wrong_score_is_named(tiny_vit, batches):
-    with pytest.raises(SlimvitError, match=r"a score must be \[b, N\] = \[3, 17\], got \[3, 16\]"):
-        quick(tiny_vit, batches, tolerance=0.1, score=lambda v: v.paths[:, 1:])
-    with pytest.raises(SlimvitError, match="scores must be finite"):
-        quick(tiny_vit, batches, tolerance=0.1, score=lambda v: v.paths / 0 * 0)
-    for bad in (lambda v: v.paths * 0, lambda v: -v.paths):
-        with pytest.raises(SlimvitError, match="not negative and not all zero, those of block 5"):
-            quick(tiny_vit, batches, tolerance=0.1, score=bad)
 
 
 def test_error_that_is_no_number_is_named(tiny_vit, batches, monkeypatch):

@@ -27,6 +27,7 @@ def batches() -> list[torch.Tensor]:
         ({"tolerance": 0.1, "epochs": -1}, "epochs must be at least 0, got -1"),
         ({"tolerance": 0.1, "lr": 0.0}, "lr must be finite and above 0"),
         ({"tolerance": 0.1, "score": "best"}, "score must be one of eq6, attention, random"),
+        ({"tolerance": 0.1, "score": 3}, "score must be one of eq6, attention, random, got 3"),
         ({"tolerance": 0.1, "semantics": "gone"}, "semantics must be one of drop, zero, idle"),
         ({"tolerance": 0.1, "uniform": True}, "uniform needs a cut"),
         ({"counts": (5, 4)}, r"keep must be \[L, N\] = \[6, 17\], got \[2, 17\]"),
@@ -66,6 +67,19 @@ def test_usage_errors_are_usage_errors(tiny_vit, batches):
 def test_numbers_of_numpy_and_torch(tiny_vit, batches, tmp_path, options, plain):
     masks = quick(tiny_vit, batches, state=tmp_path / "state", **options).masks
     assert torch.equal(masks.keep, quick(tiny_vit, batches, **plain).masks.keep)
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [
+        ({"image": torch.zeros(2, 3, 64, 64)}, "got dict"),
+        ((np.zeros((2, 3, 64, 64)), 0), "got tuple that begins with ndarray"),
+        ([], "got list"),
+    ],
+)
+def test_batches_of_another_kind_are_named(tiny_vit, batch, got):
+    with pytest.raises(UsageError, match=r"batches must be images \[b, C, H, W\] or .*" + got):
+        quick(tiny_vit, [batch], tolerance=0.1)
 
 
 def test_images_of_integers_have_not_been_normalised(tiny_vit):

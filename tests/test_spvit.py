@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -206,6 +207,14 @@ def test_file_keeps_weights_and_settings(tmp_path):
     assert torch.equal(torch.cat(again.kept_sets(images), 1), torch.cat(slim.kept_sets(images), 1))
 
 
+def test_stages_of_numpy_go_into_a_file(tmp_path):
+    plan = slimvit.SPViT((0.7, 0.4), stages=np.array([0, 1]), argmax=np.True_)
+    plan = plan.bind(models.spec(slim_dense("deit")))
+    plan.save(tmp_path / "plan.safetensors")
+    again = slimvit.load_plan(tmp_path / "plan.safetensors")
+    assert again.stages == (0, 1) and again.argmax is True and again.counts == plan.counts
+
+
 def test_weights_are_the_same_wherever_it_is_bound(monkeypatch):
     spec = models.spec(slim_dense("deit"))
     first = slimvit.SPViT(KEEP, stages=STAGES).bind(spec).state_dict()
@@ -238,6 +247,7 @@ def test_its_weights_go_to_a_model_of_other_classes():
         ({"stages": (3, 6)}, r"stages must be as many as keep, 3, got \[3, 6\]"),
         ({"stages": (3, 3, 6)}, r"stages must be rising block numbers from 0, got \[3, 3, 6\]"),
         ({"stages": (-1, 3, 6)}, r"rising block numbers from 0"),
+        ({"stages": (0.0, 1.5, 3.0)}, "each of stages must be a whole number, got 0.0"),
         ({"temperature": 0.0}, "temperature must be finite and above 0, got 0.0"),
     ],
 )

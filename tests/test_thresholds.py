@@ -77,8 +77,8 @@ class TestChoice:
         ("changes", "words"),
         [
             ({"thresholds": [0.1, 0.1]}, "one for each of 3 blocks, got 2"),
-            ({"thresholds": [0.1, -0.1, 0]}, r"finite and ≥ 0, got \[0.1, -0.1, 0.0\]"),
-            ({"thresholds": [0.1, float("nan"), 0]}, "finite and ≥ 0, got"),
+            ({"thresholds": [0.1, -0.1, 0]}, r"finite and at least 0, got -0.1"),
+            ({"thresholds": [0.1, float("nan"), 0]}, "finite and at least 0, got nan"),
             ({"counts": [12, 1, 1]}, r"every block but the last .* got counts \[12, 1, 1\]"),
             ({"counts": [12, 9, 9]}, "the last none"),
         ],

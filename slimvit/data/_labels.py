@@ -11,6 +11,7 @@ from timm.utils.misc import natural_key
 from slimvit.errors import DataError
 
 NO_LABEL = -1
+_MORE_TYPES = (".webp", ".bmp", ".tif", ".tiff")  # Pillow reads them, timm's list leaves them out
 
 
 def find_images(root: Path) -> list[str]:
@@ -24,7 +25,7 @@ def find_images(root: Path) -> list[str]:
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise DataError(f"images are read from a folder, but {root} {what}")
-    types, names = get_img_extensions(as_set=True), []
+    types, names = (*get_img_extensions(), *_MORE_TYPES), []
     try:
         for folder, subfolders, files in os.walk(root, onerror=_raise, followlinks=True):
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -35,7 +36,7 @@ def find_images(root: Path) -> list[str]:
         where = error.filename or root
         raise DataError(f"image folder {where} cannot be read: {error.strerror}") from error
     if not names:
-        raise DataError(f"image folder {root} holds no image ({' '.join(get_img_extensions())})")
+        raise DataError(f"image folder {root} holds no image ({' '.join(types)})")
     return natural_sort(names)
 
 

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimvit.checks import number
-from slimvit.dynamic.planner import Planner
+from slimvit.dynamic.planner import Planner, overrides
 from slimvit.dynamic.schedule import counts_for_cut
 from slimvit.errors import PlanError
 from slimvit.models import Spec
 from slimvit.ops import AbsorbParts, Choice, Threshold, View, candidates, complement, rows_of, top
 
 _LEAST = 1e-20  # importance: an average needs a weight
+_RULE = ("choose", "before", "count", "threshold", "_looked_at", "_scores")
 
 
 class Absorb(Planner):
@@ -144,7 +145,7 @@ class Absorb(Planner):
 
     def parts(self, layer: int) -> AbsorbParts | None:
         """What kernels need; None for a subclass that chooses in another way."""
-        if type(self).choose is not Absorb.choose:
+        if overrides(self, Absorb, *_RULE):
             return None
         return AbsorbParts(self._bound.head_tokens, self.threshold(layer))
 

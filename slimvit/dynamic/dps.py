@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from slimvit.checks import whole
-from slimvit.dynamic.planner import Planner
+from slimvit.dynamic.planner import Planner, overrides
 from slimvit.dynamic.seeded import seeded
 from slimvit.errors import PlanError
 from slimvit.models import Spec
@@ -67,7 +67,8 @@ class DPS(Planner):
 
     def parts(self, layer: int) -> PredictorParts | None:
         """What kernels need; None for a subclass that chooses in another way."""
-        if type(self).choose is not DPS.choose or str(layer) not in self.predictors:
+        chosen_otherwise = overrides(self, DPS, "choose", "before", "count")
+        if chosen_otherwise or str(layer) not in self.predictors:
             return None
         predictor = self.predictors[str(layer)]
         if type(predictor) is not Predictor:

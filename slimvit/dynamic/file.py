@@ -49,11 +49,18 @@ def check_savable(plan: Planner) -> None:
     """Refuse a plan that a file would not bring back as it is.
 
     Raises:
-        PlanError: it has no kind, or arguments of its own that its `settings` do not name.
+        PlanError: it has no kind of its own, or arguments that its `settings` do not name.
     """
     name = type(plan).__name__
     if not plan.kind:
         raise PlanError(f"{name} has no kind: a plan without a name is not saved")
+    read, kind = Planner.kinds.get(plan.kind), type(plan)
+    # The same class again, from a notebook's cell or a reloaded module, reads its plans.
+    if read is None or (read.__module__, read.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise PlanError(
+            f"{name} must have a kind of its own, or a file would bring back another plan: "
+            f"{plan.kind!r} is {'of no class' if read is None else read.__name__}"
+        )
     classes = type(plan).__mro__
     made, told = (
         next(place for place, cls in enumerate(classes) if method in vars(cls))

@@ -183,6 +183,15 @@ class Planner(nn.Module):
         return "" if self.counts is None else "kept=" + ",".join(map(str, self.counts))
 
 
+def overrides(plan: Planner, of: type[Planner], *names: str) -> bool:
+    """Whether a plan has another method of one of these names than the class `of` it descends from.
+
+    What is known of that class, as kernels know it, is then not known of the plan.
+    """
+    kind = type(plan)
+    return any(name in vars(plan) or getattr(kind, name) is not getattr(of, name) for name in names)
+
+
 def _whole(counts: Sequence[Any]) -> tuple[int, ...]:
     return tuple(whole("each of counts", count, error=PlanError) for count in counts)
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimvit.checks import number
-from slimvit.dynamic.planner import Planner
+from slimvit.checks import number, whole
+from slimvit.dynamic.planner import Planner, overrides
 from slimvit.dynamic.seeded import seeded
 from slimvit.dynamic.selector import Selector
 from slimvit.errors import PlanError
@@ -79,8 +79,10 @@ class SPViT(Planner):
     ) -> None:
         super().__init__()
         self.keep = tuple(map(float, keep))
-        self.stages = None if stages is None else tuple(stages)
-        self.argmax = argmax
+        if stages is not None:
+            stages = tuple(whole("each of stages", stage, error=PlanError) for stage in stages)
+        self.stages = stages
+        self.argmax = bool(argmax)
         self.temperature = number("temperature", temperature, above=0, error=PlanError)
         self.selectors = nn.ModuleDict()
         self._stage_at: dict[int, Stage] = {}
@@ -171,8 +173,8 @@ class SPViT(Planner):
         None where none is, and for a subclass that prunes, or a selector that judges, in another
         way.
         """
-        stage, kind = self._stage_at.get(layer), type(self)
-        if stage is None or kind.before is not SPViT.before or kind.prune is not SPViT.prune:
+        stage = self._stage_at.get(layer)
+        if stage is None or overrides(self, SPViT, "before", "prune", "count", "choose"):
             return None
         selector = self.selectors[str(layer)]
         if type(selector) is not Selector:

@@ -8,6 +8,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from slimvit.errors import UsageError
 from slimvit.finetune._settings import Settings
 
 
@@ -19,7 +20,15 @@ def make_optimizer(slim: nn.Module, learns: bool, settings: Settings) -> torch.o
         learns: whether it has a plan that learns: that one takes the whole rate, the model
             `backbone_rate` of it.
         settings: of the run.
+
+    Raises:
+        UsageError: every parameter is frozen.
     """
+    if not any(parameter.requires_grad for parameter in slim.parameters()):
+        raise UsageError(
+            "a parameter of slim must require its gradient, all are frozen: "
+            "slim.requires_grad_() lets them learn"
+        )
     options = {"opt": "adamw", "lr": settings.lr, "weight_decay": settings.weight_decay}
     if not learns:
         return create_optimizer_v2(slim, **options)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from slimvit.dynamic.file import check_savable
 from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
-from slimvit.evaluate import evaluate
+from slimvit.evaluate import evaluate, read_batch
 from slimvit.finetune._objective import Objective
 from slimvit.finetune._optimizer import make_optimizer, make_schedule
 from slimvit.finetune._random import seed_generators
@@ -190,7 +190,8 @@ class Run:
             disable=None if self.progress and self.first else True,
             leave=False,
         )
-        for step, (images, targets) in enumerate(bar):
+        for step, batch in enumerate(bar):
+            images, targets = read_batch(batch)
             update = epoch * self.steps + step
             self.schedule.step_update(update)
             loss = self._step(images, targets, f"epoch {epoch + 1}, step {step + 1}")

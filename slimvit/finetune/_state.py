@@ -104,7 +104,7 @@ def fingerprint(settings: dict[str, Any], slim: nn.Module, dense: nn.Module) -> 
     if plan is not None:
         digest.update(json.dumps([plan.kind, plan.settings(), plan.counts]).encode())
     for value in [*slim.state_dict().values(), *dense.state_dict().values()]:
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

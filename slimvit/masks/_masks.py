@@ -6,7 +6,7 @@ import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -63,6 +63,11 @@ class Masks:
         if self.image_size is not None:
             object.__setattr__(self, "image_size", _pair("image_size", self.image_size))
         _check(self)
+        for name in ("keep", "scores", "errors"):
+            if (given := getattr(self, name)) is not None:
+                # The caller's own may change later, and what was checked would not hold.
+                own = given.detach().clone(memory_format=torch.contiguous_format)
+                object.__setattr__(self, name, own)
 
     def __repr__(self) -> str:
         name = f"{self.model}, " if self.model else ""
@@ -133,6 +138,8 @@ class Masks:
     @staticmethod
     def dense(depth: int, grid: tuple[int, int], prefix: int = 1, **info: object) -> Masks:
         """Masks that keep every token in every block."""
+        depth, grid = whole("depth", depth, 1, MasksError), _pair("grid", grid)
+        prefix = whole("prefix", prefix, 0, MasksError)
         keep = torch.ones(depth, grid[0] * grid[1] + prefix, dtype=torch.bool, device="cpu")
         return Masks(keep, prefix, grid, **info)  # type: ignore[arg-type]
 
@@ -142,7 +149,7 @@ class Masks:
         grid: tuple[int, int],
         prefix: int = 1,
         *,
-        scores: Tensor | None = None,
+        scores: Any = None,
         **info: object,
     ) -> Masks:
         """Masks with given kept counts n_1 … n_L, prefix tokens included.
@@ -151,10 +158,14 @@ class Masks:
             counts: non-increasing, each between 1 and N.
             grid: patches down and across.
             prefix: number of prefix tokens; they are kept before any patch.
-            scores: [N], higher is kept longer; without it the patches kept at any count are
-                spread evenly over the image.
+            scores: [N], a tensor or an array, higher is kept longer; without it the patches kept at
+                any count are spread evenly over the image.
             info: other attributes of Masks.
+
+        Raises:
+            MasksError: something is of another kind or shape, or out of bounds.
         """
+        grid, prefix = _pair("grid", grid), whole("prefix", prefix, 0, MasksError)
         tokens = grid[0] * grid[1] + prefix
         counts = [whole("each of counts", n, error=MasksError) for n in counts]
         if not counts or any(not 1 <= n <= tokens for n in counts):
@@ -164,11 +175,7 @@ class Masks:
         if scores is None:
             ranking = torch.cat([torch.arange(prefix, device="cpu"), prefix + even_spread(grid)])
         else:
-            if tuple(scores.shape) != (tokens,):
-                raise MasksError(f"scores must be [N] = [{tokens}], got {list(scores.shape)}")
-            if scores.isnan().any():
-                raise MasksError(f"scores must be numbers, {int(scores.isnan().sum())} are NaN")
-            first = scores.double().clone().cpu()
+            first = _scores(scores, tokens)
             first[:prefix] = torch.inf
             ranking = torch.argsort(first, descending=True, stable=True)
         keep = torch.zeros(len(counts), tokens, dtype=torch.bool, device="cpu")
@@ -184,7 +191,7 @@ class Masks:
         prefix: int = 1,
         *,
         head_tokens: int = 1,
-        scores: Tensor | None = None,
+        scores: Any = None,
         **info: object,
     ) -> Masks:
         """The same patches kept in every block but the last, which keeps what the head reads.
@@ -201,6 +208,7 @@ class Masks:
         Source: the uniform baseline of Patch Slimming, Table 3.
         """
         depth = whole("depth", depth, 1, MasksError)
+        grid, prefix = _pair("grid", grid), whole("prefix", prefix, 0, MasksError)
         keep_ratio = number("keep_ratio", keep_ratio, least=0, most=1, error=MasksError)
         kept = prefix + round(keep_ratio * grid[0] * grid[1])
         counts = [kept] * (depth - 1) + [min(head_tokens, kept)]
@@ -235,6 +243,19 @@ def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
+def _scores(given: Any, tokens: int) -> Tensor:
+    """A copy of a tensor's or an array's scores, float64 [N] on the CPU."""
+    try:
+        scores = torch.as_tensor(given).detach().to("cpu", torch.float64, copy=True)
+    except (TypeError, ValueError, RuntimeError):
+        raise MasksError(f"scores must be numbers, got {type(given).__name__}") from None
+    if tuple(scores.shape) != (tokens,):
+        raise MasksError(f"scores must be [N] = [{tokens}], got {list(scores.shape)}")
+    if scores.isnan().any():
+        raise MasksError(f"scores must be numbers, {int(scores.isnan().sum())} are NaN")
+    return scores
+
+
 def _check(masks: Masks) -> None:
     keep, prefix, grid = masks.keep, masks.prefix, masks.grid
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.dim() != 2:
@@ -265,7 +286,12 @@ def _check(masks: Masks) -> None:
         ("scores", masks.scores, tuple(keep.shape)),
         ("errors", masks.errors, (keep.shape[0],)),
     ):
+        if value is not None and not isinstance(value, Tensor):
+            raise MasksError(f"{name} must be a tensor {list(shape)}, got {type(value).__name__}")
         if value is not None and tuple(value.shape) != shape:
             raise MasksError(f"{name} must be {list(shape)}, got {list(value.shape)}")
+    for name, text in (("model", masks.model), ("data", masks.data)):
+        if not isinstance(text, str):
+            raise MasksError(f"{name} must be text, got {text!r}")
     if masks.tolerance is not None:
         number("tolerance", masks.tolerance, above=0, error=MasksError)

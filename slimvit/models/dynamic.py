@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from slimvit.errors import UnsupportedModelError
 from slimvit.models.slim import SlimCalls, base_of
 from slimvit.models.vision_transformer import check_shape, embed, parts
 from slimvit.ops import Alive, dynamic_block, scatter_tokens
@@ -23,7 +24,13 @@ class _Dynamic(SlimCalls):
     plan: nn.Module
 
     def set_plan(self, plan: nn.Module) -> None:
-        """Take a bound planner; its weights are part of this model from now on, as `plan`."""
+        """Take a bound planner; its weights are part of this model from now on, as `plan`.
+
+        Those of a plan that does not learn want no gradient: none would come, and
+        DistributedDataParallel would wait for it.
+        """
+        if not plan.learns:
+            plan.requires_grad_(False)
         self.plan = plan.to(self.cls_token.device, self.cls_token.dtype).train(self.training)
 
     def _slim_tokens(self, images: Tensor) -> Alive:
@@ -107,6 +114,11 @@ class _Dynamic(SlimCalls):
     def _goes_one_by_one(self, images: Tensor) -> bool:
         """Whether images keep numbers of their own, which tensors of a batch cannot."""
         check_shape(self, images)
+        if self.plan.ragged and torch.jit.is_tracing():
+            raise UnsupportedModelError(
+                "torch.jit.trace would hold on to the numbers of patches of its example: "
+                "with this plan each image keeps a number of its own"
+            )
         return self.plan.ragged and not self.training and len(images) > 1
 
     def __reduce_ex__(self, protocol: int) -> tuple:

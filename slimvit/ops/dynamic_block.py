@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from slimvit.ops.slim_attention import attention_probabilities
 from slimvit.ops.slim_block import BlockParts, attend, mlp_branch, project_kv, project_q, take
 from slimvit.ops.spread import spread_norm, variance
 
@@ -90,10 +89,20 @@ class View:
 
     def attention(self) -> Tensor:
         """Attention of all alive tokens, [B, H, m, m]; costs as much as attention itself."""
-        return attention_probabilities(project_q(self._block, self.y), self.keys)
+        q = project_q(self._block, self.y)
+        logits = q @ self.keys.transpose(-2, -1) * q.shape[-1] ** -0.5
+        bias = self.alive.key_bias
+        return (logits if bias is None else logits + bias[:, None, None, :]).softmax(-1)
 
     def top(self, scores: Tensor, n: int) -> Choice:
-        """The prefix tokens and the highest scores [B, m]: n in all; among equals the earlier."""
+        """The prefix tokens and the highest scores [B, m]: n in all; among equals the earlier.
+
+        Raises:
+            ValueError: the scores are of another shape.
+        """
+        shape = self.alive.place.shape
+        if not isinstance(scores, Tensor) or scores.shape != shape:
+            raise ValueError(f"scores must be [B, m] = {list(shape)}, got {_found(scores)}")
         return Choice(top(scores, n, self.prefix))
 
 
@@ -140,6 +149,9 @@ def absorb_tokens(alive: Alive, choice: Choice) -> Alive:
 
     var is over the channels. A token that nothing goes into stays as it is. No scatter: a small
     product, the same on every device in every run.
+
+    Raises:
+        ValueError: tokens with a policy are absorbed: there is no average of what may be pruned.
     """
     x, place = take(alive.x, choice.index), alive.place.gather(1, choice.index)
     if choice.into is None:
@@ -148,6 +160,8 @@ def absorb_tokens(alive: Alive, choice: Choice) -> Alive:
             for of in (alive.size, alive.policy, alive.spread)
         )
         return Alive(x, place, size, policy, spread)
+    if alive.policy is not None:
+        raise ValueError("choose must give into = None where the tokens have a policy, got places")
     wide = torch.promote_types(x.dtype, torch.float32)
     sizes = torch.ones_like(alive.place, dtype=torch.float32) if alive.size is None else alive.size
     weight = (sizes if choice.weight is None else choice.weight).to(wide)
@@ -206,8 +220,9 @@ def dynamic_block(
         `slim_block(x, block, index, key_bias=log(size))`.
 
     Raises:
-        ValueError: n is more than the alive tokens, or the choice is not of n tokens; where places
-            are checked, they are not ascending with the prefix tokens first.
+        ValueError: n is more than the alive tokens, or the choice is none of n tokens; tokens with
+            a policy are absorbed; where places are checked, they are not ascending with the prefix
+            tokens first.
     """
     m = alive.x.shape[0]
     if n is not None and n > m:
@@ -225,8 +240,8 @@ def dynamic_block(
         y_kept = take(y, n)
     else:
         choice = choose(view, n)
+        _check(choice, alive.x.shape[1], n, m)
         n = choice.index.shape[1] if n is None else n
-        _check(choice, (alive.x.shape[1], n), m)
         if check_places:
             _check_places(choice, m, prefix)
         kept = absorb_tokens(alive, choice)
@@ -261,13 +276,24 @@ def _check_places(choice: Choice, m: int, prefix: int) -> None:
         )
 
 
-def _check(choice: Choice, shape: tuple[int, int], m: int) -> None:
-    batch, n = shape
-    if choice.index.shape != (batch, n):
-        raise ValueError(
-            f"choose must give index [B, n] = [{batch}, {n}], got {list(choice.index.shape)}"
-        )
-    if choice.into is not None and choice.into.shape != (batch, m - n):
-        raise ValueError(
-            f"choose must give into [B, m - n] = [{batch}, {m - n}], got {list(choice.into.shape)}"
-        )
+def _check(choice: Choice, batch: int, n: int | None, m: int) -> None:
+    """Refuse what is no choice, or one of another dtype or shape."""
+    if not isinstance(choice, Choice):
+        raise ValueError(f"choose must give a Choice, got {_found(choice)}")
+    index, into, weight = choice
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        raise ValueError(f"choose must give index in int64, got {_found(index)}")
+    n = index.shape[-1:].numel() if n is None else n
+    for name, of, shape in (
+        ("index [B, n]", index, (batch, n)),
+        ("into [B, m - n]", into, (batch, m - n)),
+        ("weight [B, m]", weight, (batch, m)),
+    ):
+        if of is not None and (not isinstance(of, Tensor) or of.shape != shape):
+            raise ValueError(f"choose must give {name} = {list(shape)}, got {_found(of)}")
+
+
+def _found(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from slimvit.dynamic import Planner
+from slimvit.dynamic.planner import overrides
 from slimvit.ops import ChooserParts, SelectorParts, why_not_chosen
 
 
@@ -15,7 +16,12 @@ def choosers_of(plan: Planner, backend: str) -> list[ChooserParts | None] | str:
         plan: a bound plan.
         backend: "cpu", "triton" or "cuda".
     """
-    reason = f"{backend} has no kernels for the planner {plan.kind or type(plan).__name__} yet"
+    kind = type(plan)
+    name = plan.kind if Planner.kinds.get(plan.kind) is kind else kind.__name__
+    reason = f"{backend} has no kernels for the planner {name} yet"
+    known = next(cls for cls in kind.__mro__ if "parts" in vars(cls))  # who knows what kernels do
+    if overrides(plan, known, "count"):
+        return f"{reason}: kernels keep its counts, and it has a count of its own"
     found: list[ChooserParts | None] = []
     for layer, (m, n) in enumerate(zip(plan.alive, plan.counts, strict=True)):
         chooses, selects = plan.prefix < n < m, layer in plan.acts_before

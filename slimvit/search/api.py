@@ -121,7 +121,8 @@ def search(
         Masks, fine-tuned model and report.
 
     Raises:
-        UsageError: an option is out of range, or not exactly one budget is given.
+        UsageError: an option is out of range, not exactly one budget is given, or a batch is
+            neither images nor a tuple that begins with them.
         UnsupportedModelError: the model cannot be slimmed.
         SearchError: the budget is out of reach, or scores, errors or losses are not finite.
         SlimvitError: images are integers, features not finite, or `state` is of another search.

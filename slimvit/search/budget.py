@@ -27,7 +27,7 @@ def bisect(
 ) -> Masks:
     """The masks of the smallest tried tolerance that reach the budget.
 
-    The tolerance is halved geometrically, at most ten times, or until two neighbours agree.
+    The range of tolerances is halved geometrically, ten times.
 
     Args:
         search: masks for a tolerance.

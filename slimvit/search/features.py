@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimvit import models
-from slimvit.errors import DataError, SlimvitError
+from slimvit.errors import DataError, SlimvitError, UsageError
 from slimvit.ops import slim_block
 from slimvit.runtime.accelerated import check_floating
 from slimvit.search.reduce import all_max, all_sum
@@ -153,10 +153,18 @@ def images_of(loader: Iterable) -> Iterator[Tensor]:
     """The images [b, C, H, W] of batches, which are images or begin with them.
 
     Raises:
+        UsageError: a batch is something else, as a dict is.
         SlimvitError: they are integers, which have not been normalised.
     """
     for batch in loader:
-        images = batch if isinstance(batch, Tensor) else batch[0]
+        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(images, Tensor):
+            got = type(batch).__name__
+            if images is not batch:
+                got += f" that begins with {type(images).__name__}"
+            raise UsageError(
+                f"batches must be images [b, C, H, W] or tuples that begin with them, got {got}"
+            )
         check_floating(images)
         yield images
 

@@ -122,7 +122,7 @@ def score_layer(
         seed: handed to the score.
 
     Raises:
-        SearchError: a score is not [b, N], not finite, negative, or zero for all tokens.
+        SearchError: a score is no tensor [b, N], not finite, negative, or zero for all tokens.
     """
     total = ExactMean(tokens)
     for batch in range(features.batches):
@@ -158,6 +158,9 @@ def score_batch(
 
     Returns:
         [b, N], of sum 1 for each image.
+
+    Raises:
+        SearchError: the score gives anything else than finite, not negative numbers, [b, N].
     """
     above = probabilities(features, index, batch, dense[index])
     first = index == len(dense) - 1
@@ -167,21 +170,24 @@ def score_batch(
     view = LayerView(
         layer=index,
         attention=probabilities(features, index - 1, batch, dense[index - 1]),
-        inputs=features.at(index - 1, batch).transpose(0, 1),
-        paths=moment.diagonal(dim1=1, dim2=2),
+        # A score may write to what it is shown; features and moments are used again.
+        inputs=features.at(index - 1, batch).transpose(0, 1).clone(),
+        paths=moment.diagonal(dim1=1, dim2=2).clone(),
         seed=seed,
     )
     return _normalised(score(view), len(above), tokens, index)
 
 
-def _normalised(values: Tensor, images: int, tokens: int, index: int) -> Tensor:
-    if tuple(values.shape) != (images, tokens):
-        raise SearchError(
-            f"a score must be [b, N] = [{images}, {tokens}], got {list(values.shape)}"
-        )
-    sums = values.sum(1, keepdim=True)
-    if not torch.isfinite(values).all() or (values < 0).any() or (sums <= 0).any():
+def _normalised(values: object, images: int, tokens: int, index: int) -> Tensor:
+    """Scores of sum 1 for each image, in float32 or better."""
+    if not isinstance(values, Tensor) or tuple(values.shape) != (images, tokens):
+        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise SearchError(f"a score must be a tensor [b, N] = [{images}, {tokens}], got {got}")
+    if values.is_complex():
+        raise SearchError(f"a score must be of real numbers, got {values.dtype}")
+    sums = values.sum(1, keepdim=True, dtype=torch.float64)  # in float32 great ones overflow
+    if not torch.isfinite(sums).all() or (values < 0).any() or (sums <= 0).any():
         raise SearchError(
             f"scores must be finite, not negative and not all zero, those of block {index} are not"
         )
-    return values / sums
+    return (values / sums).to(torch.promote_types(values.dtype, torch.float32))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from slimvit import models
@@ -79,7 +79,7 @@ def read_settings(
         UsageError: an option is out of range.
     """
     return Settings(
-        score=SCORES[one_of("score", score, SCORES)] if isinstance(score, str) else score,
+        score=read_score(score, SCORES),
         tolerance=budget.tolerance,
         counts=budget.counts,
         granularity=whole("granularity", granularity, 1),
@@ -88,6 +88,15 @@ def read_settings(
         semantics=one_of("semantics", semantics, SEMANTICS),
         seed=whole("seed", seed),
     )
+
+
+def read_score(score: str | Score, known: Iterable[str]) -> Score:
+    """A score function, or the one of a known name.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    return score if callable(score) else SCORES[one_of("score", score, known)]
 
 
 def _counts(values: Sequence[int], spec: Spec) -> tuple[int, ...]:

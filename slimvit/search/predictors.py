@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimvit import models
-from slimvit.checks import number, one_of, whole
+from slimvit.checks import number, whole
 from slimvit.dynamic import DPS
 from slimvit.dynamic.dps import Predictor
 from slimvit.dynamic.seeded import seeded
@@ -21,6 +21,7 @@ from slimvit.masks import Masks
 from slimvit.models import Spec
 from slimvit.search.features import Features, images_of
 from slimvit.search.image_scores import block_scores
+from slimvit.search.options import read_score
 from slimvit.search.reduce import ExactMean, own_batches, rank
 from slimvit.search.scores import SCORES, Score
 from slimvit.search.spread import spread_pattern
@@ -130,7 +131,7 @@ def fit_dps(
         seed=whole("seed", seed),
         views=2 if flip else 1,
     )
-    score = _score(score)
+    score = read_score(score, (name for name in SCORES if name != "random"))
     plan = DPS(_counts(masks, spec), hidden=hidden).bind(spec)
     dense = copy.deepcopy(model).eval().requires_grad_(False)
     progress = progress and rank() == 0
@@ -276,8 +277,3 @@ def _counts(masks: Masks | Sequence[int], spec: Spec) -> tuple[int, ...]:
     if masks.semantics != "drop":
         raise MasksError(f"DPS drops what it prunes: semantics must be drop, got {masks.semantics}")
     return masks.counts
-
-
-def _score(score: str | Score) -> Score:
-    known = [name for name in SCORES if name != "random"]
-    return SCORES[one_of("score", score, known)] if isinstance(score, str) else score

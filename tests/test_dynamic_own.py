@@ -1,0 +1,194 @@
+"""Planners of one's own: which kernels and files know them, and what they may not do."""
+
+import pytest
+import torch
+from planners import falling
+from references import build, off, random_images
+
+from slimvit import DPS, Absorb, Planner, SPViT, accelerate, apply_masks, load_plan
+from slimvit.backends import why_not
+from slimvit.dynamic import Choice
+from slimvit.errors import PlanError, SlimvitError
+from slimvit.models import spec
+
+COUNTS = [12, 6, 1]
+
+
+def by_class(self, layer, view, n):
+    return view.top(view.class_attention().mean(1), n)
+
+
+def one_less(self, layer, received):
+    return (12, 5, 1)[layer]
+
+
+def other_scores(self, layer, view, n):
+    importance, cosine, score = Absorb._scores(self, layer, view, n)
+    return importance, cosine, torch.where(score == torch.inf, score, -score)
+
+
+def warmer(self, layer, alive):
+    return alive._replace(x=alive.x * 1.5)
+
+
+def hidden(self, layer, view, n):
+    choice = Absorb.choose(self, layer, view, n)
+    return choice._replace(weight=None)
+
+
+@pytest.mark.parametrize(
+    ("parent", "changes"),
+    [
+        (DPS, {"choose": by_class}),
+        (DPS, {"count": one_less}),
+        (DPS, {"before": warmer}),
+        (Absorb, {"choose": hidden}),
+        (Absorb, {"count": one_less}),
+        (Absorb, {"before": warmer}),
+        (Absorb, {"_scores": other_scores}),
+        (SPViT, {"count": lambda self, layer, got: (11, 5, 1)[layer], "choose": by_class}),
+    ],
+    ids=lambda of: of.__name__ if isinstance(of, type) else "-".join(of),
+)
+def test_kernels_know_nothing_of_what_a_subclass_does(parent, changes):
+    model = build("deit")
+    own = type("Own", (parent,), {"kind": f"test-own-{parent.kind}", **changes})
+    plan = own([0.6, 0.3], stages=[0, 1]) if parent is SPViT else own(counts=COUNTS)
+    if why_not("cpu", "cpu", torch.float32) is None:
+        with pytest.raises(SlimvitError, match=f"no kernels for the planner {own.kind} yet"):
+            accelerate(model, plan, backend="cpu")
+    fast, slim, images = accelerate(model, plan), apply_masks(model, plan), random_images(model, 3)
+    assert fast.backend == "torch"
+    with torch.no_grad():
+        assert off(fast(images), slim(images)) < 1e-5
+    assert [s.shape[1] for s in fast.kept_sets(images)] == [
+        s.shape[1] for s in slim.kept_sets(images)
+    ]
+
+
+def test_a_count_of_its_own_counts_where_no_block_of_the_plan_chooses():
+    model = build("deit")
+    own = type("Fewer", (DPS,), {"kind": "test-fewer", "count": one_less, "choose": by_class})
+    plan = own([17, 17, 17])
+    kept = accelerate(model, plan).kept_sets(random_images(model, 2))
+    assert [places.shape[1] for places in kept] == COUNTS[:1] + [5, 1]
+
+
+def test_kernels_choose_for_a_subclass_that_chooses_alike():
+    if (reason := why_not("cpu", "cpu", torch.float32)) is not None:
+        pytest.skip(reason)
+    model, images = build("deit"), random_images(build("deit"), 2)
+
+    class Named(Absorb):
+        def extra_repr(self):
+            return "mine"
+
+    fast = accelerate(model, Named(counts=COUNTS), backend="cpu")
+    assert torch.equal(
+        fast(images), accelerate(model, Absorb(counts=COUNTS), backend="cpu")(images)
+    )
+
+
+@pytest.mark.parametrize("parent", [DPS, Absorb])
+def test_a_subclass_without_a_kind_of_its_own_is_not_saved_as_its_parent(parent, tmp_path):
+    class Own(parent):
+        choose = by_class
+
+    plan = Own(counts=COUNTS).bind(spec(build("deit")))
+    rule = f"Own must have a kind of its own, .*: '{parent.kind}' is {parent.__name__}"
+    with pytest.raises(PlanError, match=rule):
+        plan.save(tmp_path / "p.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_of_a_class_that_was_defined_again_is_saved(tmp_path):
+    """As a notebook's cell does that is run twice."""
+
+    def define():
+        class Cell(Planner):
+            kind = "test-cell"
+            choose = by_class
+
+        return Cell
+
+    first = define()
+    second = define()
+    first(COUNTS).save(tmp_path / "p.safetensors")
+    assert type(load_plan(tmp_path / "p.safetensors")) is second is not first
+
+
+class Wrong(Planner):
+    """Gives what it is told to."""
+
+    kind = "test-wrong"
+
+    def __init__(self, counts, choice):
+        super().__init__(counts)
+        self.choice = choice
+
+    def choose(self, layer, view, n):
+        index = view.top(view.alive.place, n).index
+        return self.choice(index, view.alive.x.shape[0])
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (lambda index, m: Choice(index.flip(1)), "choose must keep the 1 prefix tokens, got"),
+        (lambda index, m: Choice(index.clamp(min=1)), "choose must keep the 1 prefix tokens, got"),
+        (lambda index, m: Choice(index * 0), "choose must give places from 0 to m - 1"),
+        (lambda index, m: Choice(index[0]), r"choose must give index \[B, n\] = \[2, 12\], got"),
+        (lambda index, m: Choice(index.int()), r"index in int64, got \[2, 12\] int32"),
+        (lambda index, m: Choice(index.tolist()), "choose must give index in int64, got list"),
+        (lambda index, m: None, "choose must give a Choice, got NoneType"),
+        (lambda index, m: index, r"choose must give a Choice, got \[2, 12\] int64"),
+        (
+            lambda index, m: Choice(index, index[:, : m - 12] * 0, torch.ones(2, 12)),
+            r"choose must give weight \[B, m\] = \[2, 17\], got \[2, 12\] float32",
+        ),
+        (lambda index, m: Choice(index.where(index == 0, m)), "choose must give places from 0 to"),
+        (
+            lambda index, m: Choice(index, torch.full((2, m - index.shape[1]), index.shape[1])),
+            "choose must give into, of each pruned token, from 0 to n - 1",
+        ),
+    ],
+    ids=[
+        *("unsorted", "prefix", "twice", "shape", "int32", "list", "none", "tensor", "weight"),
+        *("outside", "into"),
+    ],
+)
+def test_a_wrong_choice_is_refused(choice, message):
+    model = build("deit")
+    slim = apply_masks(model, Wrong([12, 6, 1], choice)).eval()
+    with pytest.raises(ValueError, match=message):
+        slim(random_images(model, 2))
+
+
+@pytest.mark.parametrize(
+    ("scores", "found"),
+    [
+        (lambda x: x.norm(dim=-1), r"\[17, 2\] float32"),
+        (lambda x: x.norm(dim=-1).t()[:, 1:], r"\[2, 16\] float32"),
+        (lambda x: x.norm(dim=-1).t().tolist(), "list"),
+        (lambda x: None, "NoneType"),
+    ],
+)
+def test_wrong_scores_are_refused(scores, found):
+    model = build("deit")
+
+    def choose(self, layer, view, n):
+        return view.top(scores(view.alive.x), n)
+
+    scored = type("Scored", (Planner,), {"kind": "test-scored", "choose": choose})
+    with pytest.raises(ValueError, match=rf"scores must be \[B, m\] = \[2, 17\], got {found}"):
+        apply_masks(model, scored(falling(model)))(random_images(model, 2))
+
+
+def test_a_planner_that_cannot_choose_says_so():
+    model = build("deit")
+
+    class Idle(Planner):
+        kind = "test-idle"
+
+    with pytest.raises(PlanError, match="Idle has no choose, and block 1 is to keep 12 of 17"):
+        apply_masks(model, Idle([12, 6, 1]))(random_images(model, 1))

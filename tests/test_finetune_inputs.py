@@ -1,0 +1,96 @@
+"""What fine-tuning takes, and what it refuses."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tuning import QUICK, same, weights
+
+from slimvit import Masks, apply_masks
+from slimvit.errors import DataError, UsageError
+from slimvit.finetune import Settings, finetune
+
+
+@pytest.fixture
+def pair(tiny_vit):
+    """A dense model and its slim copy, ready to train."""
+    return apply_masks(tiny_vit, Masks.from_counts([17, 9, 9, 7, 5, 1], (4, 4))), tiny_vit
+
+
+@pytest.mark.parametrize(
+    "name, value, rule",
+    [
+        ("epochs", -1, "at least 0"),
+        ("epochs", 1.5, "a whole number"),
+        ("lr", 0.0, "finite and above 0"),
+        ("lr", float("nan"), "finite and above 0"),
+        ("lr", float("inf"), "finite"),
+        ("weight_decay", -0.1, "finite and at least 0"),
+        ("temperature", 0.0, "finite and above 0"),
+        ("alpha", 1.1, "finite, at least 0 and at most 1"),
+        ("clip", -1.0, "finite and at least 0"),
+        ("amp", "int8", "one of auto, bfloat16, float16, none"),
+        ("ema_decay", 1.0, "finite, above 0 and below 1"),
+        ("keep_weight", -1.0, "finite and at least 0"),
+        ("frozen_epochs", -1, "at least 0"),
+        ("backbone_rate", float("nan"), "finite and at least 0"),
+    ],
+)
+def test_settings_are_checked(name, value, rule):
+    with pytest.raises(UsageError, match=f"{name} must be {rule}.*, got {value!r}"):
+        Settings(**{name: value})
+
+
+def test_loader_is_checked(pair, labelled):
+    with pytest.raises(UsageError, match="must have a length"):
+        finetune(*pair, iter(labelled), **QUICK)
+    with pytest.raises(DataError, match="too few images"):
+        finetune(*pair, [], **QUICK)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_soft_labels_are_refused(pair, labelled, alpha):
+    soft = [(images, F.one_hot(targets, 10).float()) for images, targets in labelled]
+    with pytest.raises(UsageError, match=r"targets must be classes .*, got \[6, 10\] float32"):
+        finetune(*pair, soft, epochs=1, alpha=alpha, **QUICK)
+
+
+def test_labels_of_any_whole_numbers(pair, labelled):
+    slim, dense = pair
+    other = deepcopy(slim)
+    finetune(slim, dense, labelled, epochs=1, alpha=0.5, **QUICK)
+    short = [(images, targets.int()) for images, targets in labelled]
+    finetune(other, dense, short, epochs=1, alpha=0.5, **QUICK)
+    assert same(weights(other), weights(slim))
+
+
+def test_a_model_that_is_frozen_is_refused(pair, labelled):
+    slim, dense = pair
+    with pytest.raises(UsageError, match="a parameter of slim must require .* all are frozen"):
+        finetune(slim.requires_grad_(False), dense, labelled, epochs=1, **QUICK)
+    slim.head.requires_grad_(True)
+    before = weights(slim)
+    finetune(slim, dense, labelled, epochs=1, **QUICK)
+    changed = {
+        name for name, value in weights(slim).items() if not torch.equal(value, before[name])
+    }
+    assert changed == {"head.weight", "head.bias"}
+
+
+def test_weights_without_dimensions(tiny_vit, labelled, tmp_path):
+    tiny_vit.register_buffer("seen", torch.tensor(3))
+    tiny_vit.temperature = torch.nn.Parameter(torch.tensor(2.0))
+    slim = apply_masks(tiny_vit, Masks.uniform(6, 0.5, (4, 4)))
+    output = tmp_path / "slim.safetensors"
+    finetune(slim, tiny_vit, labelled, epochs=1, output=output, **QUICK)
+    assert load_file(output)["seen"] == 3
+
+
+@pytest.mark.parametrize("name", ["slim", "dense"])
+def test_weights_must_be_float32(pair, labelled, name):
+    slim, dense = pair
+    (slim if name == "slim" else dense).bfloat16()
+    with pytest.raises(UsageError, match=f"{name} must be in float32 .*, got bfloat16: give"):
+        finetune(slim, dense, labelled, **QUICK)
