@@ -61,17 +61,6 @@ def test_a_score_may_write_to_what_it_is_given(tiny_vit, batches):
     assert torch.equal(got.errors, wanted.errors) and torch.equal(got.scores, wanted.scores)
 
 
-def test_a_score_may_write_to_the_paths(tiny_vit, batches):
-    def in_place(view):
-        scores = view.paths.clone()
-        view.paths.zero_(), view.attention.zero_()
-        return scores
-
-    wanted = quick(tiny_vit, batches, tolerance=0.05, score=lambda view: view.paths).masks
-    got = quick(tiny_vit, batches, tolerance=0.05, score=in_place).masks
-    assert torch.equal(got.keep, wanted.keep) and torch.equal(got.scores, wanted.scores)
-
-
 @pytest.mark.parametrize("scale", [1e37, 1e-37])
 def test_scores_of_any_finite_size(tiny_vit, batches, scale):
     wanted = quick(tiny_vit, batches, tolerance=0.05, score=spreads).masks

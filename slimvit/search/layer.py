@@ -170,9 +170,8 @@ def score_batch(
     view = LayerView(
         layer=index,
         attention=probabilities(features, index - 1, batch, dense[index - 1]),
-        # A score may write to what it is shown; features and moments are used again.
-        inputs=features.at(index - 1, batch).transpose(0, 1).clone(),
-        paths=moment.diagonal(dim1=1, dim2=2).clone(),
+        inputs=features.at(index - 1, batch).transpose(0, 1).clone(),  # a score may write to it
+        paths=moment.diagonal(dim1=1, dim2=2),
         seed=seed,
     )
     return _normalised(score(view), len(above), tokens, index)
