@@ -2,11 +2,11 @@
 
     out = softmax(q kᵀ / sqrt(d) + bias) v,   for every image and head
 
-Up to 224 keys (128 where heads are wider than 64) all logits of a tile of queries stay in registers,
-beside what is summed for the tile: one maximum, one exponential each.
-Keys come in up to three pieces whose lengths are powers of two, so that 141 of them cost 144 and
-not 256. Longer rows are taken piece by piece with a running maximum. In either way keys and values
-are read once, and softmax is in float32.
+Up to 224 keys (128 where heads are wider than 64) all logits of a tile of queries stay in
+registers, beside what is summed for the tile: one maximum, one exponential each. Keys come in up to
+three pieces whose lengths are powers of two, so that 141 of them cost 144 and not 256. Longer rows
+are taken piece by piece with a running maximum. In either way keys and values are read once, and
+softmax is in float32.
 """
 
 from __future__ import annotations
