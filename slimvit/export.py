@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from slimvit.checks import whole
-from slimvit.errors import ExportError, MismatchError
+from slimvit.dynamic import Planner
+from slimvit.errors import ExportError, MismatchError, SlimvitError
 from slimvit.files import atomic_write, is_device, put_in_place
 
 TOLERANCE = 1e-4
@@ -46,26 +47,27 @@ def export_onnx(
         model: a model with its masks or plan applied, or a dense one; it is not changed.
         path: the file; it holds the weights too.
         batch: "dynamic", or the one batch size that the file will take.
-        opset: version of ONNX's operator set, at least 18.
+        opset: version of ONNX's operator set, from 18 to the newest that onnxscript converts to.
         check: compare the file's logits in ONNX Runtime with the model's before it is put in place.
 
     Raises:
-        UsageError: `batch` or `opset` is out of range.
-        ExportError: onnx, onnxscript or onnxruntime is missing, the model is too large for one
-            file, or it cannot be exported or written.
+        UsageError: `batch` is out of range, or `opset` below 18.
+        ExportError: onnx, onnxscript or onnxruntime is missing, `opset` is too new for them, the
+            model is too large for one file, or it cannot be exported, run or written.
         MismatchError: ONNX Runtime answers otherwise than the model.
     """
     if batch != "dynamic":
         batch = whole("batch, where it is not dynamic,", batch, 1)
-    opset = whole("opset", opset, 18)
+    opset = whole("opset", opset, OPSET)
     _require("onnx", "onnxscript", *(["onnxruntime"] if check else []))
+    _check_opset(opset)
     model = _plain(model)
     size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     if size > _PROTOBUF_LIMIT:
         raise ExportError(f"one ONNX file holds at most 2 GB, the weights take {size / 1e9:.1f} GB")
     images = _images(model, 2 if batch == "dynamic" else int(batch))
     with _beside(path) as temporary:
-        with _as_export_error("ONNX"), quiet():
+        with _as_export_error("ONNX cannot export this model"), quiet():
             program = torch.onnx.export(
                 model,
                 (images,),
@@ -79,7 +81,8 @@ def export_onnx(
             assert program is not None
             program.save(temporary, external_data=False)
         if check:
-            _compare("ONNX Runtime", model, _onnxruntime(temporary), checked_batches(batch))
+            with _as_export_error("ONNX Runtime cannot run the exported model"):
+                _compare("ONNX Runtime", model, _onnxruntime(temporary), checked_batches(batch))
         put_in_place(temporary, path)
 
 
@@ -98,7 +101,7 @@ def export_program(model: nn.Module, path: str | os.PathLike[str], *, check: boo
     model = _plain(model)
     images = _images(model, 2)
     buffer = io.BytesIO()
-    with _as_export_error("torch.export"), quiet():
+    with _as_export_error("torch.export cannot export this model"), quiet():
         shapes = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(model, (images,), dynamic_shapes=shapes)
         torch.export.save(program, buffer)
@@ -110,6 +113,16 @@ def export_program(model: nn.Module, path: str | os.PathLike[str], *, check: boo
         atomic_write(path, buffer.getvalue())
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror}") from error
+
+
+def why_not_file(plan: Planner | None) -> str | None:
+    """The reason why no file can hold a model of this plan, or None."""
+    if plan is None or not plan.ragged:
+        return None
+    return (
+        f"{plan.kind} keeps another number of patches of each image: "
+        "a file has fixed counts, give a plan of these"
+    )
 
 
 def checked_batches(batch: str | int = "dynamic") -> tuple[int, ...]:
@@ -170,12 +183,9 @@ def _images(model: nn.Module, batch: int, seed: int = 0) -> Tensor:
 
 def _plain(model: nn.Module) -> nn.Module:
     """A copy on the CPU in float32, in eval mode, that needs no gradient."""
-    plan: Any = getattr(model, "plan", None)
-    if plan is not None and plan.ragged:
-        raise ExportError(
-            f"{plan.kind} keeps another number of patches of each image: "
-            "a file has fixed counts, give a plan of these"
-        )
+    reason = why_not_file(getattr(model, "plan", None))
+    if reason is not None:
+        raise ExportError(reason)
     return copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
 
 
@@ -213,6 +223,28 @@ def _onnxruntime(path: str) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
+def _check_opset(opset: int) -> None:
+    """Refuse an operator set that onnxscript cannot convert a model to, as torch asks it to."""
+    if opset == OPSET:
+        return
+    import onnx
+    from onnxscript import ir, version_converter
+
+    newest = OPSET
+    with quiet(), contextlib.suppress(Exception):  # beyond its newest, whatever it raises
+        for version in range(OPSET + 1, onnx.defs.onnx_opset_version() + 1):
+            empty = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}), ir_version=10)
+            version_converter.convert_version(empty, version, fallback=False)
+            if empty.opset_imports[""] != version:
+                break
+            newest = version
+    if opset > newest:
+        raise ExportError(
+            f"opset must be from {OPSET} to {newest}, to which the installed onnxscript converts, "
+            f"got {opset}"
+        )
+
+
 def _require(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
@@ -236,12 +268,12 @@ def _beside(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _as_export_error(what: str) -> Iterator[None]:
-    """Whatever an exporter raises, in one line; its own report stays as the cause."""
+def _as_export_error(failure: str) -> Iterator[None]:
+    """Whatever foreign code raises, in one line; its own report stays as the cause."""
     try:
         yield
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, SlimvitError):
         raise
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise ExportError(f"{what} cannot export this model: {first.strip()}") from error
+        raise ExportError(f"{failure}: {first.strip()}") from error

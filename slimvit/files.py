@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import stat
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
+
+from slimvit.errors import UsageError
+
+_OWN = ("/dev/fd", "/proc/self/fd")
+_MOST_LINKS = 40  # as Linux follows
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
     """Write `content` to a temporary neighbour of `path`, then rename it into place.
 
     A link stays a link, to the new content; a file that was there leaves its mode to the new one; a
-    device such as /dev/null is written to.
+    device such as /dev/null is written to, and /dev/stdout after what was printed.
 
     Raises:
         OSError: the folder is missing or not writable, or the disk is full; `path` is untouched.
     """
     if is_device(path):
         try:
-            Path(path).write_bytes(content)
+            with _open_device(path) as device:
+                device.write(content)
         except OSError as error:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         return
@@ -54,7 +62,7 @@ def put_in_place(temporary: str | os.PathLike[str], path: str | os.PathLike[str]
         OSError: `path` is a folder or cannot be written to.
     """
     if is_device(path):
-        with open(temporary, "rb") as source, open(path, "wb") as device:
+        with open(temporary, "rb") as source, _open_device(path) as device:
             shutil.copyfileobj(source, device)
         return
     target = os.path.realpath(path)
@@ -63,8 +71,57 @@ def put_in_place(temporary: str | os.PathLike[str], path: str | os.PathLike[str]
 
 
 def is_device(path: str | os.PathLike[str]) -> bool:
-    """Whether a device, a pipe or a socket is there: what is written to and never replaced."""
+    """Whether a device, a pipe or a socket is there: what is written to and never replaced.
+
+    So is what a descriptor of this process names, /dev/stdout among them, be it a file.
+    """
+    if descriptor(path) is not None:
+        return True
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def descriptor(path: str | os.PathLike[str]) -> int | None:
+    """N where `path`, or a link that it is, names /dev/fd/N of this process; /dev/stdout is 1."""
+    own = {os.path.realpath(folder) for folder in _OWN}
+    place = os.fsdecode(path)
+    for _ in range(_MOST_LINKS):
+        folder, name = os.path.split(place)
+        if name.isdecimal() and os.path.realpath(folder) in own:
+            return int(name)
+        if not os.path.islink(place):
+            return None
+        place = os.path.join(folder, os.readlink(place))
+    return None
+
+
+def is_writable(device: str | os.PathLike[str]) -> bool:
+    """Whether a device, for which `is_device` holds, takes what is written."""
+    number = descriptor(device)
+    if number is None:
+        return os.access(device, os.W_OK)
+    try:
+        mode = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE
+    except OSError:  # it is not open
+        return False
+    return mode != os.O_RDONLY
+
+
+def refuse_device(name: str, path: str | os.PathLike[str], beside: str) -> None:
+    """Refuse a device as the output `name` of a command or a call that puts `beside` beside it.
+
+    Raises:
+        UsageError: `path` is a device.
+    """
+    if is_device(path):
+        raise UsageError(f"{name} must be a file, {beside} goes beside it, got the device {path}")
+
+
+def _open_device(path: str | os.PathLike[str]) -> BinaryIO:
+    number = descriptor(path)
+    if number is None:
+        return open(path, "wb")
+    print(end="", flush=True)  # opened anew, a file would be written from its start
+    return os.fdopen(os.dup(number), "wb")
 
 
 def _mode(target: str) -> int:

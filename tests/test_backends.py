@@ -214,3 +214,25 @@ def test_a_forked_process_computes_on_one_thread(run_from, backend):
         "print(os.waitpid(child, 0)[1], torch.get_num_threads())\n",
     )
     assert lines == ["1 True", "0 2"]
+
+
+def test_a_forked_process_may_be_the_first_to_call_an_operator(run_from):
+    if (reason := why_not("cpu", "cpu", torch.float32)) is not None:
+        pytest.skip(reason)
+    lines = run_from(
+        Path(__file__).parent.parent,
+        f"sys.path.append({str(Path(__file__).parent)!r})\n"
+        "import os, signal, torch\n"
+        "from slimvit.ops import FoldedBlock, pack_block\n"
+        "from test_cpu_block import Case, make_parts\n"
+        "torch.set_num_threads(2)\n"
+        "pack = pack_block(FoldedBlock(make_parts(Case(63, 40))))\n"
+        "torch.ones(1_000_000).exp()\n"
+        "if (child := os.fork()) == 0:\n"
+        "    signal.alarm(20)\n"
+        "    out = torch.ops.slimvit.slim_block(torch.zeros(63, 4, 64), pack, 40)\n"
+        "    print(bool(out.isfinite().all()), flush=True)\n"
+        "    os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1])\n",
+    )
+    assert lines == ["True", "0"]

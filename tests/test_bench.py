@@ -154,13 +154,21 @@ def test_a_runtime_that_does_not_work_is_left_out_with_the_reason(vit, masks, mo
         bench(vit, masks, against=["other"], **QUICK)
 
 
-def test_a_runtime_that_fails_is_left_out_with_the_reason(vit, masks, monkeypatch):
+@pytest.mark.parametrize("slim_only", [False, True])
+def test_a_runtime_that_fails_is_left_out_with_the_reason(vit, masks, monkeypatch, slim_only):
+    prepare = Other.prepare
+
     def fail(self, work, pruned):
-        raise RuntimeError("no such instruction\nat line 3")
+        if not slim_only or pruned:
+            raise RuntimeError("no such instruction\nat line 3")
+        prepare(self, work, pruned)
 
     monkeypatch.setattr(benchmarks._run, "RUNTIMES", {"other": Other})
     monkeypatch.setattr(Other, "prepare", fail)
-    assert bench(vit, masks, **QUICK).left_out == {"other": "no such instruction"}
+    report = bench(vit, masks, **QUICK)
+    assert report.left_out == {"other" + " slim" * slim_only: "no such instruction"}
+    assert (report.find("other", pruned=False) is not None) == slim_only
+    assert report.find("other", pruned=True) is None
     with pytest.raises(SlimvitError, match="runtime other: no such instruction"):
         bench(vit, masks, against=["other"], **QUICK)
 

@@ -9,9 +9,10 @@ from test_bench import QUICK, Other
 from test_bench_report import ROWS, report
 
 from slimvit import Absorb, apply_masks
-from slimvit.bench import CSV_COLUMNS, RUNTIMES, Row, _rounds, append_csv, bench, check_csv
-from slimvit.bench._runtimes import Slimvit
+from slimvit.bench import CSV_COLUMNS, RUNTIMES, Row, _rounds, _run, append_csv, bench, check_csv
+from slimvit.bench._runtimes import OnnxRuntime, Slimvit
 from slimvit.bench._verify import agreement, verify_kept, verify_plan
+from slimvit.cli.bench import describe
 from slimvit.dynamic import DPS
 from slimvit.errors import MismatchError, PlanError, UsageError
 from slimvit.macs import cut
@@ -117,6 +118,24 @@ def test_a_foreign_runtime_is_compared_too(vit, monkeypatch):
         bench(vit, DPS(COUNTS), **{**TORCH, "against": ["other"]})
 
 
+class Exported(OnnxRuntime):
+    """What ONNX Runtime may run, with timm's answers."""
+
+    prepare, __call__, scale = Other.prepare, Other.__call__, 1.0
+
+
+@pytest.mark.parametrize("against", [None, ["onnxruntime"]])
+def test_a_plan_that_no_file_holds_costs_no_dense_row(vit, monkeypatch, against):
+    monkeypatch.setattr(_run, "RUNTIMES", {"onnxruntime": Exported})
+    monkeypatch.setattr(Exported, "why_not", classmethod(lambda cls, setting: None))
+    plan = Absorb(counts=COUNTS, thresholds=[0.1] * 3)
+    found = bench(vit, plan, **{**TORCH, "against": against})
+    assert [row.pruned for row in found.rows if row.runtime == "onnxruntime"] == [False]
+    assert found.left_out.keys() == {"onnxruntime slim"}
+    assert "without onnxruntime slim: absorb keeps another number of patches" in describe(found)
+    assert found.ratios["slim_over_strongest_dense"] > 0
+
+
 def test_agreement_is_of_patches_that_were_chosen():
     plan = DPS([17, 5, 1]).bind(spec(build("deit")))
     all_of_them, class_token = torch.arange(17).expand(2, -1), torch.zeros(2, 1, dtype=torch.int64)
@@ -158,6 +177,15 @@ class TestCsv:
         assert [record["plan"] for record in records] == ["", "absorb", "static", "", "", "absorb"]
         assert [record["cut"] for record in records[:3]] == ["0.5000", "0.5000", "0.6000"]
         assert None not in records[0]
+
+    @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"x" * 200_000])
+    def test_no_csv_file(self, tmp_path, content):
+        path = tmp_path / "r.csv"
+        path.write_bytes(content)
+        for call in (check_csv, lambda path: append_csv(path, planned())):
+            with pytest.raises(UsageError, match=r"r\.csv must be a CSV file in UTF-8"):
+                call(path)
+        assert path.read_bytes() == content
 
     def test_columns_of_something_else(self, tmp_path):
         path = tmp_path / "r.csv"

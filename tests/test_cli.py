@@ -123,13 +123,33 @@ def test_output_files_are_checked_before_the_work(call, command, out, monkeypatc
         refused(missing, 2, "--output no/x.safetensors", f"{out}/no does not exist")
 
 
-def test_options_that_need_each_other(call):
+def test_options_that_need_each_other(call, room):
     refused(call("prune", tolerance=0.1, cut=0.4), 2, "not allowed with argument")
     refused(call("prune", "--uniform"), 2, "--uniform needs --cut")
     refused(call("prune", weights_output="w.safetensors"), 2, "--weights-output needs --epochs")
     refused(call("prune", precision="bfloat16"), 2, "float32", "bfloat16")
+    refused(call("prune", lr=1e-3), 2, "--lr needs --epochs")
+    given = call("prune", "--absorb", cut=0.3, granularity=5)
+    refused(given, 2, "--granularity has no meaning with --absorb")
+    given = call("prune", "--dynamic", masks=room / "masks.safetensors", granularity=5)
+    refused(given, 2, "--granularity has no meaning with --masks")
     refused(call("prune", counts="5,4"), 1, "[L, N] = [6, 17]")
     refused(call("finetune", output="x.pth"), 2, ".safetensors", "x.pth")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"precision": "float32", "amp": "bfloat16"}, "float32 is --amp none, got --amp bfloat16"),
+        ({"precision": "bfloat16", "amp": "none"}, "bfloat16 is --amp bfloat16, got --amp none"),
+        ({"keep_weight": 1}, "--keep-weight needs a plan that learns, spvit, got static"),
+        ({"masks": None, "absorb": 0.3, "frozen_epochs": 1}, "spvit, got absorb"),
+        ({"masks": None, "spvit": 0.5, "alpha": 0.5}, "--alpha has no meaning with spvit"),
+        ({"masks": None, "spvit": 0.5, "temperature": 2}, "--temperature has no meaning"),
+    ],
+)
+def test_settings_without_effect_are_refused(call, flags, words):
+    refused(call("finetune", **flags), 2, words)
 
 
 def test_checkpoints(call, room, tmp_path_factory):

@@ -97,6 +97,61 @@ def test_devices_and_what_is_there_already_may_be_written(tmp_path, monkeypatch)
     common.check_outputs(args, outputs)
 
 
+@pytest.mark.parametrize(
+    "command, rule",
+    [
+        ("prune --output /dev/null", "a file, the state of the search goes beside it, got"),
+        ("finetune --masks m --output d.safetensors", "a file, what an unfinished run goes on"),
+        ("prune --absorb --cut 0.3 --output /dev/stdout", "another file than where results are"),
+        ("export --masks m --format onnx --output /dev/stderr", "another file than where results"),
+        ("show --masks m --save /proc/self/fd/1", "another file than where results are printed"),
+    ],
+)
+def test_devices_that_would_lose_what_is_written(command, rule, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("d.safetensors").symlink_to("/dev/null")
+    for work in ("load_model", "read_masks", "device"):
+        monkeypatch.setattr(common, work, lambda *_, **__: pytest.fail("work was begun"))
+    given = [*command.split(), *MODEL, *(DATA if command.startswith(("prune", "finetune")) else [])]
+    assert main(given) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and f" must be {rule}" in line
+    assert os.listdir() == ["d.safetensors"]
+
+
+PRINTING = """
+import argparse, pathlib, sys
+from slimvit.cli import common
+print("before")
+name = pathlib.Path(sys.argv[1])
+common.check_outputs(argparse.Namespace(), {"--json": name})
+with common.then_say("the table"):
+    common.write_json(name, {"a": 1})
+"""
+
+
+def test_json_to_a_stdout_that_is_a_file(tmp_path):
+    path = tmp_path / "out.txt"
+    for name in ("/dev/stdout", path):
+        with path.open("w") as out:
+            command = [sys.executable, "-c", PRINTING, name]
+            done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
+        if name == path:
+            assert "--json must be another file than where results are printed" in done.stderr
+        else:
+            assert path.read_text() == 'before\n{\n  "a": 1\n}\nthe table\n', done.stderr
+
+
+@pytest.mark.parametrize("full, kept", [("--json", "--csv"), ("--csv", "--json")])
+def test_one_file_that_cannot_be_written_costs_no_other(tmp_path, capsys, full, kept):
+    given = ["bench", *MODEL, *QUICK, "--keep", "9x5,1", "--against", "none", "--device", "cpu"]
+    assert main([*given, full, "/dev/full", kept, str(tmp_path / "kept")]) == 1
+    captured = capsys.readouterr()
+    assert "/dev/full: No space left on device" in captured.err
+    assert "slim / own dense" in captured.out
+    assert (tmp_path / "kept").stat().st_size > 0
+
+
 def call_with_full_stdout(*arguments):
     with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
         return main([*arguments])

@@ -42,10 +42,12 @@ class Choosing(NamedTuple):
     scores: str = "attention"
     sizes: bool = True
     head_tokens: int = 1
+    level: float = 0.0  # of all numbers that come in
 
     def __str__(self) -> str:
         shape = f"{self.prefix}_{self.heads}x{self.head_dim}_{self.width}"
-        return f"{self.m}to{self.n}_{self.batch}_{shape}_{self.scores}"
+        level = f"_{self.level}" if self.level else ""
+        return f"{self.m}to{self.n}_{self.batch}_{shape}_{self.scores}{level}"
 
     @property
     def block(self) -> Case:
@@ -65,6 +67,7 @@ CASES = [
     Choosing(197, 6, 3, prefix=5, width=96, heads=1, head_dim=64),
     Choosing(257, 200, 3, prefix=2, head_tokens=2, heads=6, width=192),
     Choosing(257, 256, 1, head_dim=16, width=16),
+    Choosing(63, 40, 3, level=30.0),
 ]
 CASES += [CASES[i]._replace(scores="predictor") for i in (0, 1, 3, 5, 6, 8)]
 
@@ -93,6 +96,7 @@ def input_of(case: Choosing, dtype: torch.dtype) -> tuple[Tensor, Tensor | None,
     generator = torch.Generator().manual_seed(case.m + case.batch)
     x = torch.randn(case.m, case.batch, case.width, generator=generator)
     x = x + torch.randn(1, case.batch, case.width, generator=generator)  # alike, as patches are
+    x = x + case.level
     sizes = 1 + 3 * torch.rand(case.batch, case.m, generator=generator)
     spread = torch.rand(case.batch, case.m, generator=generator).clamp(min=0.3) - 0.3
     return x.to(dtype).float(), *((sizes, spread) if case.sizes else (None, None))

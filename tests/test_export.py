@@ -142,6 +142,17 @@ def test_a_file_that_answers_wrong_is_not_put_in_place(vit, tmp_path, monkeypatc
     assert path.read_bytes() == b"before"
 
 
+def test_a_file_that_does_not_run_is_not_put_in_place(vit, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no such operator\nin node 3")
+
+    vit.blocks = vit.blocks[:1]
+    monkeypatch.setattr(pytest.importorskip("onnxruntime"), "InferenceSession", fail)
+    with pytest.raises(ExportError, match="ONNX Runtime cannot run .*: no such operator$"):
+        export_onnx(vit, tmp_path / "dense.onnx", batch=1)
+    assert os.listdir(tmp_path) == []
+
+
 def test_links_and_devices_stay_what_they_are(vit, tmp_path):
     kept, link, pipe = (tmp_path / name for name in ("kept.onnx", "link.onnx", "pipe"))
     kept.touch(0o600)
@@ -162,6 +173,8 @@ def test_what_cannot_be_exported_says_so(vit, tmp_path):
         export_onnx(torch.nn.Linear(2, 2), tmp_path / "a.onnx")
     with pytest.raises(UsageError, match="opset must be at least 18, got 17"):
         export_onnx(vit, tmp_path / "a.onnx", opset=17)
+    with pytest.raises(ExportError, match=r"opset must be from 18 to 2\d, .*, got 99"):
+        export_onnx(vit, tmp_path / "a.onnx", opset=99, check=False)
     with pytest.raises(
         UsageError, match="batch, where it is not dynamic, must be at least 1, got 0"
     ):
@@ -210,3 +223,5 @@ def test_the_command_refuses_bad_usage(tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
     assert main([*model, str(tmp_path / "slim.pt2"), "-b", "2"]) == 2
     assert "ONNX files only" in capsys.readouterr().err
+    assert main([*model, str(tmp_path / "slim.pt2"), "--opset", "18"]) == 2
+    assert "--opset is of ONNX files only" in capsys.readouterr().err

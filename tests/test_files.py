@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from slimvit.files import atomic_write, put_in_place
+from slimvit.files import atomic_write, is_device, is_writable, put_in_place
 
 
 def full_disk(*args):
@@ -120,6 +120,26 @@ def test_a_device_is_written_to(tmp_path):
     assert os.read(reader, 9) == b"again"
     os.close(reader)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+@pytest.mark.parametrize("folder", ["/dev/fd", "/proc/self/fd", "a link"])
+def test_a_descriptor_is_written_to_where_it_stands(tmp_path, folder):
+    path, finished = tmp_path / "file", tmp_path / "finished"
+    finished.write_bytes(b"3")
+    with path.open("wb", buffering=0) as file:
+        name = f"{folder}/{file.fileno()}"
+        if folder == "a link":
+            name = tmp_path / "link"
+            name.symlink_to(f"/dev/fd/{file.fileno()}")
+        file.write(b"1")
+        atomic_write(name, b"2")
+        put_in_place(finished, name)
+        file.write(b"4")
+        assert is_device(name) and is_writable(name)
+    assert path.read_bytes() == b"1234"
+    with path.open("rb") as file:
+        assert not is_writable(f"/dev/fd/{file.fileno()}")
+    assert is_device("/dev/fd/1000000") and not is_writable("/dev/fd/1000000")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")

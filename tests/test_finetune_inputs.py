@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tuning import QUICK, same, weights
 
 from slimvit import Masks, apply_masks
+from slimvit.dynamic import SPViT
 from slimvit.errors import DataError, UsageError
 from slimvit.finetune import Settings, finetune
 
@@ -64,6 +65,22 @@ def test_labels_of_any_whole_numbers(pair, labelled):
     short = [(images, targets.int()) for images, targets in labelled]
     finetune(other, dense, short, epochs=1, alpha=0.5, **QUICK)
     assert same(weights(other), weights(slim))
+
+
+@pytest.mark.parametrize("selectors", [False, True])
+def test_labels_beyond_the_classes(pair, labelled, selectors):
+    slim, dense = pair
+    labelled[1][1][2] = 10
+    finetune(slim, dense, labelled, epochs=1, **QUICK)  # where labels do not count
+    if selectors:
+        slim = apply_masks(dense, SPViT([0.5]))
+    with pytest.raises(UsageError, match="targets must be below 10, the number of .*, got 10"):
+        finetune(slim, dense, labelled, epochs=1, alpha=0.0 if selectors else 0.5, **QUICK)
+
+
+def test_a_device_cannot_be_the_output(pair, labelled):
+    with pytest.raises(UsageError, match=r"output must be a file, null\.resume\.safetensors goes"):
+        finetune(*pair, labelled, epochs=1, output="/dev/null", **QUICK)
 
 
 def test_a_model_that_is_frozen_is_refused(pair, labelled):

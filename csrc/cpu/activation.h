@@ -39,7 +39,8 @@ SLIMVIT_INLINE typename S::F exp2(typename S::F x) {
 template <class S, typename T>
 SLIMVIT_INLINE typename S::F gelu(typename S::F x) {
   const float kEnd = kStep<T> == 1 ? 5.5f : 4.5f;  // beyond it Φ is 0 or 1
-  const auto clamped = S::min(S::set(kEnd), S::max(S::set(-kEnd), x));
+  x = S::max(S::set(-kEnd), x);                    // NaN stays
+  const auto clamped = S::min(S::set(kEnd), x);
   const auto u = S::mul(clamped, clamped);
   if constexpr (kStep<T> == 1) {
     constexpr float p[] = {0.398941985f,    0.0351415224f,   0.00476156386f,

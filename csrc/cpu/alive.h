@@ -12,7 +12,7 @@ struct Alive {
   float* spread;        // see layer_norm.h; 0 of those that stand for themselves alone
   long ld;
 
-  Alive of(long image) const {
+  SLIMVIT_INLINE Alive of(long image) const {
     return {place + image * ld, size + image * ld, bias + image * ld, spread + image * ld, ld};
   }
 };

@@ -64,9 +64,12 @@ class BlockParts {
     gemm(y, width(), rows, columns, store);
   }
 
+  // Where masks leave an image no key, all weigh the same.
   void logit_bias(long image, long keys) {
+    constexpr float kEnd = 1e38f;
     const float* bias = kept_.bias == nullptr ? nullptr : kept_.bias + image * kept_.bias_image;
-    for (long i = 0; i < kept_.m; ++i) own_.bias[i] = bias == nullptr ? 0.0f : kLog2E * bias[i];
+    for (long i = 0; i < kept_.m; ++i)
+      own_.bias[i] = bias == nullptr ? 0.0f : kLog2E * within(bias[i], kEnd);
     if (keys > kept_.m) own_.bias[kept_.m] = kLog2E * shape_.extra_bias;
     for (long i = keys; i < Panels<S, T>::columns(keys); ++i) own_.bias[i] = kMinusInfinity;
   }

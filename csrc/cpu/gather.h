@@ -100,17 +100,19 @@ class Gather {
     const auto factor = S::set(share);
     const float* x = of_.x + from * of_.width;
     float* out = of_.x_kept + k * of_.width;
+    const auto width = static_cast<float>(of_.width);
     auto sum = S::zero(), square = S::zero();
     for (long c = 0; c < of_.width; c += S::kLanes) {
       const auto part = S::load(x + c);
       sum = S::add(part, sum);
-      square = S::fma(part, part, square);
       S::store(out + c, S::fma(part, factor, S::load(out + c)));
     }
-    const auto width = static_cast<float>(of_.width);
-    const float mean = S::sum(sum) / width;
-    const float variance = S::sum(square) / width - mean * mean;
-    own_.moment[k] += share * (variance + of_.before.spread[from]);
+    const auto mean = S::set(S::sum(sum) / width);
+    for (long c = 0; c < of_.width; c += S::kLanes) {
+      const auto centred = S::sub(S::load(x + c), mean);
+      square = S::fma(centred, centred, square);
+    }
+    own_.moment[k] += share * (S::sum(square) / width + of_.before.spread[from]);
   }
 
   // Kept rows first, first + step, … that others went into.

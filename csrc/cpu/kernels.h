@@ -24,7 +24,7 @@ struct Team {
   int rank = 0, size = 1;
   Barrier* barrier = nullptr;
 
-  void sync() const {
+  SLIMVIT_INLINE void sync() const {
     if (size > 1) barrier->wait();
   }
 };

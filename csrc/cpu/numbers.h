@@ -2,9 +2,8 @@
 
 #include <cstdint>
 
+#include "cpu/inline.h"
 #include "cpu/isa.h"
-
-#define SLIMVIT_INLINE inline __attribute__((always_inline))
 
 namespace slimvit {
 
@@ -43,6 +42,10 @@ SLIMVIT_INLINE void narrow(float x, bf16& out) {
     return;
   }
   out.bits = static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+SLIMVIT_INLINE float within(float x, float end) {  // NaN stays
+  return x > end ? end : x < -end ? -end : x;
 }
 
 template <int N>

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "cpu/inline.h"
 #include "cpu/isa.h"
 
 // Weights, laid out once for the kernels of one instruction set: plain bytes that start with a
@@ -43,7 +44,7 @@ struct BlockShape {
   float extra_bias;   // logit bias of the extra key, if there is one
   std::int32_t lone;  // whether it will be called for a lone query or two: see Block::lone
 
-  long inner() const { return static_cast<long>(heads) * head_dim; }
+  SLIMVIT_INLINE long inner() const { return static_cast<long>(heads) * head_dim; }
 };
 
 // Weights in float32, row by row, [out, in]; null where a model has none.
@@ -70,9 +71,11 @@ struct EmbeddingShape {
   std::int32_t tokens, prefix, width;
   float eps;  // of the norm after the embedding
 
-  long rows() const { return image_height / patch_height; }
-  long columns() const { return image_width / patch_width; }
-  long patch() const { return static_cast<long>(channels) * patch_height * patch_width; }
+  SLIMVIT_INLINE long rows() const { return image_height / patch_height; }
+  SLIMVIT_INLINE long columns() const { return image_width / patch_width; }
+  SLIMVIT_INLINE long patch() const {
+    return static_cast<long>(channels) * patch_height * patch_width;
+  }
 };
 
 struct EmbeddingWeights {
@@ -123,7 +126,7 @@ struct ChooserShape {
   float eps;
 
   // Whether each image keeps a number of its own.
-  bool ragged() const { return before > 0; }
+  SLIMVIT_INLINE bool ragged() const { return before > 0; }
 };
 
 struct ChooserWeights {
@@ -148,10 +151,10 @@ struct SelectorShape {
   std::int32_t packages;  // of earlier selectors
   float eps;
 
-  long channels() const { return width / heads; }
-  long half() const { return channels() / 2; }
-  long quarter() const { return channels() / 4; }
-  long hidden() const { return heads > 1 ? heads / 2 : 1; }
+  SLIMVIT_INLINE long channels() const { return width / heads; }
+  SLIMVIT_INLINE long half() const { return channels() / 2; }
+  SLIMVIT_INLINE long quarter() const { return channels() / 4; }
+  SLIMVIT_INLINE long hidden() const { return heads > 1 ? heads / 2 : 1; }
 };
 
 // Weights in float32. Those of a layer for every head are [H, in, out], biases [H, out].

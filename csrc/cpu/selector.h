@@ -273,10 +273,12 @@ class Selection {
       alive.place[k] = alive.place[from];
       alive.size[k] = alive.size[from];
       alive.bias[k] = alive.bias[from];
+      alive.spread[k] = alive.spread[from];
     }
     alive.place[rows] = of_.package;
     alive.size[rows] = 1.0f;
     alive.bias[rows] = 0.0f;
+    alive.spread[rows] = 0.0f;
   }
 
   const SelectorPack& pack_;

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "cpu/inline.h"
+
 namespace slimvit {
 
 // Parts of a forward pass whose time is told apart where a profile is asked for.
@@ -35,9 +37,9 @@ std::int64_t take_time(Phase phase);  // summed over all threads; starts again a
 // Counts the time until the end of its scope.
 class Stopwatch {
  public:
-  explicit Stopwatch(Phase phase)
+  SLIMVIT_INLINE explicit Stopwatch(Phase phase)
       : phase_(phase), start_(__atomic_load_n(&profiling, __ATOMIC_RELAXED) ? nanoseconds() : 0) {}
-  ~Stopwatch() {
+  SLIMVIT_INLINE ~Stopwatch() {
     if (start_ != 0) add_time(phase_, nanoseconds() - start_);
   }
   Stopwatch(const Stopwatch&) = delete;

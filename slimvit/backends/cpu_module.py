@@ -21,6 +21,7 @@ def module() -> ModuleType:
     loaded = _extensions.load("_cpu")
     if loaded is None:
         raise SlimvitError(f"back end cpu: {_extensions.why_not('_cpu')}")
+    guard_forks()
     return loaded
 
 
@@ -57,7 +58,6 @@ def _plain(array: Tensor) -> Tensor:
 
 def threads() -> int:
     """On how many threads to compute: torch's."""
-    guard_forks()
     return torch.get_num_threads()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimvit.errors import UsageError
-from slimvit.files import atomic_write
+from slimvit.files import atomic_write, is_device
 
 if TYPE_CHECKING:
     from slimvit.bench._report import Report
@@ -50,27 +50,35 @@ def check_csv(path: str | os.PathLike[str]) -> None:
     """Refuse, before anything is measured, a file that records cannot be added to.
 
     Raises:
-        UsageError: its folder is missing, or it has other columns.
+        UsageError: its folder is missing, or it is no such CSV file.
     """
     path = Path(path)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder or in none that exists")
-    header = _header(path.read_text(encoding="utf-8")) if path.exists() else ()
-    if header and header != CSV_COLUMNS:
-        raise UsageError(f"{path} has other columns than `slimvit bench` writes")
+    _read(path)
 
 
 def append_csv(path: str | os.PathLike[str], report: Report) -> None:
     """Add the report's rows to a CSV file, whole or not at all; a new file gets a header."""
     check_csv(path)
-    old = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
+    old = _read(Path(path))
     if old and not old.endswith("\n"):
         old += "\n"
     atomic_write(path, (old + _text(report.to_csv(), header=not old)).encode())
 
 
-def _header(text: str) -> tuple[str, ...]:
-    return tuple(next(csv.reader(io.StringIO(text, newline="")), ()))
+def _read(path: Path) -> str:
+    """What the file holds, with the columns of CSV_COLUMNS; of a device nothing."""
+    if is_device(path) or not path.exists():
+        return ""
+    try:
+        text = path.read_text(encoding="utf-8")
+        header = tuple(next(csv.reader(io.StringIO(text, newline="")), ()))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} must be a CSV file in UTF-8: {error}") from error
+    if header and header != CSV_COLUMNS:
+        raise UsageError(f"{path} has other columns than `slimvit bench` writes")
+    return text
 
 
 def _text(records: list[dict[str, Any]], header: bool) -> str:

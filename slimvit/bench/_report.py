@@ -67,7 +67,7 @@ class Report:
         kept: n_1 … n_L.
         cut: fraction of the MACs saved.
         rows: dense ahead of slim, slimvit's first.
-        left_out: runtimes without a row, and why.
+        left_out: runtimes without a row, or "<runtime> slim" without that one, and why.
         rounds: figures behind each median.
         seconds: length of each round.
         rejected: rounds thrown away because the machine was busy elsewhere.

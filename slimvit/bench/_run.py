@@ -36,7 +36,8 @@ from slimvit.models import spec
 from slimvit.runtime import PRECISIONS
 
 _log = logging.getLogger("slimvit")
-_Group = list[tuple[Runtime, Row]]
+_Ready = tuple[Runtime, Row]
+_Group = list[_Ready]
 
 
 def bench(
@@ -76,7 +77,8 @@ def bench(
 
     Raises:
         UsageError: an argument is out of range, a runtime unknown.
-        SlimvitError: a runtime that was asked for does not work here.
+        SlimvitError: a runtime that was asked for does not work here; where only its slimmed model
+            cannot be exported, as of thresholds, that row alone is left out.
         MismatchError: a runtime's logits or kept tokens do not match the float32 reference.
         PlanError: the plan does not fit the model.
     """
@@ -147,7 +149,7 @@ def _prepare(
     """Every row that works here, ready and verified, by runtime; and why the others do not."""
     referee = Referee(work)
 
-    def row(kind: type[Runtime], pruned: bool) -> tuple[Runtime, Row]:
+    def row(kind: type[Runtime], pruned: bool) -> _Ready:
         start = time.perf_counter()
         runtime = kind(setting)
         runtime.prepare(work, pruned)
@@ -157,28 +159,40 @@ def _prepare(
         tell(f"{runtime.label} {name}: ready in {seconds:.1f} s, error {found.error:.1e}")
         return runtime, found
 
-    def ready(kind: type[Runtime]) -> _Group:
-        return [row(kind, pruned) for pruned in ((False, True) if kind.prunes else (False,))]
-
-    groups = [ready(Slimvit)]
+    groups = [[row(Slimvit, False), row(Slimvit, True)]]
     if work.plan is not None:
         groups[0].append(row(SlimvitStatic, True))
     left_out: dict[str, str] = {}
     for name in RUNTIMES if against is None else dict.fromkeys(against):
-        reason = RUNTIMES[name].why_not(setting)
-        if reason is None:
-            try:
-                groups.append(ready(RUNTIMES[name]))
+        kind = RUNTIMES[name]
+        group: _Group = []
+        for pruned in (False, True) if kind.prunes else (False,):
+            reason = kind.why_not_slim(work) if pruned else kind.why_not(setting)
+            made = reason or _attempt(row, kind, pruned)
+            if not isinstance(made, str):
+                group.append(made)
                 continue
-            except MismatchError:
-                raise
-            except Exception as error:  # a foreign runtime may fail in any way
-                _log.debug("runtime %s", name, exc_info=True)
-                reason = next(iter(str(error).strip().splitlines()), repr(error))
-        if against is not None:
-            raise SlimvitError(f"runtime {name}: {reason}")
-        left_out[name] = reason
+            impossible = pruned and reason is not None  # the dense row is worth having
+            if against is not None and not impossible:
+                raise SlimvitError(f"runtime {name}: {made}")
+            left_out[f"{name} slim" if pruned else name] = made
+            break
+        if group:
+            groups.append(group)
     return groups, left_out
+
+
+def _attempt(
+    row: Callable[[type[Runtime], bool], _Ready], kind: type[Runtime], pruned: bool
+) -> _Ready | str:
+    """A row, or the reason why there is none; wrong answers are raised."""
+    try:
+        return row(kind, pruned)
+    except MismatchError:
+        raise
+    except Exception as error:  # a foreign runtime may fail in any way
+        _log.debug("runtime %s", kind.name, exc_info=True)
+        return next(iter(str(error).strip().splitlines()), repr(error))
 
 
 @contextlib.contextmanager

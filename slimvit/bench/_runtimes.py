@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from slimvit.bench._report import STATIC
 from slimvit.dynamic import Planner
-from slimvit.export import export_onnx, quiet
+from slimvit.export import export_onnx, quiet, why_not_file
 from slimvit.masks import Masks
 from slimvit.runtime import PRECISIONS, accelerate, apply_masks
 
@@ -110,6 +110,11 @@ class Runtime(ABC):
     @classmethod
     def why_not(cls, setting: Setting) -> str | None:
         """The reason why it cannot be measured here, or None."""
+        return None
+
+    @classmethod
+    def why_not_slim(cls, work: Workload) -> str | None:
+        """The reason why its slimmed model cannot be measured, or None."""
         return None
 
     @property
@@ -202,19 +207,28 @@ class TorchCompile(Torch):
             self(work.images)
 
 
-class OnnxRuntime(Runtime):
+class _OfFile(Runtime):
+    """What runs the exported model."""
+
+    prunes = True
+
+    @classmethod
+    def why_not(cls, setting: Setting) -> str | None:
+        return _needs(cls.name, setting)
+
+    @classmethod
+    def why_not_slim(cls, work: Workload) -> str | None:
+        return why_not_file(work.plan)
+
+
+class OnnxRuntime(_OfFile):
     """The exported model in ONNX Runtime's CPU provider, which computes in float32 only."""
 
     name = "onnxruntime"
-    prunes = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.precision = "float32"
-
-    @classmethod
-    def why_not(cls, setting: Setting) -> str | None:
-        return _needs("onnxruntime", setting)
 
     def prepare(self, work: Workload, pruned: bool) -> None:
         import onnxruntime
@@ -233,16 +247,11 @@ class OnnxRuntime(Runtime):
         return torch.from_numpy(self._session.run(None, {"images": images.numpy()})[0])
 
 
-class OpenVino(Runtime):
+class OpenVino(_OfFile):
     """The exported model in OpenVINO: its latency mode, one request at a time, a fixed batch."""
 
     name = "openvino"
-    prunes = True
     _HINTS: ClassVar[dict[str, str]] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-
-    @classmethod
-    def why_not(cls, setting: Setting) -> str | None:
-        return _needs("openvino", setting)
 
     def prepare(self, work: Workload, pruned: bool) -> None:
         core = openvino_core()

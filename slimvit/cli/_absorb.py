@@ -25,6 +25,7 @@ _OTHERS = {
     "dynamic": False,
     "uniform": False,
     "epochs": 0,
+    "granularity": None,
     "score": "eq6",
     "semantics": "drop",
     "weights_output": None,

@@ -64,6 +64,8 @@ def check(args: argparse.Namespace) -> None:
             if getattr(args, flag) is not None:
                 raise UsageError(f"--{flag.replace('_', '-')} needs --dynamic")
         return
+    if args.masks is not None and args.granularity is not None:
+        raise UsageError("--granularity has no meaning with --masks: nothing is searched")
     if args.epochs > 0:
         raise UsageError("--dynamic needs --epochs 0: it trains predictors, not the model")
     if args.semantics != "drop":

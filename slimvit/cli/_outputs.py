@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from slimvit.errors import UsageError
-from slimvit.files import atomic_write, is_device
+from slimvit.files import atomic_write, descriptor, is_device, is_writable
 
 _READ = ("checkpoint", "slim_checkpoint", "masks", "image", "class_map", "latency_table")
+_TEXT = ("--json", "--csv")
+_PRINTED_TO = (1, 2)
 
 
 def check_outputs(args: argparse.Namespace, outputs: Mapping[str, Path | None]) -> None:
@@ -26,7 +28,8 @@ def check_outputs(args: argparse.Namespace, outputs: Mapping[str, Path | None]) 
         outputs: what the command writes, by the flag or the words that name it; None for nothing.
 
     Raises:
-        UsageError: `check_output` refuses one, two are the same file, or one is read, too.
+        UsageError: `check_output` refuses one, two are the same file, one is read, too, or what is
+            printed would spoil or lose it.
     """
     taken = {}
     for name in _READ:
@@ -34,7 +37,13 @@ def check_outputs(args: argparse.Namespace, outputs: Mapping[str, Path | None]) 
             taken[os.path.realpath(path)] = f"--{name.replace('_', '-')}"
     for name, path in outputs.items():
         check_output(name, path)
-        if path is None or is_device(path):
+        if path is None:
+            continue
+        if _is_printed_to(path) and not (is_device(path) and name in _TEXT):
+            raise UsageError(
+                f"{name} must be another file than where results are printed, got {path}"
+            )
+        if is_device(path):
             continue
         other = taken.setdefault(os.path.realpath(path), name)
         if other != name:
@@ -52,7 +61,7 @@ def check_output(flag: str, path: Path | None) -> None:
     if path.is_dir():
         raise UsageError(f"{flag} must be a file, but {path} is a folder")
     if is_device(path):
-        if not os.access(path, os.W_OK):
+        if not is_writable(path):
             raise UsageError(f"{flag} {path} is not writable")
         return
     folder = Path(os.path.realpath(path)).parent
@@ -60,6 +69,17 @@ def check_output(flag: str, path: Path | None) -> None:
         raise UsageError(f"{flag} {path}: the folder {folder} does not exist")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"{flag} {path}: the folder {folder} is not writable")
+
+
+def _is_printed_to(path: Path) -> bool:
+    """Whether it is stdout's or stderr's descriptor, or the file that one of them goes to."""
+    if is_device(path):
+        return descriptor(path) in _PRINTED_TO
+    for number in _PRINTED_TO:
+        with contextlib.suppress(OSError):  # it is not there, or the descriptor is closed
+            if os.path.samestat(os.stat(path), os.fstat(number)):
+                return True
+    return False
 
 
 def write_json(path: str | os.PathLike[str], values: dict[str, Any]) -> None:

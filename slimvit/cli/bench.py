@@ -84,10 +84,12 @@ def run(args: argparse.Namespace) -> int:
         tell=lambda line: print(line, file=sys.stderr),
     )
     with common.then_say(describe(report)):
-        if args.json is not None:
-            common.write_json(args.json, report.to_json())
-        if args.csv is not None:
-            append_csv(args.csv, report)
+        try:
+            if args.csv is not None:
+                append_csv(args.csv, report)
+        finally:
+            if args.json is not None:
+                common.write_json(args.json, report.to_json())
     return 0
 
 

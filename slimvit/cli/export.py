@@ -25,7 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="fix the batch of an ONNX file (default: any batch)",
     )
-    parser.add_argument("--opset", type=common.whole_number(18), default=18, metavar="N")
+    parser.add_argument(
+        "--opset",
+        type=common.whole_number(18),
+        metavar="N",
+        help="operator set of an ONNX file (default 18)",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
     parser.set_defaults(device="cpu")
 
@@ -33,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export, check the file against the model, put it in place."""
     from slimvit.errors import UsageError
-    from slimvit.export import checked_batches, export_onnx, export_program
+    from slimvit.export import OPSET, checked_batches, export_onnx, export_program
     from slimvit.runtime import apply_masks
 
     common.check_outputs(args, {"--output": args.output})
@@ -42,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--format is not given and {args.output} ends in neither .onnx nor .pt2")
     if kind == "pt2" and args.batch_size is not None:
         raise UsageError("--batch-size fixes the batch of ONNX files only, pt2 takes any batch")
+    if kind == "pt2" and args.opset is not None:
+        raise UsageError("--opset is of ONNX files only, pt2 has none")
     dense = args.masks is None and args.absorb is None
     if dense and args.slim_checkpoint is not None:
         raise UsageError("--slim-checkpoint needs --masks or --absorb")
@@ -51,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         model = apply_masks(model, common.load_masks(args, model))
     batch = args.batch_size or "dynamic"
     if kind == "onnx":
-        export_onnx(model, args.output, batch=batch, opset=args.opset)
+        export_onnx(model, args.output, batch=batch, opset=args.opset or OPSET)
     else:
         export_program(model, args.output)
     size = f": {args.output.stat().st_size / 1e6:.1f} MB" if args.output.is_file() else ""

@@ -12,6 +12,7 @@ from slimvit.cli import _spvit, common
 from slimvit.cli.common import number, whole_number
 from slimvit.dynamic import Planner, SPViT
 from slimvit.errors import UsageError
+from slimvit.files import refuse_device
 from slimvit.finetune import (
     Settings,
     finetune,
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from slimvit.masks import Masks
 
 HELP = "fine-tune a pruned model by distillation from the dense one"
-_BY_PLAN = ("epochs", "lr")
+_LEARNING = ("keep_weight", "class_weight", "token_weight", "frozen_epochs", "backbone_rate")
+_DISTILLING = ("temperature", "alpha")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,20 +65,21 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
     fields = {field.name: field.default for field in dataclasses.fields(Settings)}
 
     def add(name: str, kind: Any, text: str, metavar: str = "X") -> None:
-        flag, default = "--" + name.replace("_", "-"), fields[name]
-        if name in _BY_PLAN:
-            usual = {"epochs": "30", "lr": "5e-4 for 512 images a batch"}[name]
-            text, default = f"{text} (default {default}; SPViT {usual})", None
-        text += "" if default is None else f" (default {default})"
-        group.add_argument(flag, type=kind, default=default, metavar=metavar, help=text)
+        usual = {"epochs": "; SPViT 30", "lr": "; SPViT 5e-4 for 512 images a batch"}.get(name, "")
+        text += "" if fields[name] is None else f" (default {fields[name]}{usual})"
+        group.add_argument(_flag(name), type=kind, metavar=metavar, help=text)
 
     add("epochs", whole_number(0), "passes over the images", "N")
     add("lr", number(above=0), "learning rate at its highest")
     add("weight_decay", number(least=0), "AdamW's weight decay")
     add("warmup_epochs", number(least=0), "epochs of warm-up, at most half of all")
     add("min_lr", number(least=0, most=1), "where the cosine ends, as a fraction of --lr")
-    add("temperature", number(above=0), "temperature of the distillation")
-    add("alpha", number(least=0, most=1), "weight of the labels; the dense model has the rest")
+    add("temperature", number(above=0), "without SPViT: temperature of the distillation")
+    add(
+        "alpha",
+        number(least=0, most=1),
+        "without SPViT: weight of the labels; the dense model has the rest",
+    )
     add("clip", number(least=0), "largest norm of the gradient, 0 for any")
     add("keep_weight", number(least=0), "SPViT: weight of the kept shares")
     add(
@@ -90,30 +93,26 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--amp",
         choices=("auto", "bfloat16", "float16", "none"),
-        default="auto",
         help="mixed precision (default auto: bfloat16 where the hardware has it)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Fine-tune, write the weights and the JSON, print what was gained."""
-    if args.precision is not None:
-        args.amp = "none" if args.precision == "float32" else args.precision
-    if args.output.suffix != ".safetensors":
-        raise UsageError(f"--output must end in .safetensors, got {args.output}")
-    common.check_outputs(args, _outputs(args))
+    _check(args)
     with common.processes(args) as (rank, world):
         _spvit.check(args, world)
         dense = common.load_model(args, need_weights=True)
         kept, latency = _kept(args, dense, world)
-        images = common.load_images(args, dense, training=True, shard=(rank, world), seed=args.seed)
+        settings = _settings(args, kept, world)
+        shard, seed = (rank, world), settings["seed"]
+        images = common.load_images(args, dense, training=True, shard=shard, seed=seed)
         checks = None
         if args.val_subset is not None:
-            checks = common.load_images(args, dense, subset=args.val_subset, shard=(rank, world))
+            checks = common.load_images(args, dense, subset=args.val_subset, shard=shard)
             _warn_of_overlap(images, checks)
-        if args.alpha > 0 and not images.dataset.labelled:
+        if args.alpha and not images.dataset.labelled:
             common.warn(f"--alpha has no effect, no labels: {images.dataset.why_unlabelled}")
-        settings = _settings(args, kept, world)
         result = finetune(
             apply_masks(common.load_slim_weights(args, dense), kept),
             dense,
@@ -134,6 +133,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    amp = "none" if args.precision == "float32" else args.precision
+    if None not in (amp, args.amp) and amp != args.amp:
+        raise UsageError(
+            f"--precision {args.precision} is --amp {amp}, got --amp {args.amp}: give one of them"
+        )
+    args.amp = amp or args.amp
+    if args.output.suffix != ".safetensors":
+        raise UsageError(f"--output must end in .safetensors, got {args.output}")
+    refuse_device("--output", args.output, "what an unfinished run goes on from")
+    common.check_outputs(args, _outputs(args))
+
+
+def _check_settings(args: argparse.Namespace, kind: str, learns: bool) -> None:
+    """Refuse settings that this kind of masks or plan leaves without effect."""
+    for name in _LEARNING:
+        if getattr(args, name) is not None and not learns:
+            raise UsageError(f"{_flag(name)} needs a plan that learns, spvit, got {kind}")
+    for name in _DISTILLING:
+        if getattr(args, name) is not None and kind == SPViT.kind:
+            raise UsageError(f"{_flag(name)} has no meaning with spvit, whose loss has none")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _outputs(args: argparse.Namespace) -> dict[str, Path | None]:
     """What is written, by the flag or the words that name it."""
     return {
@@ -149,15 +175,18 @@ def _kept(
 ) -> tuple[Masks | Planner, _spvit.Target | None]:
     """What --masks, --absorb or --spvit says, for the model, and the target of the latter."""
     if args.spvit is not None:
+        _check_settings(args, SPViT.kind, SPViT.learns)
         return _spvit.make_plan(args, dense, world)
-    return common.load_masks(args, dense), None
+    kept = common.load_masks(args, dense)
+    _check_settings(args, common.plan_kind(kept), getattr(kept, "learns", False))
+    return kept, None
 
 
 def _settings(args: argparse.Namespace, kept: Masks | Planner, world: int) -> dict[str, Any]:
     """The flags; where a plan has usual values of its own, these."""
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     usual = spvit_settings(args.batch_size * world) if isinstance(kept, SPViT) else {}
-    missing = [name for name in _BY_PLAN if given[name] is None]
+    missing = [name for name, value in given.items() if value is None]
     return given | {name: usual.get(name, getattr(Settings(), name)) for name in missing}
 
 

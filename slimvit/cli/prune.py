@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from slimvit.cli import _absorb, _dps, common
 from slimvit.cli.common import kept_counts, number, whole_number
 from slimvit.errors import UsageError
+from slimvit.files import refuse_device
 from slimvit.finetune import save_weights
 from slimvit.macs import gmacs
 from slimvit.masks import SEMANTICS, Masks
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 HELP = "search which patches each block needs (Algorithm 1) and save the masks"
 SAMPLES = 512
 TOLERANCE = 0.02
+GRANULARITY = 10
+LR = 1e-4
 _OUTPUTS = ("--output", "--weights-output", "--json")
 
 
@@ -91,9 +94,8 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--granularity",
         type=whole_number(1),
-        default=10,
         metavar="R",
-        help="tokens added per step (default 10)",
+        help=f"tokens added per step (default {GRANULARITY})",
     )
     group.add_argument(
         "--epochs",
@@ -105,9 +107,8 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lr",
         type=number(above=0),
-        default=1e-4,
         metavar="X",
-        help="learning rate of block fine-tuning (default 1e-4)",
+        help=f"learning rate of block fine-tuning (default {LR:g})",
     )
     group.add_argument(
         "--score", choices=tuple(SCORES), default="eq6", help="rates the tokens (default eq6)"
@@ -184,12 +185,16 @@ def _check(args: argparse.Namespace) -> None:
     common.check_output("--output", args.output)
     if args.weights_output is not None and args.epochs == 0:
         raise UsageError("--weights-output needs --epochs >= 1: without, the weights stay")
+    if args.lr is not None and args.epochs == 0:
+        raise UsageError("--lr needs --epochs >= 1: without, the weights stay")
     if args.uniform and args.cut is None:
         raise UsageError("--uniform needs --cut")
     if args.precision not in (None, "float32"):
         raise UsageError(f"--precision must be float32 in a search, got {args.precision}")
     _dps.check(args)
     _absorb.check(args)
+    if _searches(args):
+        refuse_device("--output", args.output, "the state of the search")
     if args.weights_output is None and args.epochs > 0:
         args.weights_output = common.weights_beside(args.output)
     common.check_outputs(args, _outputs(args))
@@ -198,11 +203,15 @@ def _check(args: argparse.Namespace) -> None:
 def _outputs(args: argparse.Namespace) -> dict[str, Path | None]:
     """What is written, by the flag or the words that name it."""
     outputs = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in _OUTPUTS}
-    if args.masks is None and not args.absorb:
+    if _searches(args):
         outputs["the state of the search"] = _state_beside(args.output)
         if args.dynamic:
             outputs["the masks beside --output"] = _dps.masks_beside(args.output)
     return outputs
+
+
+def _searches(args: argparse.Namespace) -> bool:
+    return args.masks is None and not args.absorb
 
 
 def _state_beside(output: Path) -> Path:
@@ -214,6 +223,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in (*names, "epochs", "lr", "semantics", "seed")}
     if all(options[name] is None for name in ("tolerance", "cut", "speedup", "counts")):
         options["tolerance"] = TOLERANCE
+    for name, usual in (("granularity", GRANULARITY), ("lr", LR)):
+        options[name] = usual if options[name] is None else options[name]
     size = args.cache_bytes
     options["cache_bytes"] = int(args.cache_gb * 2**30) if size is None else size
     return options

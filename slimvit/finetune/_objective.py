@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from slimvit.dynamic import SPViT
+from slimvit.errors import UsageError
 from slimvit.finetune._loss import (
     class_loss,
     distillation_loss,
@@ -15,6 +16,7 @@ from slimvit.finetune._loss import (
 )
 from slimvit.finetune._settings import Settings
 from slimvit.finetune._student import Answer, Teacher, plan_of
+from slimvit.models import spec
 
 
 class Objective:
@@ -36,7 +38,23 @@ class Objective:
         plan = plan_of(slim)
         self._wanted = plan.shares if isinstance(plan, SPViT) else ()
         self._features = getattr(dense, "num_classes", 1) == 0
+        uses_labels = bool(self._wanted) or settings.alpha > 0
+        self._classes = spec(dense).num_classes if uses_labels and not self._features else None
         self.teacher = Teacher(dense, bool(self._wanted) and settings.token_weight > 0)
+
+    def check(self, targets: Tensor) -> None:
+        """Refuse labels that are no classes of the models, where labels count.
+
+        Args:
+            targets: classes, [b] int64, on whatever device; negative ones have no label.
+
+        Raises:
+            UsageError: one is too great.
+        """
+        if self._classes is not None and (worst := int(targets.max())) >= self._classes:
+            raise UsageError(
+                f"targets must be below {self._classes}, the number of classes, got {worst}"
+            )
 
     def __call__(
         self, student: Answer, teacher: Tensor, tokens: Tensor | None, targets: Tensor

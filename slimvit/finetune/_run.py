@@ -21,6 +21,7 @@ from tqdm import tqdm
 from slimvit.dynamic.file import check_savable
 from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
 from slimvit.evaluate import evaluate, read_batch
+from slimvit.files import refuse_device
 from slimvit.finetune._objective import Objective
 from slimvit.finetune._optimizer import make_optimizer, make_schedule
 from slimvit.finetune._random import seed_generators
@@ -73,6 +74,8 @@ class Run:
         _check_dtype("dense", dense)
         self.slim, self.dense, self.loader, self.settings = slim, dense, loader, settings
         self.output = Path(output) if output is not None else None
+        if self.output is not None:
+            refuse_device("output", self.output, resume_path(self.output).name)
         self.device = next(slim.parameters()).device
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.first = not dist.is_initialized() or dist.get_rank() == 0
@@ -213,6 +216,7 @@ class Run:
         weight = 1.0
         if not len(targets):  # no image could be read: keep step with the other processes
             weight, images, targets = 0.0, self._blank(), torch.full((1,), -1)
+        self.objective.check(targets)
         images, targets = images.to(self.device), targets.to(self.device)
         self.optimizer.zero_grad()
         with torch.enable_grad():

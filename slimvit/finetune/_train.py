@@ -51,8 +51,9 @@ def finetune(
         settings: the fields of `Settings`: epochs, lr, temperature, alpha, amp, ema_decay, …
 
     Raises:
-        UsageError: a setting out of range, a model that is not in float32 or frozen as a whole, or
-            a batch that is not (images, targets) of these shapes.
+        UsageError: a setting out of range, a model that is not in float32 or frozen as a whole,
+            `output` is a device, or a batch is not (images, targets) of these shapes or has labels,
+            where they count, that are no classes of the models.
         PlanError: the plan has no kind to be saved under, and `output` is given.
         SlimvitError: a loss or gradient that is not finite; the last epoch's files remain.
     """

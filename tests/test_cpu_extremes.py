@@ -1,0 +1,77 @@
+"""The C++ block where activations and softmax meet their ends, and how its files are linked."""
+
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import builds
+import pytest
+import torch
+from instruction_sets import DTYPES, isa  # noqa: F401
+from references import off
+from test_cpu_block import ACTIVATIONS, FLOOR, Case, cast, make_parts
+from torch import Tensor
+
+from slimvit.ops import BlockParts, FoldedBlock, pack_block, slim_block
+
+CSRC = Path(__file__).parent.parent / "csrc"
+FAR = [-1e30, -1e6, -3000, -100, -30, -6, -5.6, -5.4, -4.6, -4.4, 4.4, 4.6, 5.6, 100, 1e6, 1e30]
+
+
+@torch.no_grad()
+def mlp_of(act: str, hidden: Tensor) -> BlockParts:
+    """A block that answers act(hidden) to zeros."""
+    width = len(hidden)
+    parts = make_parts(Case(4, 4, 1, width, 1, 16, width, act))
+    fc1, _, fc2 = parts.mlp
+    for own in (parts.proj, parts.norm2, fc1, fc2):
+        own.weight.zero_()
+        own.bias.zero_()
+    fc1.bias.copy_(hidden)
+    fc2.weight.copy_(torch.eye(width))
+    return parts
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations_far_from_zero(act, dtype):
+    hidden = torch.tensor(FAR, dtype=torch.float32)
+    pack = pack_block(FoldedBlock(mlp_of(act, hidden)), None, dtype)
+    got = torch.ops.slimvit.slim_block(torch.zeros(4, 1, 16), pack, 4)[0, 0]
+    wanted = ACTIVATIONS[act]()(hidden.double())
+    slack, rounding = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (5e-4, 4e-3)}[dtype]
+    assert ((got - wanted).abs() <= slack + rounding * wanted.abs()).all()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("bias", [-math.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("n", [1, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_every_key_is_masked_all_weigh_the_same(dtype, n, bias):
+    case = Case(63, n, 2, lone=n == 1)
+    parts = cast(make_parts(case), dtype)
+    x = torch.randn(63, 2, 64).to(dtype).float()
+    pack = pack_block(FoldedBlock(parts), None, dtype, case.lone)
+    got = torch.ops.slimvit.slim_block(x, pack, n, None, torch.full((63,), bias))
+    exact = cast(parts, torch.float64)
+    with torch.no_grad():
+        exact.qkv.weight[: len(exact.qkv.weight) // 3] = 0  # queries that see no difference
+        exact.qkv.bias[: len(exact.qkv.weight) // 3] = 0
+        wanted = slim_block(x.double(), exact, n)
+    assert off(got, wanted) <= 2 * FLOOR[dtype]
+
+
+def test_no_function_is_shared_between_instruction_sets(tmp_path):
+    """The linker would keep one, whatever processor it was compiled for."""
+    reason = builds.why_not() or (None if shutil.which("nm") else "nm was not found")
+    if reason is not None:
+        pytest.skip(reason)
+    compiled = tmp_path / "isa_portable.o"
+    source = CSRC / "cpu" / "isa_portable.cpp"
+    command = [builds.find("g++"), "-std=c++17", "-O0", "-fPIC", f"-I{CSRC}", "-c", str(source)]
+    subprocess.run([*command, "-o", str(compiled)], check=True)
+    listed = subprocess.run(["nm", "-C", str(compiled)], check=True, capture_output=True, text=True)
+    assert "slimvit::" in listed.stdout
+    assert [line for line in listed.stdout.splitlines() if " W " in line] == []
