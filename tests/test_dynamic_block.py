@@ -177,10 +177,13 @@ def absorb_twins(twin: list[int], batch: int) -> Choice:
 class TestView:
     @pytest.mark.parametrize("kind", ["deit", "qk_norm", "no_biases"])
     @pytest.mark.parametrize("sizes", [False, True])
+    @pytest.mark.parametrize("policy", [False, True])
     @pytest.mark.parametrize("head_tokens", [1, 2])
-    def test_attention(self, kind, sizes, head_tokens):
+    def test_attention(self, kind, sizes, head_tokens, policy):
         _, block = parts_of(kind)
         alive = some_alive(3, 17, sizes)
+        if policy:
+            alive = alive._replace(policy=(torch.arange(17) % 3 != 2).float().expand(3, -1))
         y = block.norm1(alive.x)
         view = View(alive, block, y, 2, head_tokens)
         q, k, v = block.qkv(y).view(17, 3, 3, block.heads, block.head_dim).permute(2, 1, 3, 0, 4)
@@ -190,6 +193,8 @@ class TestView:
         logits = q @ k.transpose(2, 3) / block.head_dim**0.5
         if sizes:
             logits = logits + alive.size.log()[:, None, None, :]
+        if policy:
+            logits[..., 2::3] = -torch.inf
         assert off(view.attention(), logits.softmax(-1)) < EXACT
         wanted = logits.softmax(-1)[:, :, :head_tokens].mean(2)
         assert off(view.class_attention(), wanted) < 1e-5  # it is float32

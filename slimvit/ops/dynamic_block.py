@@ -82,17 +82,19 @@ class View:
     def class_attention(self) -> Tensor:
         """Attention of the tokens that the head reads, averaged over them: float32 [B, H, m]."""
         q = project_q(self._block, self.y[: self._head_tokens]).float()
-        logits = q @ self.keys.float().transpose(-2, -1) * q.shape[-1] ** -0.5
-        if self.alive.size is not None:
-            logits = logits + self.alive.size.log()[:, None, None, :]
-        return logits.softmax(-1).mean(2)
+        return self._attention(q, self.keys.float()).mean(2)
 
     def attention(self) -> Tensor:
         """Attention of all alive tokens, [B, H, m, m]; costs as much as attention itself."""
-        q = project_q(self._block, self.y)
-        logits = q @ self.keys.transpose(-2, -1) * q.shape[-1] ** -0.5
-        bias = self.alive.key_bias
-        return (logits if bias is None else logits + bias[:, None, None, :]).softmax(-1)
+        return self._attention(project_q(self._block, self.y), self.keys)
+
+    def _attention(self, q: Tensor, keys: Tensor) -> Tensor:
+        logits = q @ keys.transpose(-2, -1) * q.shape[-1] ** -0.5
+        if self.alive.size is not None:
+            logits = logits + self.alive.size.log().to(q.dtype)[:, None, None, :]
+        if self.alive.policy is not None:
+            logits = logits.masked_fill(self.alive.policy[:, None, None, :] == 0, -torch.inf)
+        return logits.softmax(-1)
 
     def top(self, scores: Tensor, n: int) -> Choice:
         """The prefix tokens and the highest scores [B, m]: n in all; among equals the earlier.
