@@ -159,11 +159,6 @@ class TestModule:
         assert not any(parameter.requires_grad for parameter in fast.parameters())
         assert not fast(random_images(model, 1)).requires_grad
 
-    def test_packed_weights_give_no_gradient(self):
-        model, fast = fast_pair(backend="cpu")
-        images = random_images(model, 1).requires_grad_()
-        assert not fast(images).requires_grad
-
     @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.half])
     def test_answers_in_the_dtype_of_the_images(self, precision, dtype):

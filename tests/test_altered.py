@@ -13,7 +13,7 @@ from references import build, off, random_images, random_masks, randomise
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from slimvit import DPS, Absorb, accelerate, apply_masks
+from slimvit import DPS, Absorb, SPViT, accelerate, apply_masks
 from slimvit.errors import SlimvitError, UnsupportedModelError
 from slimvit.models import spec
 from slimvit.ops.modules import activation_name, layer_norm_of
@@ -220,6 +220,15 @@ class TestPackedWeights:
         traced = torch.jit.trace(fast, random_images(model, 2))
         images = random_images(model, 5, seed=1)
         assert off(traced(images), fast(images)) < NEAR
+
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+    def test_selectors_are_traced(self):
+        model = build("deit")
+        plan = SPViT((0.7, 0.5), stages=(0, 1))
+        for slim in (apply_masks(model, plan).eval(), accelerate(model, plan, backend="torch")):
+            traced = torch.jit.trace(slim, random_images(model, 2))
+            images = random_images(model, 5, seed=1)
+            assert off(traced(images), slim(images)) < NEAR
 
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
     def test_numbers_of_patches_of_each_images_own_are_not_traced(self):

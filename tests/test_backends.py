@@ -236,3 +236,32 @@ def test_a_forked_process_may_be_the_first_to_call_an_operator(run_from):
         "print(os.waitpid(child, 0)[1])\n",
     )
     assert lines == ["True", "0"]
+
+
+def test_a_process_may_fork_while_its_threads_compute(run_from):
+    """What they hold at that moment is not held for ever in the child."""
+    if (reason := why_not("cpu", "cpu", torch.float32)) is not None:
+        pytest.skip(reason)
+    lines = run_from(
+        Path(__file__).parent.parent,
+        f"sys.path.append({str(Path(__file__).parent)!r})\n"
+        "import os, signal, threading, torch\n"
+        "from slimvit.ops import FoldedBlock, pack_block\n"
+        "from test_cpu_block import Case, make_parts\n"
+        "torch.set_num_threads(1)\n"
+        "pack = pack_block(FoldedBlock(make_parts(Case(5, 3))))\n"
+        "def compute(): torch.ops.slimvit.slim_block(torch.zeros(5, 1, 64), pack, 3)\n"
+        "def serve():\n"
+        "    while True: compute()\n"
+        "for _ in range(2): threading.Thread(target=serve, daemon=True).start()\n"
+        "for _ in range(60):\n"
+        "    if (child := os.fork()) == 0:\n"
+        "        signal.alarm(20)\n"
+        "        compute()\n"
+        "        os._exit(0)\n"
+        "    status = os.waitpid(child, 0)[1]\n"
+        "    if status: break\n"
+        "print(status, flush=True)\n"
+        "os._exit(0)\n",
+    )
+    assert lines == ["0"]

@@ -160,7 +160,7 @@ class Wrong(Planner):
 def test_a_wrong_choice_is_refused(choice, message):
     model = build("deit")
     slim = apply_masks(model, Wrong([12, 6, 1], choice)).eval()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(PlanError, match=message):
         slim(random_images(model, 2))
 
 
@@ -180,7 +180,7 @@ def test_wrong_scores_are_refused(scores, found):
         return view.top(scores(view.alive.x), n)
 
     scored = type("Scored", (Planner,), {"kind": "test-scored", "choose": choose})
-    with pytest.raises(ValueError, match=rf"scores must be \[B, m\] = \[2, 17\], got {found}"):
+    with pytest.raises(PlanError, match=rf"scores must be \[B, m\] = \[2, 17\], got {found}"):
         apply_masks(model, scored(falling(model)))(random_images(model, 2))
 
 

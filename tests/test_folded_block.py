@@ -143,6 +143,8 @@ def test_packing_is_for_inference_on_cpus():
     assert not packable(x.double())
     assert not packable(x.clone().requires_grad_())
     assert not packable(x.to("meta"))
+    with torch.autograd.forward_ad.dual_level():
+        assert not packable(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert not packable(x)
     with torch.backends.mkldnn.flags(enabled=False):

@@ -1,6 +1,7 @@
 #include "cpu/run.h"
 
 #include <omp.h>
+#include <pthread.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -46,36 +47,44 @@ struct Workspace {
   }
 };
 
+// Workspaces that no call uses. Nothing of it is ever destroyed: a daemon thread may still be
+// computing when the process ends. A process that is forked waits for the mutex, so that its child
+// does not find it locked by a thread that is not there.
+struct Idle {
+  std::mutex mutex;
+  std::unique_ptr<Workspace> first;
+
+  Idle();
+};
+
+Idle& idle = *new Idle;
+
+Idle::Idle() {
+  const auto unlock = [] { idle.mutex.unlock(); };
+  pthread_atfork([] { idle.mutex.lock(); }, unlock, unlock);
+}
+
 // Lends a workspace to each call; as many exist as calls have ever run at once.
 class Lent {
  public:
   Lent() {
-    const std::lock_guard<std::mutex> lock(mutex());
-    workspace_ = std::move(idle());
+    const std::lock_guard<std::mutex> lock(idle.mutex);
+    workspace_ = std::move(idle.first);
     if (workspace_ == nullptr)
       workspace_ = std::make_unique<Workspace>();
     else
-      idle() = std::move(workspace_->next);
+      idle.first = std::move(workspace_->next);
   }
   ~Lent() {
-    const std::lock_guard<std::mutex> lock(mutex());
-    workspace_->next = std::move(idle());
-    idle() = std::move(workspace_);
+    const std::lock_guard<std::mutex> lock(idle.mutex);
+    workspace_->next = std::move(idle.first);
+    idle.first = std::move(workspace_);
   }
   Lent(const Lent&) = delete;
   Lent& operator=(const Lent&) = delete;
   Workspace* operator->() { return workspace_.get(); }
 
  private:
-  // Never destroyed: a daemon thread may still be computing when the process ends.
-  static std::mutex& mutex() {
-    static auto* it = new std::mutex;
-    return *it;
-  }
-  static std::unique_ptr<Workspace>& idle() {
-    static auto* it = new std::unique_ptr<Workspace>;
-    return *it;
-  }
   std::unique_ptr<Workspace> workspace_;
 };
 

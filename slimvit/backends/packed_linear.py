@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -23,6 +24,7 @@ def packable(x: Tensor) -> bool:
         and not (torch.is_grad_enabled() and x.requires_grad)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and forward_ad._current_level < 0
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -64,7 +66,9 @@ class PackedLinear(nn.Module):
             gelu: apply the exact GELU, 0.5 x (1 + erf(x / sqrt(2))).
             add: added to the result, of its shape; not together with `gelu`.
         """
-        if packed and not self.weight.is_inference():  # their changes could not be noticed
+        trained = self.weight.requires_grad and torch.is_grad_enabled()
+        # Changes of weights made in inference mode could not be noticed.
+        if packed and not trained and not self.weight.is_inference():
             weight, bias = self._pack(rows, x)
             if add is not None:
                 return torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")

@@ -22,6 +22,7 @@ class _Dynamic(SlimCalls):
     """What a dynamically slimmed model does differently from the timm class it is mixed into."""
 
     plan: nn.Module
+    _taken = ("plan",)
 
     def set_plan(self, plan: nn.Module) -> None:
         """Take a bound planner; its weights are part of this model from now on, as `plan`.
@@ -76,10 +77,13 @@ class _Dynamic(SlimCalls):
 
     def block(self, layer: int, alive: Alive, module: nn.Module | None = None) -> Alive:
         """What block `layer`, counted from 0, makes of the tokens that it receives."""
+        received = alive.x.shape[0]
+        if torch.jit.is_tracing():  # sizes are tensors there
+            received = int(received)
         return dynamic_block(
             alive,
             parts(self.blocks[layer] if module is None else module),
-            self.plan.count(layer, alive.x.shape[0]),
+            self.plan.count(layer, received),
             partial(self.plan.choose, layer),
             prefix=self.plan.prefix,
             head_tokens=self.plan.spec.head_tokens,

@@ -48,6 +48,19 @@ class SlimCalls:
             )
         super().reset_classifier(num_classes)
 
+    def dense(self) -> nn.Module:
+        """A copy of this model as timm has it, in the class that it was slimmed from.
+
+        Its weights are those of now; masks, or the plan with its own weights, stay behind.
+        """
+        if getattr(self, "_folded", False):
+            raise UnsupportedModelError("an accelerated model is folded: no dense one is left")
+        model = copy.deepcopy(self)
+        for name in self._taken:
+            delattr(model, name)
+        model.__class__ = base_of(type(self))
+        return model
+
     get_intermediate_layers = forward_intermediates
     prune_intermediate_layers = forward_intermediates
 
@@ -68,9 +81,10 @@ class _Slim(SlimCalls):
 
     masks: Masks
     _order: Tensor
+    _taken = ("masks", "_counts", "_idle", "_dead", "_folded", "_order")
 
     def set_masks(self, masks: Masks) -> None:
-        self.masks = masks
+        self.masks = masks.replace()  # a copy, whose tensors nobody else writes to
         self._counts = masks.counts
         self._idle = masks.semantics == "idle"
         self._dead = [masks.tokens - m if masks.semantics == "zero" else 0 for m in masks.alive]
@@ -117,8 +131,8 @@ class _Slim(SlimCalls):
         for layer, module in enumerate(self.blocks):
             if self._dead[layer]:
                 extra = zero_key(parts(module), self._dead[layer])
-                self.register_buffer(f"_zero_key_{layer}", extra.key, persistent=False)
-                self.register_buffer(f"_zero_value_{layer}", extra.value, persistent=False)
+                self.register_buffer(f"_zero_key_{layer}", extra.key)
+                self.register_buffer(f"_zero_value_{layer}", extra.value)
             block = _without_scale(module)
             plain = FoldedBlock.why_not(parts(block)) is None
             self.blocks[layer] = FoldedBlock(parts(block)) if plain else block

@@ -67,6 +67,8 @@ def check_supported(model: nn.Module) -> None:
     kind = type(model).__name__
     if any(getattr(model, name, None) is not None for name in ("masks", "plan")):
         raise UnsupportedModelError(f"{kind} is slimmed already: give the dense model")
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"model must be a timm VisionTransformer, got {kind}")
     if not isinstance(model, VisionTransformer):
         reason = _OTHER_FAMILIES.get(kind, "it is not one of timm's VisionTransformer family")
         if any(isinstance(part, VisionTransformer) for part in model.modules()):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from slimvit.errors import PlanError
 from slimvit.ops.slim_block import BlockParts, attend, mlp_branch, project_kv, project_q, take
 from slimvit.ops.spread import spread_norm, variance
 
@@ -100,11 +101,11 @@ class View:
         """The prefix tokens and the highest scores [B, m]: n in all; among equals the earlier.
 
         Raises:
-            ValueError: the scores are of another shape.
+            PlanError: the scores are of another shape.
         """
         shape = self.alive.place.shape
         if not isinstance(scores, Tensor) or scores.shape != shape:
-            raise ValueError(f"scores must be [B, m] = {list(shape)}, got {_found(scores)}")
+            raise PlanError(f"scores must be [B, m] = {list(shape)}, got {_found(scores)}")
         return Choice(top(scores, n, self.prefix))
 
 
@@ -153,7 +154,7 @@ def absorb_tokens(alive: Alive, choice: Choice) -> Alive:
     product, the same on every device in every run.
 
     Raises:
-        ValueError: tokens with a policy are absorbed: there is no average of what may be pruned.
+        PlanError: tokens with a policy are absorbed: there is no average of what may be pruned.
     """
     x, place = take(alive.x, choice.index), alive.place.gather(1, choice.index)
     if choice.into is None:
@@ -163,7 +164,7 @@ def absorb_tokens(alive: Alive, choice: Choice) -> Alive:
         )
         return Alive(x, place, size, policy, spread)
     if alive.policy is not None:
-        raise ValueError("choose must give into = None where the tokens have a policy, got places")
+        raise PlanError("choose must give into = None where the tokens have a policy, got places")
     wide = torch.promote_types(x.dtype, torch.float32)
     sizes = torch.ones_like(alive.place, dtype=torch.float32) if alive.size is None else alive.size
     weight = (sizes if choice.weight is None else choice.weight).to(wide)
@@ -222,13 +223,13 @@ def dynamic_block(
         `slim_block(x, block, index, key_bias=log(size))`.
 
     Raises:
-        ValueError: n is more than the alive tokens, or the choice is none of n tokens; tokens with
+        PlanError: n is more than the alive tokens, or the choice is none of n tokens; tokens with
             a policy are absorbed; where places are checked, they are not ascending with the prefix
             tokens first.
     """
     m = alive.x.shape[0]
     if n is not None and n > m:
-        raise ValueError(f"n must be at most m = {m}, the alive tokens, got {n}")
+        raise PlanError(f"n must be at most m = {m}, the alive tokens, got {n}")
     y = spread_norm(block.norm1, alive.x, alive.spread)
     view = View(alive, block, y, prefix, head_tokens)
     if n is not None and (n <= prefix or n == m):
@@ -266,14 +267,14 @@ def _check_places(choice: Choice, m: int, prefix: int) -> None:
     found = f"got {index[0].tolist()} of {m} for the first image" if len(index) else ""
     first = torch.arange(prefix, device=index.device)
     if index.shape[1] < prefix or (index[:, :prefix] != first).any():
-        raise ValueError(f"choose must keep the {prefix} prefix tokens, {found}")
+        raise PlanError(f"choose must keep the {prefix} prefix tokens, {found}")
     bounds = ((index < 0) | (index >= m)).any()
     if bounds or (index[:, 1:] <= index[:, :-1]).any():
-        raise ValueError(
+        raise PlanError(
             f"choose must give places from 0 to m - 1 = {m - 1}, each once and ascending, {found}"
         )
     if choice.into is not None and ((choice.into < 0) | (choice.into >= index.shape[1])).any():
-        raise ValueError(
+        raise PlanError(
             f"choose must give into, of each pruned token, from 0 to n - 1 = {index.shape[1] - 1}"
         )
 
@@ -281,10 +282,10 @@ def _check_places(choice: Choice, m: int, prefix: int) -> None:
 def _check(choice: Choice, batch: int, n: int | None, m: int) -> None:
     """Refuse what is no choice, or one of another dtype or shape."""
     if not isinstance(choice, Choice):
-        raise ValueError(f"choose must give a Choice, got {_found(choice)}")
+        raise PlanError(f"choose must give a Choice, got {_found(choice)}")
     index, into, weight = choice
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        raise ValueError(f"choose must give index in int64, got {_found(index)}")
+        raise PlanError(f"choose must give index in int64, got {_found(index)}")
     n = index.shape[-1:].numel() if n is None else n
     for name, of, shape in (
         ("index [B, n]", index, (batch, n)),
@@ -292,7 +293,7 @@ def _check(choice: Choice, batch: int, n: int | None, m: int) -> None:
         ("weight [B, m]", weight, (batch, m)),
     ):
         if of is not None and (not isinstance(of, Tensor) or of.shape != shape):
-            raise ValueError(f"choose must give {name} = {list(shape)}, got {_found(of)}")
+            raise PlanError(f"choose must give {name} = {list(shape)}, got {_found(of)}")
 
 
 def _found(value: object) -> str:

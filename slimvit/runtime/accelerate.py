@@ -16,6 +16,7 @@ from slimvit.checks import one_of, whole
 from slimvit.dynamic import Planner
 from slimvit.errors import UsageError
 from slimvit.masks import Masks
+from slimvit.models.slim import SlimCalls
 from slimvit.ops import NetworkParts, why_not_fused, why_not_packed
 from slimvit.ops.modules import altered
 from slimvit.runtime.accelerated import AcceleratedViT, dtype_name
@@ -36,7 +37,7 @@ PRECISIONS = {
 @torch.inference_mode(False)  # within it, changes of the weights could not be noticed
 def accelerate(
     model: nn.Module,
-    masks: Masks | Planner | str | os.PathLike[str],
+    masks: Masks | Planner | str | os.PathLike[str] | None = None,
     *,
     backend: str = "auto",
     precision: str | None = None,
@@ -46,8 +47,10 @@ def accelerate(
     """The slimmed model for inference; the given model is not changed.
 
     Args:
-        model: a timm VisionTransformer; its device is where the result runs.
-        masks: kept sets, a dynamic plan, or the path of a file with either.
+        model: a timm VisionTransformer, or what `apply_masks` made of one; its device is where the
+            result runs.
+        masks: kept sets, a dynamic plan, or the path of a file with either; None for those of a
+            slimmed model.
         backend: "torch", "cpu", "triton", "cuda", or "auto" for the fastest that works here.
         precision: "float32", "bfloat16" or "float16"; None keeps the model's own. In
             float32 the products of the Triton kernels are in TF32 where
@@ -62,11 +65,14 @@ def accelerate(
         `num_classes`) that answers like `apply_masks(model, masks).eval()`.
 
     Raises:
+        UsageError: `masks` are nothing of these, None with a dense model, or an option is unknown.
         UnsupportedModelError: the model cannot be slimmed.
         MasksError, PlanError: the masks or the plan are wrong or do not fit the model.
         SlimvitError: the back end or the precision cannot run here; the message says why.
     """
     sizes = _sizes(batch_sizes)
+    if masks is None:
+        model, masks = _apart(model)
     slim = apply_masks(model, masks)
     plan, device = getattr(slim, "plan", None), slim.cls_token.device
     dtype = _dtype(precision, slim.cls_token.dtype)
@@ -89,6 +95,13 @@ def accelerate(
     for size in sizes or ([1] if backend == "triton" and device.type == "cuda" else []):
         fast.warm_up(size, cuda_graph=cuda_graphs)
     return fast
+
+
+def _apart(slim: nn.Module) -> tuple[nn.Module, Masks | Planner]:
+    """A slimmed model's dense model and its masks or plan."""
+    if not isinstance(slim, SlimCalls):
+        raise UsageError(f"masks must be given with a dense model, got {type(slim).__name__} alone")
+    return slim.dense(), getattr(slim, "plan", None) or slim.masks
 
 
 def _compiled(

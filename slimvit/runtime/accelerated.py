@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from slimvit.dynamic import Planner
 from slimvit.errors import SlimvitError, UsageError
@@ -21,8 +22,8 @@ class AcceleratedViT(nn.Module):
         masks: the kept sets, or None where a dynamic plan chooses them.
         plan: the dynamic plan, or None.
         backend: the back end that computes.
-        num_classes: outputs of the head.
         image_shape: channels, height and width of the images that the model was made for.
+        pretrained_cfg: timm's configuration of the model, from which it resolves the transform.
     """
 
     def __init__(self, network: nn.Module, backend: str, image_shape: tuple[int, int, int]) -> None:
@@ -30,14 +31,15 @@ class AcceleratedViT(nn.Module):
         self.network = network
         self.masks: Masks | None = getattr(network, "masks", None)
         self.backend = backend
-        self.num_classes: int = network.num_classes
         self.image_shape = image_shape
+        self.pretrained_cfg: dict[str, Any] = getattr(network, "pretrained_cfg", None) or {}
         self._graphs: dict[torch.Size, Graph] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
         graph = None if torch.compiler.is_compiling() else self._graphs.get(images.shape)
-        if graph is None or not images.is_cuda or torch.cuda.is_current_stream_capturing():
+        by_itself = graph is None or not images.is_cuda or wants_gradient(images)
+        if by_itself or torch.cuda.is_current_stream_capturing():
             return self._logits(images).to(images.dtype)
         check_floating(images)
         return graph(images).to(images.dtype)
@@ -77,8 +79,13 @@ class AcceleratedViT(nn.Module):
         return out.to(features.dtype)
 
     def train(self, mode: bool = True) -> AcceleratedViT:
-        """Stay in evaluation mode: train what `apply_masks` returns, then accelerate it."""
+        """Stay in evaluation mode: train what `apply_masks` returns, then accelerate that."""
         return super().train(False)
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the head."""
+        return self.network.num_classes
 
     @property
     def plan(self) -> Planner | None:
@@ -88,7 +95,8 @@ class AcceleratedViT(nn.Module):
     def kept_sets(self, images: Tensor) -> list[Tensor]:
         """Places of the tokens that each block keeps of images [B, C, H, W]: L of [B, n], int64.
 
-        N and more are package tokens, which stand nowhere.
+        N and more are package tokens, which stand nowhere; -1 fills up the rows of images that keep
+        fewer than others.
         """
         if self.masks is None:
             return self.network.kept_sets(self._cast(images))
@@ -118,8 +126,28 @@ class AcceleratedViT(nn.Module):
 
 def check_floating(images: Tensor) -> None:
     """Refuse images of integers: they have not been normalised."""
+    if not isinstance(images, Tensor):
+        raise SlimvitError(f"images must be a tensor, got {type(images).__name__}")
     if not images.is_floating_point():
         raise SlimvitError(f"images must be floating point, got {dtype_name(images.dtype)}")
+
+
+def wants_gradient(images: Tensor) -> bool:
+    """Whether images want a gradient, in reverse or in forward mode."""
+    if images.requires_grad and torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(images).tangent is not None
+
+
+def refuse_gradients(backend: str, images: Tensor) -> None:
+    """Refuse images that want a gradient: kernels have none."""
+    if wants_gradient(images):
+        raise SlimvitError(
+            f"back end {backend} computes no gradients, got images that want one: detach them, or "
+            "accelerate with backend='torch'"
+        )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

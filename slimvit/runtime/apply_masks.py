@@ -39,7 +39,8 @@ def apply_masks(model: nn.Module, masks: Masks | Planner | str | os.PathLike[str
     Source: Patch Slimming (Tang et al., CVPR 2022), Eq. 2.
     """
     if not isinstance(masks, (Masks, Planner, str, os.PathLike)):
-        raise UsageError(f"masks must be Masks, a Planner or a file of either, got {masks!r}")
+        found = type(masks).__name__
+        raise UsageError(f"masks must be Masks, a Planner or a file of either, got {found}")
     kept = masks if isinstance(masks, (Masks, Planner)) else load_plan(masks)
     spec = models.spec(model)
     if isinstance(kept, Planner):

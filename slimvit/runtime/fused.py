@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from slimvit.backends.fused_checks import tf32_allowed
 from slimvit.errors import SlimvitError
 from slimvit.ops import FusedNetwork, NetworkParts
-from slimvit.runtime.accelerated import AcceleratedViT, check_floating, dtype_name, no_state
+from slimvit.runtime.accelerated import (
+    AcceleratedViT,
+    check_floating,
+    dtype_name,
+    no_state,
+    refuse_gradients,
+)
 
 
 class FusedViT(AcceleratedViT):
@@ -50,6 +56,7 @@ class FusedViT(AcceleratedViT):
 
     def _checked(self, images: Tensor) -> Tensor:
         check_floating(images)
+        refuse_gradients(self.backend, images)
         if images.dim() != 4 or images.shape[1:] != self.image_shape:
             sides = ", ".join(map(str, self.image_shape))
             raise SlimvitError(f"images must be [B, {sides}], got {list(images.shape)}")

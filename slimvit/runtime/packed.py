@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from slimvit.errors import SlimvitError
 from slimvit.ops import NetworkParts, PackedNetwork
-from slimvit.runtime.accelerated import AcceleratedViT, check_floating, dtype_name, no_state
+from slimvit.runtime.accelerated import (
+    AcceleratedViT,
+    check_floating,
+    dtype_name,
+    no_state,
+    refuse_gradients,
+)
 
 
 class PackedViT(AcceleratedViT):
@@ -49,6 +55,7 @@ class PackedViT(AcceleratedViT):
 
     def _cast_images(self, images: Tensor) -> Tensor:
         check_floating(images)
+        refuse_gradients(self.backend, images)
         if images.device.type not in ("cpu", "meta"):
             raise SlimvitError(f"back end cpu takes images on the CPU, got {images.device}")
         return images if images.dtype in (torch.float32, torch.bfloat16) else images.float()
