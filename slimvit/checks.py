@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from slimvit.errors import SlimvitError, UsageError
@@ -25,6 +25,18 @@ def whole(
     if least is not None and found < least:
         raise error(f"{name} must be at least {least}, got {found}")
     return found
+
+
+def wholes(
+    name: str, values: Any, least: int | None = None, error: type[SlimvitError] = UsageError
+) -> tuple[int, ...]:
+    """A sequence of whole numbers, as ints.
+
+    Raises:
+        error: it is none, or one of them is below `least`.
+    """
+    found = _each(name, values, "whole numbers", error)
+    return tuple(whole(f"each of {name}", value, least, error) for value in found)
 
 
 def number(
@@ -61,6 +73,18 @@ def number(
     return found
 
 
+def numbers(
+    name: str, values: Any, *, error: type[SlimvitError] = UsageError, **bounds: float
+) -> tuple[float, ...]:
+    """A sequence of finite numbers, each in the `bounds` of `number`, as floats.
+
+    Raises:
+        error: it is none, or one of them is out of bounds.
+    """
+    found = _each(name, values, "numbers", error)
+    return tuple(number(f"each of {name}", value, error=error, **bounds) for value in found)
+
+
 def one_of(
     name: str, value: Any, known: Iterable[str], error: type[SlimvitError] = UsageError
 ) -> Any:
@@ -73,3 +97,13 @@ def one_of(
     if not (isinstance(value, str) and value in known):
         raise error(f"{name} must be one of {', '.join(known)}, got {value!r}")
     return value
+
+
+def _each(name: str, values: Any, what: str, error: type[SlimvitError]) -> Iterator[Any]:
+    """What a sequence other than text holds."""
+    try:
+        if isinstance(values, (str, bytes)):
+            raise TypeError
+        return iter(values)
+    except TypeError:
+        raise error(f"{name} must be {what} in a list, got {values!r}") from None

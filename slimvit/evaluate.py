@@ -60,38 +60,63 @@ def evaluate(
     Args:
         dense: the reference, in any floating dtype.
         slim: the slimmed model, same call, in any floating dtype.
-        loader: batches (images [b, C, H, W], targets [b] int64, negative for no label).
+        loader: batches (images [b, C, H, W], of any floating dtype, targets [b] int64, negative for
+            no label); empty ones are passed over.
         device: where the models are; by default that of the dense model's parameters.
         progress: show a progress bar.
         reduce: sum over the processes of torch.distributed, each with its own shard.
 
     Raises:
         DataError: the loader gives no image.
-        UsageError: a batch is not (images, targets) of these shapes.
+        UsageError: a batch is not (images, targets) of these shapes, a label is no class of the
+            models, or their answers differ in shape.
         SlimvitError: an output is NaN or infinite.
     """
     device = torch.device(device) if device else next(dense.parameters()).device
     classes = getattr(dense, "num_classes", 1) > 0
-    sums = torch.zeros(9, dtype=torch.float64)
+    shape, sums = image_shape(slim) or image_shape(dense), torch.zeros(9, dtype=torch.float64)
     for batch in tqdm(
         loader, "evaluate", unit="batch", disable=None if progress else True, leave=False
     ):
-        images, targets = read_batch(batch)
-        images = images.to(device, non_blocking=True)
-        answers = {"dense": _answer(dense, images), "slim": _answer(slim, images)}
-        for name, answer in answers.items():
-            if not answer.isfinite().all():
-                raise SlimvitError(
-                    f"the {name} model's outputs must be finite, got NaN or infinity"
-                )
+        images, targets = read_batch(batch, shape)
+        if not len(targets):
+            continue
+        answers = _answers(dense, slim, images.to(device, non_blocking=True))
+        if classes:
+            check_labels(targets, answers["dense"].shape[1])
         sums += _count(**answers, targets=targets.to(device), classes=classes).cpu()
     if reduce and dist.is_initialized():
         sums = _sum_over_processes(sums, device)
     return _percentages(sums.tolist(), classes)
 
 
-def read_batch(batch: object) -> tuple[Tensor, Tensor]:
+def image_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """Channels, height and width of the images that a model takes; None where it does not tell."""
+    model = getattr(model, "_orig_mod", model)  # compiled
+    embedding = getattr(model, "patch_embed", None)
+    sides = getattr(embedding, "img_size", None)
+    chans = getattr(getattr(embedding, "proj", None), "in_channels", None)
+    if sides is None or chans is None:
+        return getattr(model, "image_shape", None)
+    return (chans, *sides)
+
+
+def check_labels(targets: Tensor, classes: int) -> None:
+    """Refuse labels [b] that are no classes; negative ones are none.
+
+    Raises:
+        UsageError: one is too great.
+    """
+    if (worst := int(targets.max())) >= classes:
+        raise UsageError(f"targets must be below {classes}, the number of classes, got {worst}")
+
+
+def read_batch(batch: object, shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
     """Images [b, …] and targets [b] int64 of a batch.
+
+    Args:
+        batch: (images, targets); b may be 0.
+        shape: channels, height and width that the images must have; None for any.
 
     Raises:
         UsageError: it is no such pair; soft labels, [b, C], are none either.
@@ -104,14 +129,36 @@ def read_batch(batch: object) -> tuple[Tensor, Tensor]:
     if not (isinstance(images, Tensor) and isinstance(targets, Tensor)):
         kinds = f"({type(images).__name__}, {type(targets).__name__})"
         raise UsageError(f"batches must be tensors (images, targets), got {kinds}")
-    dtype, shape = targets.dtype, images.shape[:1]
+    if targets.numel():  # an empty batch's images have no shape
+        _check_images(images, shape)
+    dtype, count = targets.dtype, images.shape[:1]
     whole = dtype != torch.bool and not (dtype.is_floating_point or dtype.is_complex)
-    if targets.shape != shape or not whole:
+    if targets.shape != count or not whole:
         raise UsageError(
-            f"targets must be classes [b] = {list(shape)}, whole numbers, negative for no label, "
+            f"targets must be classes [b] = {list(count)}, whole numbers, negative for no label, "
             f"got {list(targets.shape)} {str(dtype).removeprefix('torch.')}"
         )
     return images, targets.long()
+
+
+def _check_images(images: Tensor, shape: tuple[int, ...] | None) -> None:
+    if images.is_floating_point() and shape in (None, tuple(images.shape[1:])):
+        return
+    sides = "…" if shape is None else ", ".join(map(str, shape))
+    got = f"{list(images.shape)} {str(images.dtype).removeprefix('torch.')}"
+    raise UsageError(f"images must be [b, {sides}], floating-point, got {got}")
+
+
+def _answers(dense: nn.Module, slim: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """What both models answer, [b, C] by name, checked."""
+    answers = {"dense": _answer(dense, images), "slim": _answer(slim, images)}
+    for name, answer in answers.items():
+        if not answer.isfinite().all():
+            raise SlimvitError(f"the {name} model's outputs must be finite, got NaN or infinity")
+    wanted, got = (list(answer.shape) for answer in answers.values())
+    if got != wanted:
+        raise UsageError(f"slim must answer in dense's shape, {wanted}, got {got}")
+    return answers
 
 
 def _answer(model: nn.Module, images: Tensor) -> Tensor:

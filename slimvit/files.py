@@ -116,6 +116,19 @@ def refuse_device(name: str, path: str | os.PathLike[str], beside: str) -> None:
         raise UsageError(f"{name} must be a file, {beside} goes beside it, got the device {path}")
 
 
+def refuse_unwritable(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuse the output `name` where no file can be, before hours are spent on what goes into it.
+
+    Raises:
+        UsageError: `path` is a folder, or its own folder is missing or not writable.
+    """
+    if os.path.isdir(path):
+        raise UsageError(f"{name} must be a file, got the folder {path}")
+    folder = os.path.dirname(os.path.realpath(path))
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        raise UsageError(f"{name} must be in a folder that is there and writable, got {path}")
+
+
 def _open_device(path: str | os.PathLike[str]) -> BinaryIO:
     number = descriptor(path)
     if number is None:

@@ -67,7 +67,7 @@ def paper_gmacs(spec: Spec, masks: Masks | Plan | None = None) -> float:
 
     Source: Patch Slimming (Tang et al., CVPR 2022), section 3.
     """
-    counts = masks.counts if masks is not None else (spec.tokens,) * spec.depth
+    counts, _, _ = _rows(spec, masks)
     return (sum(block_macs(spec, n, n, n) for n in counts) + _ends(spec)) / 1e9
 
 

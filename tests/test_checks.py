@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimvit.checks import number, one_of, whole
+from slimvit.checks import number, numbers, one_of, whole, wholes
 from slimvit.errors import PlanError, UsageError
 
 
@@ -58,6 +58,30 @@ def test_other_numbers_are_refused(value, bounds, message):
 def test_bounds_that_belong_are_taken():
     assert number("p", 0, least=0, most=1) == 0
     assert number("p", 1, least=0, most=1) == 1
+
+
+@pytest.mark.parametrize("values", [(1, 2), [np.int64(1), 2], torch.tensor([1, 2]), range(1, 3)])
+def test_whole_numbers_in_any_list_are_ints(values):
+    found = wholes("counts", values, 1)
+    assert found == (1, 2) and {type(n) for n in found} == {int}
+
+
+@pytest.mark.parametrize("check, kind", [(wholes, "whole numbers"), (numbers, "numbers")])
+@pytest.mark.parametrize("values", [5, None, "12", b"12", torch.tensor(5), np.array(5)], ids=repr)
+def test_what_is_no_list_is_refused(check, kind, values):
+    with pytest.raises(PlanError) as caught:
+        check("counts", values, error=PlanError)
+    assert str(caught.value) == f"counts must be {kind} in a list, got {values!r}"
+
+
+def test_wrong_numbers_in_a_list_are_refused():
+    with pytest.raises(UsageError, match=r"^each of counts must be a whole number, got 1\.5$"):
+        wholes("counts", [1, 1.5])
+    with pytest.raises(PlanError, match="^each of counts must be at least 1, got 0$"):
+        wholes("counts", [1, 0], 1, PlanError)
+    with pytest.raises(UsageError, match="^each of shares must be finite, got nan$"):
+        numbers("shares", [1, float("nan")])
+    assert numbers("shares", np.array([0.5, 1])) == (0.5, 1.0)
 
 
 def test_one_of_names():

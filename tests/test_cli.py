@@ -133,7 +133,7 @@ def test_options_that_need_each_other(call, room):
     refused(given, 2, "--granularity has no meaning with --absorb")
     given = call("prune", "--dynamic", masks=room / "masks.safetensors", granularity=5)
     refused(given, 2, "--granularity has no meaning with --masks")
-    refused(call("prune", counts="5,4"), 1, "[L, N] = [6, 17]")
+    refused(call("prune", counts="5,4"), 2, "counts must be one for each of 6 blocks, got 2")
     refused(call("finetune", output="x.pth"), 2, ".safetensors", "x.pth")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimvit import Masks, load_plan
+from slimvit import Masks, cli, load_plan
 from slimvit.search.state import State
 
 STATE = "plan.search.safetensors"
@@ -93,6 +93,16 @@ def test_sigterm_leaves_the_state_and_no_features(prune, searched, monkeypatch):
     assert list(folder.iterdir()) == [] and Path(STATE).exists()
     assert prune("--tolerance", "0.3")[0] == 0
     assert sorted(searched) == [1, 2, 3, 4, 5, 6]
+
+
+def test_counts_are_one_for_each_block(prune):
+    status, _, error = prune("--counts", "9,1")
+    assert status == 2 and "counts must be one for each of 6 blocks, got 2" in error
+
+
+def test_only_the_precision_that_searches_compute_in_is_offered(capsys):
+    assert cli.main(["prune", "--help"]) == 0
+    assert "--precision {float32}" in capsys.readouterr().out
 
 
 def test_counts_must_end_with_what_the_head_reads(prune):

@@ -248,7 +248,7 @@ def test_class_map_needs_class_folders(folder, tmp_path):
         ImageFolder(folder, tmp_path / "map.txt")
 
 
-@pytest.mark.parametrize("subset", ["", "3", "a:b", "1:2:3", "1.5:2"])
+@pytest.mark.parametrize("subset", ["", "3", "a:b", "1:2:3", "1.5:2", 5, slice(0, 5), None])
 def test_subset_must_be_a_slice(subset):
     with pytest.raises(UsageError, match="START:STOP"):
         parse_subset(subset)
@@ -263,6 +263,24 @@ def test_numbers_are_checked(folder):
         loader(ImageFolder(folder), 0)
     with pytest.raises(UsageError, match="workers must be at least 0, got -1"):
         loader(ImageFolder(folder), 1, -1)
+
+
+@pytest.mark.parametrize("shard", [(0, 0), (5, 2), (-1, 2), (0,), (0, 1, 2)])
+def test_shard_is_checked(folder, shard):
+    with pytest.raises(UsageError, match=r"shard must be \(rank, world\), .*, got \("):
+        loader(ImageFolder(folder), 1, shard=shard)
+
+
+@pytest.mark.parametrize("shard", [3, "01", (0.0, 1)])
+def test_shard_is_whole_numbers(folder, shard):
+    with pytest.raises(UsageError, match="shard must be .*whole number"):
+        loader(ImageFolder(folder), 1, shard=shard)
+
+
+@pytest.mark.parametrize("given", [None, "deit", 224, torch.nn.Linear(2, 2)])
+def test_transform_is_of_a_model(given):
+    with pytest.raises(UsageError, match="model_or_cfg must be .*, got"):
+        image_transform(given)
 
 
 def test_transform_is_timms():

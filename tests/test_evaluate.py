@@ -74,6 +74,45 @@ def test_batches_of_another_kind_are_named(batch, message):
         evaluate(answering([1, 2]), answering([1, 2]), [batch])
 
 
+@pytest.mark.parametrize(
+    ("images", "got"),
+    [
+        (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), r"\[2, 3, 64, 64\] uint8"),
+        (torch.zeros(2, 3, 32, 32), r"\[2, 3, 32, 32\] float32"),
+        (torch.zeros(2, 1, 64, 64), r"\[2, 1, 64, 64\] float32"),
+        (torch.zeros(2, 64, 64), r"\[2, 64, 64\] float32"),
+    ],
+)
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_images_that_the_models_do_not_take(tiny_vit, images, got, accelerated):
+    dense = accelerate(tiny_vit, Masks.dense(6, (4, 4))) if accelerated else tiny_vit
+    rule = r"images must be \[b, 3, 64, 64\], floating-point, got "
+    with pytest.raises(UsageError, match=rule + got):
+        evaluate(dense, tiny_vit, [(images, torch.tensor([0, -1]))])
+
+
+def test_images_of_models_that_tell_no_shape_are_floating_too():
+    with pytest.raises(UsageError, match=r"images must be \[b, …\], floating-point, .* uint8"):
+        evaluate(answering([1]), answering([1]), [(torch.zeros(1).byte(), torch.tensor([0]))])
+
+
+def test_models_of_other_classes():
+    with pytest.raises(UsageError, match=r"slim must answer .*, \[2, 10\], got \[2, 7\]"):
+        evaluate(answering([1, 2]), answering([1, 2], 7), batches([1, 2], 2))
+
+
+def test_labels_beyond_the_classes():
+    with pytest.raises(UsageError, match="targets must be below 10, the number of .*, got 10"):
+        evaluate(answering([1, 2]), answering([1, 2]), batches([-1, 10], 2))
+
+
+def test_empty_batches_are_passed_over(tiny_vit):
+    """As `loader(…, keep_empty=True)` gives them."""
+    empty = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    batch = torch.zeros(2, 3, 64, 64), torch.tensor([1, 2])
+    assert evaluate(tiny_vit, tiny_vit, [empty, batch]).images == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32])
 def test_targets_of_any_whole_numbers(dtype):
     loader = [(torch.arange(2.0), torch.tensor([1, -1], dtype=dtype))]

@@ -6,7 +6,8 @@ import stat
 
 import pytest
 
-from slimvit.files import atomic_write, is_device, is_writable, put_in_place
+from slimvit.errors import UsageError
+from slimvit.files import atomic_write, is_device, is_writable, put_in_place, refuse_unwritable
 
 
 def full_disk(*args):
@@ -146,3 +147,14 @@ def test_a_descriptor_is_written_to_where_it_stands(tmp_path, folder):
 def test_a_full_device_is_named():
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         atomic_write("/dev/full", b"x" * 100_000)
+
+
+def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    refuse_unwritable("output", tmp_path / "a.bin")
+    with pytest.raises(UsageError, match=f"output must be a file, got the folder {tmp_path}"):
+        refuse_unwritable("output", tmp_path)
+    with pytest.raises(UsageError, match="output must be in a folder .*, got .*missing/a.bin"):
+        refuse_unwritable("output", tmp_path / "missing" / "a.bin")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UsageError, match="there and writable, got .*a.bin"):
+        refuse_unwritable("output", tmp_path / "a.bin")

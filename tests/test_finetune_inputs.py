@@ -3,6 +3,7 @@
 from copy import deepcopy
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -11,7 +12,7 @@ from tuning import QUICK, same, weights
 from slimvit import Masks, apply_masks
 from slimvit.dynamic import SPViT
 from slimvit.errors import DataError, UsageError
-from slimvit.finetune import Settings, finetune
+from slimvit.finetune import Settings, finetune, plan_path, resume_path
 
 
 @pytest.fixture
@@ -34,6 +35,7 @@ def pair(tiny_vit):
         ("clip", -1.0, "finite and at least 0"),
         ("amp", "int8", "one of auto, bfloat16, float16, none"),
         ("ema_decay", 1.0, "finite, above 0 and below 1"),
+        ("seed", 2**64, "at most 4294967295"),
         ("keep_weight", -1.0, "finite and at least 0"),
         ("frozen_epochs", -1, "at least 0"),
         ("backbone_rate", float("nan"), "finite and at least 0"),
@@ -81,6 +83,59 @@ def test_labels_beyond_the_classes(pair, labelled, selectors):
 def test_a_device_cannot_be_the_output(pair, labelled):
     with pytest.raises(UsageError, match=r"output must be a file, null\.resume\.safetensors goes"):
         finetune(*pair, labelled, epochs=1, output="/dev/null", **QUICK)
+
+
+@pytest.mark.parametrize("output", [".", "missing/x.safetensors"])
+def test_an_output_that_cannot_be_written(pair, labelled, tmp_path, output):
+    before = weights(pair[0])
+    with pytest.raises(UsageError, match="output must be .*, got"):
+        finetune(*pair, labelled, epochs=1, output=tmp_path / output, **QUICK)
+    assert same(weights(pair[0]), before)
+
+
+def test_paths_beside_the_output_may_be_text():
+    assert str(plan_path("f/a.safetensors")) == "f/a.plan.safetensors"
+    assert str(resume_path("f/a.safetensors")) == "f/a.resume.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda images: images.byte(), r"\[6, 3, 64, 64\] uint8"),
+        (lambda images: images[..., :32], r"\[6, 3, 64, 32\] float32"),
+        (lambda images: images[:, :1], r"\[6, 1, 64, 64\] float32"),
+    ],
+)
+def test_images_that_the_models_do_not_take(pair, labelled, change, got):
+    wrong = [(change(images), targets) for images, targets in labelled]
+    rule = r"images must be \[b, 3, 64, 64\], floating-point, got "
+    with pytest.raises(UsageError, match=rule + got):
+        finetune(*pair, wrong, epochs=1, **QUICK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_images_of_any_floating_dtype(pair, labelled, dtype):
+    given = [(images.to(dtype), targets) for images, targets in labelled]
+    loss = finetune(*pair, given, epochs=1, **QUICK).report["epochs"][0]["loss"]
+    assert loss > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_classes": 7}, "the number of classes of dense, 7, got 10"),
+        ({"img_size": 32}, r"the image shape of dense, \(3, 32, 32\), got \(3, 64, 64\)"),
+    ],
+)
+def test_models_that_do_not_answer_alike(pair, labelled, options, words):
+    dense = timm.create_model("test_vit", **{"img_size": 64, "num_classes": 10} | options)
+    with pytest.raises(UsageError, match=f"slim must have {words}"):
+        finetune(pair[0], dense, labelled, epochs=1, **QUICK)
+
+
+def test_a_great_seed(pair, labelled):
+    """Epochs count on from it, and NumPy's seeds end at 2³²."""
+    finetune(*pair, labelled, epochs=2, seed=2**32 - 1, **QUICK)
 
 
 def test_a_model_that_is_frozen_is_refused(pair, labelled):

@@ -91,6 +91,30 @@ def test_is_the_same_however_images_are_batched(tiny_vit, batches):
     assert one.counts == other.counts
 
 
+@pytest.mark.parametrize("options", [{"cut": 0.25}, {"speedup": 1.25}])
+def test_a_loader_that_is_read_once_loses_no_batch(tiny_vit, batches, monkeypatch, options):
+    shape, seen = spec(tiny_vit), []
+
+    def measured(_, plan, images):
+        seen.append(images)
+        return 1 / (1 - cut(shape, plan))
+
+    monkeypatch.setattr(absorb, "measure_speedup", measured)
+    options = {"shapes": SHAPES, "progress": False, **options}
+    once = fit_absorb(tiny_vit, iter(batches), **options)[1]
+    assert once == fit_absorb(tiny_vit, batches, **options)[1]
+    assert all(images is batches[0] for images in seen)
+
+
+def test_one_image_is_not_sure_of_anything(tiny_vit, batches):
+    """Another shape is better by it, and no other image tells by how much that is luck."""
+    own = Absorb(cut=0.25).bind(spec(tiny_vit)).counts
+    for image in torch.cat(batches).split(1):
+        plan, trials = fit_absorb(tiny_vit, [image], cut=0.25, shapes=SHAPES, progress=False)
+        assert plan.counts == own
+        assert {trial.error for trial in trials} == {float("inf")}
+
+
 def test_without_images_it_is_absorbs_own_schedule(tiny_vit):
     plan, trials = fit_absorb(tiny_vit, cut=0.3)
     assert trials == ()

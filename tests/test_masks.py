@@ -73,6 +73,12 @@ class TestRules:
             ({"scores": torch.ones(14)}, "scores must be [3, 14], got [14]"),
             ({"errors": torch.ones(2)}, "errors must be [3], got [2]"),
             ({"scores": np.ones((3, 14))}, "scores must be a tensor [3, 14], got ndarray"),
+            ({"scores": torch.ones(3, 14) > 0}, "scores must be real numbers, got torch.bool"),
+            ({"scores": torch.ones(3, 14, dtype=torch.complex64)}, "real numbers, got"),
+            ({"scores": torch.ones(3, 14, device="meta")}, "got torch.float32 on meta"),
+            ({"scores": torch.full((3, 14), float("nan"))}, "scores must be finite, got NaN"),
+            ({"errors": torch.full((3,), float("inf"))}, "errors must be finite, got NaN or inf"),
+            ({"errors": torch.full((3,), 1e300, dtype=torch.float64)}, "errors must be finite"),
             ({"model": None}, "model must be text, got None"),
             ({"data": 3}, "data must be text, got 3"),
             ({"tolerance": 0.0}, "tolerance must be finite and above 0, got 0.0"),
@@ -115,6 +121,12 @@ class TestRules:
         assert masks.counts == turned.counts == (14, 14, 13)
         assert masks.scores.sum() == 42 and not masks.scores.requires_grad
         assert masks.errors.sum() == 3 and turned.keep.is_contiguous()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64])
+    def test_scores_and_errors_are_float32(self, dtype):
+        scores, errors = torch.ones(3, 14, dtype=dtype), torch.ones(3, dtype=dtype)
+        masks = Masks(self.keep(), 2, GRID, scores=scores, errors=errors)
+        assert masks.scores.dtype == masks.errors.dtype == torch.float32
 
     def test_replace_validates(self):
         assert example().replace(semantics="idle").semantics == "idle"
@@ -165,6 +177,8 @@ class TestMakers:
             ([], r"\[1, N\] = \[1, 14\], got \[\]"),
             ([15, 3], r"\[1, N\] = \[1, 14\], got \[15, 3\]"),
             ([3, 0], r"\[1, N\] = \[1, 14\], got \[3, 0\]"),
+            (None, "counts must be whole numbers in a list, got None"),
+            (5, "counts must be whole numbers in a list, got 5"),
             ([5, 7, 3], r"must not grow with depth, got \[5, 7, 3\]"),
             ([1, 1], "block 1 prunes token 1"),
         ],
@@ -212,6 +226,11 @@ class TestMakers:
             MasksError, match="keep_ratio must be finite, at least 0 and at most 1, got"
         ):
             Masks.uniform(4, ratio, GRID)
+
+    @pytest.mark.parametrize("given", ["1", 1.0, 0])
+    def test_head_tokens_refused(self, given):
+        with pytest.raises(MasksError, match="head_tokens must be .*, got"):
+            Masks.uniform(4, 0.5, GRID, head_tokens=given)
 
     def test_depth_refused(self):
         with pytest.raises(MasksError, match="depth must be at least 1, got 0"):

@@ -170,7 +170,7 @@ CHANGES = [
     ({"settings": "[1]"}, ["unreadable metadata"]),
     ({"settings": "7"}, ["unreadable metadata"]),
     ({"settings": '{"magic": 1}'}, ["unreadable metadata", "magic"]),
-    ({"settings": '{"counts": 3}'}, ["unreadable metadata"]),
+    ({"settings": '{"counts": 3}'}, ["counts must be whole numbers in a list, got 3"]),
     ({"settings": '{"counts": [12, 6, 1], "hidden": 0}'}, ["hidden must be at least 1, got 0"]),
     ({"counts": None}, ["lacks the metadata 'counts'"]),
     ({"counts": "[12, 6"}, ["unreadable metadata"]),

@@ -30,19 +30,34 @@ def batches() -> list[torch.Tensor]:
         ({"tolerance": 0.1, "score": 3}, "score must be one of eq6, attention, random, got 3"),
         ({"tolerance": 0.1, "semantics": "gone"}, "semantics must be one of drop, zero, idle"),
         ({"tolerance": 0.1, "uniform": True}, "uniform needs a cut"),
-        ({"counts": (5, 4)}, r"keep must be \[L, N\] = \[6, 17\], got \[2, 17\]"),
+        ({"counts": (5, 4)}, "counts must be one for each of 6 blocks, got 2"),
         ({"counts": (5, 6, 5, 5, 5, 1)}, "must not grow with depth"),
         ({"counts": [10] * 6}, "counts must end with 1, what the head reads .*, got 10"),
         ({"counts": [9.5, 9, 9, 9, 9, 1]}, "each of counts must be a whole number, got 9.5"),
         ({"counts": np.array([9.5, 9, 9, 9, 9, 1])}, "each of counts must be a whole number"),
+        ({"counts": 5}, "counts must be whole numbers in a list, got 5"),
+        ({"counts": [1.5]}, "each of counts must be a whole number, got 1.5"),
+        (
+            {"tolerance": 0.1, "score": "random", "seed": 2**70},
+            "seed must lie between .*, got 1180",
+        ),
+        ({"tolerance": 0.1, "cache_bytes": "1"}, "cache_bytes must be a whole number, got '1'"),
+        ({"tolerance": 0.1, "cache_dir": "missing"}, "cache_dir must be a folder .* got 'missing'"),
+        ({"tolerance": 0.1, "cache_dir": 5}, "cache_dir must be a folder .* got 5"),
         ({"tolerance": "much"}, "tolerance must be a number, got 'much'"),
         ({"tolerance": 0.1, "epochs": 1.5}, "epochs must be a whole number, got 1.5"),
         ({"tolerance": 0.1, "cache_bytes": -1}, "cache_bytes must be at least 0, got -1"),
     ],
 )
 def test_bad_options_are_named(tiny_vit, batches, options, message):
-    with pytest.raises(SlimvitError, match=message):
+    with pytest.raises(UsageError if "grow" not in message else SlimvitError, match=message):
         quick(tiny_vit, batches, **options)
+
+
+@pytest.mark.parametrize("seed", [2**53, -(2**53)])
+def test_the_largest_seeds(tiny_vit, batches, seed):
+    options = {"counts": (12, 12, 9, 9, 5, 1), "score": "random", "epochs": 1, "seed": seed}
+    assert quick(tiny_vit, batches[:1], **options).masks.counts == options["counts"]
 
 
 def test_usage_errors_are_usage_errors(tiny_vit, batches):

@@ -106,8 +106,10 @@ def test_speeds_that_were_measured_otherwise_are_not_used_again(
 
 
 class Holder:
-    def method(self, view):
+    def __call__(self, view):
         return eq6(view)
+
+    method = __call__
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,13 @@ def test_a_search_that_would_fail_again_leaves_no_state(tiny_vit, batches, state
         quick(tiny_vit, batches, state=state, **options)
     assert not state.exists()
     quick(tiny_vit, batches, state=state, cut=0.2)
+
+
+def test_a_state_that_could_not_be_written_is_refused_at_once(tiny_vit, tmp_path):
+    """Before any image is looked at; not after the first block of the search."""
+    for path in (tmp_path / "missing" / "state", tmp_path):
+        with pytest.raises(UsageError, match=f"^state must be .*, got .*{path}$"):
+            quick(tiny_vit, None, tolerance=0.02, state=path)
 
 
 def test_broken_state_is_an_error(tiny_vit, state):

@@ -19,6 +19,7 @@ from slimvit import DPS, Absorb, accelerate, apply_masks, load_plan
 from slimvit.errors import DataError, ExportError, PlanError, SlimvitError, UsageError
 from slimvit.export import export_onnx, export_program
 from slimvit.macs import gmacs, image_gmacs, mean_gmacs
+from slimvit.masks import Masks
 from slimvit.models import spec
 from slimvit.ops import AbsorbParts, Threshold, pack_chooser
 from slimvit.search import fit_thresholds
@@ -303,6 +304,12 @@ def test_packs_are_checked():
     ):
         with pytest.raises(SlimvitError, match=words):
             pack_chooser(AbsorbParts(1, threshold), 64)
+
+
+@pytest.mark.parametrize("plan", [None, Masks.from_counts((9, 5, 1), (4, 4)), DPS((9, 5, 1))])
+def test_thresholds_are_for_absorb_alone(plan):
+    with pytest.raises(UsageError, match=f"for Absorb, got {type(plan).__name__}"):
+        fit_thresholds(build("deit"), plan, [], progress=False)
 
 
 def test_empty_batches_are_nothing():

@@ -81,7 +81,8 @@ def choose(
                 _log.log(level, "back end %s passed over: %s", name, reason)
             return candidate
         _log.warning("back end %s passed over for this model: %s", candidate, reason)
-    raise SlimvitError(f"no back end computes {dtype} on {device}: {reason}")
+    name = str(dtype).removeprefix("torch.")
+    raise SlimvitError(f"no back end computes {name} on {device}: {reason}")
 
 
 def _slower(name: str, dtype: torch.dtype) -> str | None:

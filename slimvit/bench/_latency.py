@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import statistics
 from bisect import bisect_left
@@ -12,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from slimvit.bench import _machine
 from slimvit.bench._pieces import pieces
 from slimvit.bench._rounds import measure
-from slimvit.bench._run import _threads
-from slimvit.checks import whole
+from slimvit.bench._timing import cpu_threads, read_timing
+from slimvit.checks import numbers, whole
 from slimvit.dynamic import SPViT
 from slimvit.errors import UsageError
 from slimvit.export import sample_images
@@ -28,6 +28,7 @@ from slimvit.runtime import accelerate
 
 FORMAT, VERSION = "slimvit-latency", 1
 RATIOS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+_log = logging.getLogger("slimvit")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class LatencyTable:
         return getattr(a, column) + slope * (tokens - a.tokens)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, which `from_json` reads."""
+        """Plain values: what `load` reads from a JSON file."""
         return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
 
     @classmethod
@@ -158,8 +159,8 @@ def latency_table(
         UsageError: an argument out of range.
         SlimvitError: the back end does not run such models here.
     """
-    shape, threads = spec(model), threads or torch.get_num_threads()
-    batch, rounds = whole("batch", batch, 1), whole("rounds", rounds, 1)
+    shape, timing = spec(model), read_timing(rounds, seconds, threads)
+    batch = whole("batch", batch, 1)
     if shape.depth < 3:
         raise UsageError(f"the model must have three blocks or more, got {shape.depth}")
     tokens = _tokens(ratios, shape)
@@ -170,30 +171,35 @@ def latency_table(
     device = next(model.parameters()).device
     images = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
     runs = [run for n in tokens for run in pieces(probe, n, batch, shape)] + models
-    times = time_calls(runs, images, rounds=rounds, seconds=seconds, threads=threads)
+    times = time_calls(runs, images, **timing._asdict())
     table = LatencyTable(
         model=shape.name,
         image_size=shape.image_size,
         device=str(device),
         device_name=_machine.device_name(device),
-        threads=threads,
+        threads=timing.threads,
         backend=probe.backend,
         precision=precision,
         batch=batch,
-        rounds=rounds,
+        rounds=timing.rounds,
         rows=tuple(_row(n, times[3 * i : 3 * i + 3], shape) for i, n in enumerate(tokens)),
         rest_ms=0.0,
         dense_ms=times[-2],
         versions=_machine.versions(),
         commit=_machine.commit(),
     )
-    rests = [t - table.predict(fast.plan) for t, fast in zip(times[-2:], models)]
-    return dataclasses.replace(table, rest_ms=statistics.mean(rests))
+    rest = statistics.mean(t - table.predict(fast.plan) for t, fast in zip(times[-2:], models))
+    if rest < 0:
+        _log.warning(
+            "rest_ms is %.3g, below 0: the machine was too busy, measure again with more rounds",
+            rest,
+        )
+    return dataclasses.replace(table, rest_ms=rest)
 
 
 def _tokens(ratios: Sequence[float], shape: Spec) -> list[int]:
     """Numbers of tokens of these shares of the patches, falling."""
-    ratios = sorted(set(ratios), reverse=True)
+    ratios = sorted(set(numbers("ratios", ratios)), reverse=True)
     if len(ratios) < 2 or not all(0 < ratio <= 1 for ratio in ratios):
         raise UsageError(f"ratios must be two or more in (0, 1], got {ratios}")
     patches = list(dict.fromkeys(max(2, round(ratio * shape.patches)) for ratio in ratios))
@@ -233,9 +239,11 @@ def time_calls(
         rounds: figures for each call.
         seconds: length of a call's turn in a round.
         threads: CPU threads; None for torch's own number.
+
+    Raises:
+        UsageError: a number is out of range.
     """
-    threads = threads or torch.get_num_threads()
-    groups = [[call] for call in calls]
-    with _threads(threads):
-        found = measure(groups, images, rounds=rounds, seconds=seconds, threads=threads)
+    timing, groups = read_timing(rounds, seconds, threads), [[call] for call in calls]
+    with cpu_threads(timing.threads):
+        found = measure(groups, images, **timing._asdict())
     return [1000 * len(images) / statistics.median(rates) for (rates,) in found.rates]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-import tempfile
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
 from torch import nn
 
 from slimvit.bench import _machine
@@ -26,14 +25,15 @@ from slimvit.bench._runtimes import (
     SlimvitStatic,
     Workload,
 )
-from slimvit.checks import number, one_of, whole
+from slimvit.bench._timing import cpu_threads, read_timing
+from slimvit.checks import one_of, whole
 from slimvit.dynamic import Planner
 from slimvit.errors import MismatchError, SlimvitError
 from slimvit.export import sample_images
 from slimvit.macs import gmacs, mean_gmacs
 from slimvit.masks import Masks
 from slimvit.models import spec
-from slimvit.runtime import PRECISIONS
+from slimvit.runtime import PRECISIONS, apply_masks
 
 _log = logging.getLogger("slimvit")
 _Ready = tuple[Runtime, Row]
@@ -42,7 +42,7 @@ _Group = list[_Ready]
 
 def bench(
     model: nn.Module,
-    masks: Masks | Planner,
+    masks: Masks | Planner | str | os.PathLike[str],
     *,
     batch: int = 8,
     precision: str = "float32",
@@ -62,7 +62,7 @@ def bench(
 
     Args:
         model: dense timm model in eval mode; its device is where everything runs. Not changed.
-        masks: kept sets, or a dynamic plan.
+        masks: kept sets, a dynamic plan, or the path of a file with either.
         batch: images a call.
         precision: "float32", "bfloat16" or "float16". ONNX Runtime computes in float32 always.
         backend: slimvit's back end, or "auto".
@@ -76,26 +76,31 @@ def bench(
         Rows, ratios, and what was left out.
 
     Raises:
-        UsageError: an argument is out of range, a runtime unknown.
+        UsageError: an argument is out of range, a runtime unknown, `masks` are nothing of these.
         SlimvitError: a runtime that was asked for does not work here; where only its slimmed model
             cannot be exported, as of thresholds, that row alone is left out.
         MismatchError: a runtime's logits or kept tokens do not match the float32 reference.
-        PlanError: the plan does not fit the model.
+        MasksError, PlanError: the masks or the plan do not fit the model.
     """
-    _check(batch, precision, rounds, seconds, threads, against)
+    batch, timing = whole("batch", batch, 1), read_timing(rounds, seconds, threads)
+    one_of("precision", precision, PRECISIONS)
+    for name in against or ():
+        one_of("each of against", name, RUNTIMES)
     device = next(model.parameters()).device
-    threads = threads or torch.get_num_threads()
-    setting = Setting(device, batch, precision, threads, backend)
+    setting = Setting(device, batch, precision, timing.threads, backend)
     shape = spec(model)
     model = copy.deepcopy(model).float().eval()
-    masks = masks if isinstance(masks, Masks) else masks.bind(shape)
+    masks = _kept(apply_masks(model, masks))
     images = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
-    with _threads(threads), tempfile.TemporaryDirectory(prefix="slimvit-bench-") as folder:
+    with (
+        cpu_threads(timing.threads),
+        TemporaryDirectory(prefix="slimvit-bench-") as folder,
+    ):
         work = Workload(model, masks, images, Path(folder))
         executed = mean_gmacs(shape, masks, work.network(True), [images])
         groups, left_out = _prepare(work, setting, against, tell)
         calls = [[runtime for runtime, _ in group] for group in groups]
-        measured = measure(calls, images, rounds=rounds, seconds=seconds, threads=threads)
+        measured = measure(calls, images, **timing._asdict())
     for group, rates in zip(groups, measured.rates):
         for (_, row), row_rates in zip(group, rates):
             row.rates = row_rates
@@ -103,15 +108,15 @@ def bench(
         model=shape.name,
         device=str(device),
         device_name=_machine.device_name(device),
-        threads=threads,
+        threads=timing.threads,
         batch=batch,
         precision=precision,
         kept=masks.counts,
         cut=1 - executed / gmacs(shape),
         rows=[row for group in groups for _, row in group],
         left_out=left_out,
-        rounds=rounds,
-        seconds=seconds,
+        rounds=timing.rounds,
+        seconds=timing.seconds,
         rejected=measured.rejected,
         disturbed=measured.disturbed,
         best_share=measured.best_share,
@@ -119,25 +124,13 @@ def bench(
         commit=_machine.commit(),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         dense_gmacs=gmacs(shape),
-        peaks=_machine.peaks(device, threads),
+        peaks=_machine.peaks(device, timing.threads),
     )
 
 
-def _check(
-    batch: int,
-    precision: str,
-    rounds: int,
-    seconds: float,
-    threads: int | None,
-    against: Sequence[str] | None,
-) -> None:
-    for name, value in (("batch", batch), ("rounds", rounds), ("threads", threads)):
-        if value is not None:
-            whole(name, value, 1)
-    number("seconds", seconds, above=0)
-    one_of("precision", precision, PRECISIONS)
-    for name in against or ():
-        one_of("each of against", name, RUNTIMES)
+def _kept(slim: nn.Module) -> Masks | Planner:
+    """What a slimmed model keeps: its masks, or its plan."""
+    return getattr(slim, "plan", None) or slim.masks
 
 
 def _prepare(
@@ -193,13 +186,3 @@ def _attempt(
     except Exception as error:  # a foreign runtime may fail in any way
         _log.debug("runtime %s", kind.name, exc_info=True)
         return next(iter(str(error).strip().splitlines()), repr(error))
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -10,7 +10,8 @@ from torch import nn
 
 from slimvit.bench._latency import LatencyTable, falls
 from slimvit.bench._rounds import measure
-from slimvit.bench._run import _threads as cpu_threads
+from slimvit.bench._timing import cpu_threads, read_timing
+from slimvit.checks import number, whole
 from slimvit.dynamic import SPViT
 from slimvit.errors import PlanError
 from slimvit.export import sample_images
@@ -36,9 +37,11 @@ def keep_for_latency(
         The bound plan nearest to the target by the table.
 
     Raises:
+        UsageError: the target is no number, or the table of another model.
         PlanError: the target is out of reach, or by the table pruning makes nothing faster.
     """
     table.check(shape)
+    target_ms = number("target_ms", target_ms)
     powers = falls(shape) if stages is None else range(1, len(stages) + 1)
 
     def plan(share: float) -> SPViT:
@@ -89,8 +92,11 @@ def plan_for_latency(
         those measured.
 
     Raises:
+        UsageError: a number is out of range.
         PlanError: the target is out of reach.
     """
+    tries, within = whole("tries", tries, 1), number("within", within, least=0)
+    seconds = number("seconds", seconds, above=0)
     shape, found, aim = spec(model), [], target_ms
     plan = keep_for_latency(table, shape, target_ms, stages)
     for _ in range(tries):
@@ -132,14 +138,18 @@ def measure_latency(
         plan: what prunes it.
         table: says how: device, back end, precision, batch, threads and rounds.
         seconds: length of a turn.
+
+    Raises:
+        UsageError: `seconds`, or a number of the table, is out of range.
     """
+    timing = read_timing(table.rounds, seconds, table.threads)
     options = {"backend": table.backend, "precision": table.precision}
     fast = [accelerate(model, each, **options) for each in (plan, SPViT((1.0,)))]
     shape = spec(model)
     device = next(model.parameters()).device
     images = sample_images((shape.in_chans, *shape.image_size), table.batch).to(device)
-    with cpu_threads(table.threads):
-        found = measure([fast], images, rounds=table.rounds, seconds=seconds, threads=table.threads)
+    with cpu_threads(timing.threads):
+        found = measure([fast], images, **timing._asdict())
     slim, dense = found.rates[0]
     share = statistics.median(d / s for s, d in zip(slim, dense, strict=True))
     took = (1000 * table.batch / statistics.median(rates) for rates in (slim, dense))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from slimvit.cli._types import number, whole_number
@@ -96,6 +97,7 @@ def add_run_arguments(
     parser: argparse.ArgumentParser,
     batch_size: int = 32,
     precision: str = "of the slim model (default float32)",
+    precisions: Sequence[str] = PRECISIONS,
 ) -> None:
     """Add -b/--batch-size, --device, --precision, --json and --debug."""
     group = parser.add_argument_group("run")
@@ -110,6 +112,6 @@ def add_run_arguments(
     group.add_argument(
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 … (default cuda if there is one)"
     )
-    group.add_argument("--precision", choices=PRECISIONS, help=precision)
+    group.add_argument("--precision", choices=precisions, help=precision)
     group.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--masks, every call begins anew",
     )
     common.add_data_arguments(parser, samples=SAMPLES)
-    common.add_run_arguments(parser, precision="of the search: float32")
+    common.add_run_arguments(parser, precision="of the search", precisions=("float32",))
     budget = parser.add_argument_group("budget").add_mutually_exclusive_group()
     _add_budget(budget)
     _add_search(parser.add_argument_group("search"))
@@ -189,8 +189,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--lr needs --epochs >= 1: without, the weights stay")
     if args.uniform and args.cut is None:
         raise UsageError("--uniform needs --cut")
-    if args.precision not in (None, "float32"):
-        raise UsageError(f"--precision must be float32 in a search, got {args.precision}")
     _dps.check(args)
     _absorb.check(args)
     if _searches(args):

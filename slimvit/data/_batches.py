@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from slimvit.checks import whole
+from slimvit.checks import whole, wholes
 from slimvit.data._folder import ImageFolder, Unreadable, warn
-from slimvit.errors import DataError
+from slimvit.errors import DataError, UsageError
 
 
 class Batches:
@@ -23,7 +23,7 @@ class Batches:
     (the rest sit the epoch out).
 
     Yields (images [b, C, H, W] float32, targets [b] int64, -1 for no label). A batch without a
-    readable image is left out; with `keep_empty` it comes with b = 0.
+    readable image is left out; with `keep_empty` it comes with b = 0 and images of shape [0].
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Batches:
     ) -> None:
         self.batch_size = whole("batch size", batch_size, 1)
         self.workers = whole("workers", workers, 0)
-        self.dataset, self.shard = dataset, shard
+        self.dataset, self.shard = dataset, _shard(shard)
         self.shuffle_seed, self.keep_empty, self.epoch = shuffle_seed, keep_empty, 0
 
     def __len__(self) -> int:
@@ -102,15 +102,22 @@ def loader(
         shard: (rank, world): this process takes every world-th batch, from the rank-th on.
         shuffle_seed: shuffle, for training; None keeps the order.
         keep_empty: yield a batch even where no image of it can be read, so that processes stay
-            in step.
+            in step; its images are of shape [0].
 
     Raises:
-        UsageError: a batch size below 1, or workers below 0.
+        UsageError: a batch size below 1, workers below 0, or a shard that is no (rank, world).
         DataError: while iterating, when no image at all can be read.
     """
     return Batches(
         dataset, batch_size, workers, shard, shuffle_seed=shuffle_seed, keep_empty=keep_empty
     )
+
+
+def _shard(shard: tuple[int, int]) -> tuple[int, int]:
+    found = wholes("shard", shard)
+    if len(found) != 2 or not 0 <= found[0] < found[1]:
+        raise UsageError(f"shard must be (rank, world), 0 <= rank < world, got {shard}")
+    return found[0], found[1]
 
 
 def _items(dataset: ImageFolder) -> Iterator[Any]:

@@ -112,7 +112,7 @@ def parse_subset(subset: str) -> slice:
     """
     try:
         start, stop = (int(part) if part.strip() else None for part in subset.split(":"))
-    except ValueError:
+    except (AttributeError, ValueError):
         raise UsageError(f"subset must be START:STOP, such as 0:250, got {subset!r}") from None
     return slice(start, stop)
 

@@ -9,6 +9,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
+from slimvit.errors import UsageError
+
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -25,6 +27,9 @@ def image_transform(
 
     Returns:
         A picklable function from a PIL image to [C, H, W], float32.
+
+    Raises:
+        UsageError: `model_or_cfg` is neither a model nor a configuration.
     """
     cfg, chans, size = _describe(model_or_cfg)
     if img_size is not None:
@@ -45,7 +50,12 @@ def _describe(model_or_cfg: Any) -> tuple[dict[str, Any], int, tuple[int, int]]:
     if isinstance(model_or_cfg, dict):
         chans, height, width = model_or_cfg.get("input_size") or (3, 224, 224)
         return model_or_cfg, chans, (height, width)
+    if not hasattr(model_or_cfg, "pretrained_cfg"):
+        kind = type(model_or_cfg).__name__
+        raise UsageError(f"model_or_cfg must be a timm model or its pretrained_cfg, got {kind}")
     cfg = dict(getattr(model_or_cfg, "pretrained_cfg", None) or {})
+    if (shape := getattr(model_or_cfg, "image_shape", None)) is not None:  # an accelerated model
+        return cfg, shape[0], shape[1:]
     chans, height, width = cfg.get("input_size") or (3, 224, 224)
     embed = getattr(model_or_cfg, "patch_embed", None)
     height, width = getattr(embed, "img_size", None) or (height, width)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimvit.checks import number
+from slimvit.checks import number, numbers
 from slimvit.dynamic.planner import Planner, overrides
 from slimvit.dynamic.schedule import counts_for_cut
 from slimvit.errors import PlanError
@@ -65,12 +65,11 @@ class Absorb(Planner):
         if (cut is None) == (counts is None):
             raise PlanError("give one of cut and counts")
         self.cut = None if cut is None else number("cut", cut, above=0, below=1, error=PlanError)
-        if thresholds is not None:
-            thresholds = tuple(
-                number("each of thresholds", value, least=0, error=PlanError)
-                for value in thresholds
-            )
-        self.thresholds = thresholds
+        self.thresholds = (
+            None
+            if thresholds is None
+            else numbers("thresholds", thresholds, least=0, error=PlanError)
+        )
 
     def bind(self, spec: Spec) -> Absorb:
         """A copy for a model of this shape."""

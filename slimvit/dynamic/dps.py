@@ -49,7 +49,7 @@ class DPS(Planner):
         hidden: r, channels inside the predictors; None for D / 4 rounded to a multiple of 16.
 
     Raises:
-        PlanError: `hidden` is no whole number above 0.
+        PlanError: `counts` are no whole numbers, or `hidden` is none above 0.
 
     Source: Patch Slimming (Tang et al., CVPR 2022), section 4.4.
     """

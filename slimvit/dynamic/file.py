@@ -30,6 +30,7 @@ def save(plan: Planner, path: str | os.PathLike[str]) -> None:
 
     Raises:
         PlanError: it could not be read again; see `check_savable`.
+        OSError: the folder is missing or not writable, or the disk is full.
     """
     check_savable(plan)
     tensors = {name: tensor.detach().cpu() for name, tensor in plan.state_dict().items()}

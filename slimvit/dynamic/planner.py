@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from slimvit.checks import whole
+from slimvit.checks import wholes
 from slimvit.errors import PlanError
 from slimvit.models import Spec
 from slimvit.ops import Alive, Choice, ChooserParts, View
@@ -48,7 +48,7 @@ class Planner(nn.Module):
 
     def __init__(self, counts: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.counts = None if counts is None else _whole(counts)
+        self.counts = None if counts is None else wholes("counts", counts, error=PlanError)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -168,13 +168,18 @@ class Planner(nn.Module):
         if self.spec is not None:
             _check_model(self.spec, spec)
         bound = copy.deepcopy(self)
-        bound.counts = _whole(self.counts_for(spec))
+        bound.counts = wholes("counts", self.counts_for(spec), error=PlanError)
         bound.spec = spec
         _check(bound.counts, spec)
         return bound
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; it appears whole or not at all."""
+        """Write a safetensors file; it appears whole or not at all.
+
+        Raises:
+            PlanError: the file would not bring the plan back; see `slimvit.dynamic.file`.
+            OSError: the folder is missing or not writable, or the disk is full.
+        """
         from slimvit.dynamic.file import save
 
         save(self, path)
@@ -190,10 +195,6 @@ def overrides(plan: Planner, of: type[Planner], *names: str) -> bool:
     """
     kind = type(plan)
     return any(name in vars(plan) or getattr(kind, name) is not getattr(of, name) for name in names)
-
-
-def _whole(counts: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(whole("each of counts", count, error=PlanError) for count in counts)
 
 
 def _shape(spec: Spec) -> str:

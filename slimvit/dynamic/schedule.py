@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
+from slimvit.checks import number, whole
 from slimvit.errors import PlanError
 from slimvit.macs import gmacs
 from slimvit.models import Spec
 
 
-class Shape(NamedTuple):
+@dataclass(frozen=True)
+class Shape:
     """How the counts fall with depth.
 
     Attributes:
         whole: blocks at the start that keep every token: before them patches know too little.
-        power: of the fall; 1 takes as many tokens in each block, more takes more of them later.
-        steepest: share of its tokens that a block keeps at least.
+        power: of the fall, above 0; 1 takes as many tokens in each block, more takes more of them
+            later.
+        steepest: share of its tokens that a block keeps at least, in [0, 1].
+
+    Raises:
+        PlanError: a number out of its range.
     """
 
     whole: int = 1
     power: float = 1.6
     steepest: float = 0.77
+
+    def __post_init__(self) -> None:
+        whole("whole", self.whole, 0, PlanError)
+        number("power", self.power, above=0, error=PlanError)
+        number("steepest", self.steepest, least=0, most=1, error=PlanError)
 
 
 def counts_for_cut(
@@ -44,8 +55,9 @@ def counts_for_cut(
         shape: of the fall.
 
     Raises:
-        PlanError: the cut is out of reach for this model and shape.
+        PlanError: the cut is not in (0, 1), or out of reach for this model and shape.
     """
+    cut = number("cut", cut, above=0, below=1, error=PlanError)
     shape = Shape() if shape is None else shape
 
     def counts(step: float) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimvit.checks import number, whole
+from slimvit.checks import number, numbers, wholes
 from slimvit.dynamic.planner import Planner, overrides
 from slimvit.dynamic.seeded import seeded
 from slimvit.dynamic.selector import Selector
@@ -78,10 +78,10 @@ class SPViT(Planner):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        self.keep = tuple(map(float, keep))
-        if stages is not None:
-            stages = tuple(whole("each of stages", stage, error=PlanError) for stage in stages)
-        self.stages = stages
+        self.keep = numbers("keep", keep, above=0, most=1, error=PlanError)
+        self.stages = None if stages is None else wholes("stages", stages, error=PlanError)
+        if argmax not in (True, False):
+            raise PlanError(f"argmax must be True or False, got {argmax!r}")
         self.argmax = bool(argmax)
         self.temperature = number("temperature", temperature, above=0, error=PlanError)
         self.selectors = nn.ModuleDict()
@@ -137,7 +137,8 @@ class SPViT(Planner):
     @property
     def alive(self) -> tuple[int, ...]:
         """Tokens whose keys and values each block computes: those that its selector leaves."""
-        return (*self.counts[:-1], *self.counts[-2:-1])
+        received = super().alive[1:]
+        return (*received, *received[-1:])
 
     @property
     def ragged(self) -> bool:
@@ -197,7 +198,7 @@ class SPViT(Planner):
         if patches is None:
             patches = _favoured(score, self._fewest(stage))
         index = top(score, patches, 0)
-        kept = torch.zeros_like(score, dtype=torch.bool).scatter(1, index, True)
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter(1, index, 1)
         weights = F.log_softmax(logits, -1)[..., 0].masked_fill(kept, -torch.inf).softmax(1)
         place = parts.place.gather(1, index)
         return parts.join(take(parts.patches, index), place, weights)
@@ -317,8 +318,8 @@ def _favoured(score: Tensor, fewest: int) -> int:
 
 
 def _check(keep: tuple[float, ...], stages: tuple[int, ...] | None) -> None:
-    if not keep or not all(0 < ratio <= 1 for ratio in keep):
-        raise PlanError(f"keep must be ratios in (0, 1], one for each stage, got {list(keep)}")
+    if not keep:
+        raise PlanError("keep must be ratios, one for each stage, got none")
     if any(b >= a for a, b in itertools.pairwise(keep)):
         raise PlanError(f"keep must fall from stage to stage, got {list(keep)}")
     if stages is None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from slimvit.dynamic import SPViT
-from slimvit.errors import UsageError
+from slimvit.evaluate import check_labels
 from slimvit.finetune._loss import (
     class_loss,
     distillation_loss,
@@ -51,10 +51,8 @@ class Objective:
         Raises:
             UsageError: one is too great.
         """
-        if self._classes is not None and (worst := int(targets.max())) >= self._classes:
-            raise UsageError(
-                f"targets must be below {self._classes}, the number of classes, got {worst}"
-            )
+        if self._classes is not None:
+            check_labels(targets, self._classes)
 
     def __call__(
         self, student: Answer, teacher: Tensor, tokens: Tensor | None, targets: Tensor

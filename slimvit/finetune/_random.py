@@ -25,7 +25,7 @@ def generators_kept(device: torch.device) -> Iterator[None]:
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed these generators and no other; augmentation and drop path draw from them."""
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):

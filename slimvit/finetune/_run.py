@@ -21,7 +21,7 @@ from tqdm import tqdm
 from slimvit.dynamic.file import check_savable
 from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
 from slimvit.evaluate import evaluate, read_batch
-from slimvit.files import refuse_device
+from slimvit.files import refuse_device, refuse_unwritable
 from slimvit.finetune._objective import Objective
 from slimvit.finetune._optimizer import make_optimizer, make_schedule
 from slimvit.finetune._random import seed_generators
@@ -33,7 +33,7 @@ from slimvit.finetune._state import (
     save_resume,
     save_weights,
 )
-from slimvit.finetune._student import Student, plan_of
+from slimvit.finetune._student import Student, check_models, plan_of
 from slimvit.models import spec
 
 Loader = Iterable[tuple[Tensor, Tensor]]
@@ -70,12 +70,12 @@ class Run:
         output: str | Path | None,
         info: dict[str, Any],
     ) -> None:
-        _check_dtype("slim", slim)
-        _check_dtype("dense", dense)
+        check_models(slim, dense)
         self.slim, self.dense, self.loader, self.settings = slim, dense, loader, settings
         self.output = Path(output) if output is not None else None
         if self.output is not None:
             refuse_device("output", self.output, resume_path(self.output).name)
+            refuse_unwritable("output", self.output)
         self.device = next(slim.parameters()).device
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.first = not dist.is_initialized() or dist.get_rank() == 0
@@ -108,6 +108,8 @@ class Run:
         if s.ema_decay is not None:
             self.ema = ModelEmaV3(self.slim, decay=s.ema_decay, use_warmup=True)
         self.objective = Objective(self.slim, self.dense, s)
+        shape = spec(self.dense)
+        self._image_shape = (shape.in_chans, *shape.image_size)
         self.backbone = [
             p
             for name, p in self.slim.named_parameters()
@@ -194,7 +196,7 @@ class Run:
             leave=False,
         )
         for step, batch in enumerate(bar):
-            images, targets = read_batch(batch)
+            images, targets = read_batch(batch, self._image_shape)
             update = epoch * self.steps + step
             self.schedule.step_update(update)
             loss = self._step(images, targets, f"epoch {epoch + 1}, step {step + 1}")
@@ -217,7 +219,8 @@ class Run:
         if not len(targets):  # no image could be read: keep step with the other processes
             weight, images, targets = 0.0, self._blank(), torch.full((1,), -1)
         self.objective.check(targets)
-        images, targets = images.to(self.device), targets.to(self.device)
+        images = images.to(self.device, torch.float32)
+        targets = targets.to(self.device)
         self.optimizer.zero_grad()
         with torch.enable_grad():
             with self._autocast():
@@ -256,8 +259,7 @@ class Run:
         return torch.autocast(self.device.type, dtype=self.amp)
 
     def _blank(self) -> Tensor:
-        shape = spec(self.dense)
-        return torch.zeros(1, shape.in_chans, *shape.image_size)
+        return torch.zeros(1, *self._image_shape)
 
     def _evaluate(self) -> dict[str, Any]:
         if self.val_loader is None:
@@ -300,13 +302,3 @@ class Run:
         if self.first and self.output is not None:
             kept = f"{self.output} holds epoch {done}" if done else "no epoch was finished"
             tqdm.write(f"stopped: {kept}; the same call goes on from there", file=sys.stderr)
-
-
-def _check_dtype(name: str, model: nn.Module) -> None:
-    others = {p.dtype for p in model.parameters()} - {torch.float32}
-    if others:
-        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
-        raise UsageError(
-            f"{name} must be in float32 for fine-tuning, got {found}: give {name}.float(); amp "
-            "computes in half precision where it pays"
-        )

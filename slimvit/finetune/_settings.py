@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from slimvit.checks import number, one_of, whole
+from slimvit.errors import UsageError
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}
 
+_MOST_SEED = 2**32 - 1  # NumPy's
 _WHOLE = ("epochs", "seed", "frozen_epochs")
 _POSITIVE = ("lr", "temperature")
 _NOT_NEGATIVE = (
@@ -29,14 +31,15 @@ class Settings:
         epochs: passes over the images; 0 changes nothing.
         lr: learning rate at its highest.
         weight_decay: AdamW's.
-        warmup_epochs: epochs of linear warm-up, part of `epochs`; may be a fraction.
+        warmup_epochs: epochs of linear warm-up, part of `epochs`, half of them at most; may be a
+            fraction.
         min_lr: where the cosine ends, as a fraction of `lr`.
         temperature: of the distillation.
         alpha: weight of the labels, in [0, 1]; the dense model's answers have the rest.
         clip: largest norm of the gradient; 0 for no clipping.
         amp: mixed precision: "auto", "bfloat16", "float16" or "none".
         ema_decay: average the weights with this decay and keep the average; None for no average.
-        seed: of shuffling, augmentation, drop path and drawn decisions.
+        seed: of shuffling, augmentation, drop path and drawn decisions, below 2³².
         keep_weight: for plans with selectors, weight of the average kept shares' distance from
             the plan's; with it the loss is SPViT's and `temperature` and `alpha` have no say.
         class_weight: there, weight of the dense model's answers; labels have 1.
@@ -68,6 +71,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name in _WHOLE:
             whole(name, getattr(self, name), 0)
+        if self.seed > _MOST_SEED:
+            raise UsageError(f"seed must be at most {_MOST_SEED}, got {self.seed}")
         for name in _POSITIVE:
             number(name, getattr(self, name), above=0)
         for name in _NOT_NEGATIVE:

@@ -18,20 +18,26 @@ from slimvit.files import atomic_write
 FORMAT = "slimvit-finetune"
 
 
-def resume_path(output: Path) -> Path:
+def resume_path(output: str | Path) -> Path:
     """The file beside `output` that an unfinished run goes on from."""
+    output = Path(output)
     return output.with_name(f"{output.stem}.resume.safetensors")
 
 
-def plan_path(output: Path) -> Path:
+def plan_path(output: str | Path) -> Path:
     """The file beside `output` that holds the dynamic plan which belongs to its weights."""
+    output = Path(output)
     return output.with_name(f"{output.stem}.plan.safetensors")
 
 
-def save_weights(output: Path, model: nn.Module, info: dict[str, Any]) -> None:
+def save_weights(output: str | Path, model: nn.Module, info: dict[str, Any]) -> None:
     """Write a state dict in timm's names, float32 or whatever the model has, and a plan beside it.
 
     What is a dynamic plan's is in the plan's own file, `<stem>.plan.safetensors`.
+
+    Raises:
+        PlanError: the plan has no kind to be saved under.
+        OSError: the folder is missing or not writable, or the disk is full.
     """
     plan = getattr(model, "plan", None)
     if plan is not None:

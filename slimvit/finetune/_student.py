@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from slimvit.dynamic import Planner, SPViT
+from slimvit.errors import UsageError
+from slimvit.evaluate import image_shape
 from slimvit.models import block_module, spec
 
 
@@ -81,3 +83,30 @@ def plan_of(slim: nn.Module) -> Planner | None:
 def _one(logits: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """The mean of a distilled model's two answers, which timm gives apart if told to."""
     return sum(logits) / 2 if isinstance(logits, tuple) else logits
+
+
+def check_models(slim: nn.Module, dense: nn.Module) -> None:
+    """Refuse models that cannot be student and teacher of each other.
+
+    Raises:
+        UsageError: one is not in float32, or they differ in classes or image size.
+    """
+    _check_dtype("slim", slim)
+    _check_dtype("dense", dense)
+    pairs = {
+        "number of classes": [getattr(model, "num_classes", None) for model in (slim, dense)],
+        "image shape": [image_shape(model) for model in (slim, dense)],
+    }
+    for name, (own, wanted) in pairs.items():
+        if None not in (own, wanted) and own != wanted:
+            raise UsageError(f"slim must have the {name} of dense, {wanted}, got {own}")
+
+
+def _check_dtype(name: str, model: nn.Module) -> None:
+    others = {p.dtype for p in model.parameters()} - {torch.float32}
+    if others:
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+        raise UsageError(
+            f"{name} must be in float32 for fine-tuning, got {found}: give {name}.float(); amp "
+            "computes in half precision where it pays"
+        )

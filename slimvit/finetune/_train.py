@@ -37,8 +37,8 @@ def finetune(
     Args:
         slim: what `apply_masks` returns, in float32; trained in place.
         dense: the teacher, in float32, on the same device; not changed.
-        loader: batches (images [b, C, H, W], targets [b] int64, negative for no label); has a
-            length, and its attribute `epoch` is set where it has one.
+        loader: batches (images [b, C, H, W], of any floating dtype, targets [b] int64, negative for
+            no label); has a length, and its attribute `epoch` is set where it has one.
         val_loader: images to evaluate on before the first and after every epoch.
         output: safetensors file for the weights, in timm's names, written whole after each epoch;
             `<stem>.resume.safetensors` beside it lets the same call go on after a kill, and
@@ -52,8 +52,9 @@ def finetune(
 
     Raises:
         UsageError: a setting out of range, a model that is not in float32 or frozen as a whole,
-            `output` is a device, or a batch is not (images, targets) of these shapes or has labels,
-            where they count, that are no classes of the models.
+            the models differ in classes or image size, `output` is a device or cannot be written,
+            or a batch is not (images, targets) of these shapes or has labels, where they count,
+            that are no classes of the models.
         PlanError: the plan has no kind to be saved under, and `output` is given.
         SlimvitError: a loss or gradient that is not finite; the last epoch's files remain.
     """

@@ -19,11 +19,8 @@ VERSION = 1
 
 
 def save(masks: Masks, path: str | os.PathLike[str]) -> None:
-    tensors = {"keep": masks.keep.contiguous()}
-    if masks.scores is not None:
-        tensors["scores"] = masks.scores.float().contiguous()
-    if masks.errors is not None:
-        tensors["errors"] = masks.errors.float().contiguous()
+    tensors = {name: getattr(masks, name) for name in ("keep", "scores", "errors")}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from slimvit.checks import number, one_of, whole
+from slimvit.checks import number, one_of, whole, wholes
 from slimvit.errors import MasksError
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Masks:
         model: timm name of the model that the masks belong to, or "" if unknown.
         image_size: height and width in pixels, or None if unknown.
         tolerance: the error tolerance of the search, or None.
-        scores: float32 [L, N], the score of each token at each block, or None.
-        errors: float32 [L], the relative error that each block reached, or None.
+        scores: float32 [L, N], finite, the score of each token at each block, or None.
+        errors: float32 [L], finite, the relative error that each block reached, or None.
         data: fingerprint of the calibration images, or "".
 
     Raises:
@@ -63,11 +63,12 @@ class Masks:
         if self.image_size is not None:
             object.__setattr__(self, "image_size", _pair("image_size", self.image_size))
         _check(self)
-        for name in ("keep", "scores", "errors"):
+        # The caller's own may change later, and what was checked would not hold.
+        keep = self.keep.detach().clone(memory_format=torch.contiguous_format)
+        object.__setattr__(self, "keep", keep)
+        for name, shape in (("scores", keep.shape), ("errors", keep.shape[:1])):
             if (given := getattr(self, name)) is not None:
-                # The caller's own may change later, and what was checked would not hold.
-                own = given.detach().clone(memory_format=torch.contiguous_format)
-                object.__setattr__(self, name, own)
+                object.__setattr__(self, name, _float32(name, given, tuple(shape)))
 
     def __repr__(self) -> str:
         name = f"{self.model}, " if self.model else ""
@@ -103,7 +104,11 @@ class Masks:
         return torch.argsort(self.keep.sum(0), descending=True, stable=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; it appears whole or not at all."""
+        """Write a safetensors file; it appears whole or not at all.
+
+        Raises:
+            OSError: the folder is missing or not writable, or the disk is full.
+        """
         from slimvit.masks._file import save
 
         save(self, path)
@@ -167,7 +172,7 @@ class Masks:
         """
         grid, prefix = _pair("grid", grid), whole("prefix", prefix, 0, MasksError)
         tokens = grid[0] * grid[1] + prefix
-        counts = [whole("each of counts", n, error=MasksError) for n in counts]
+        counts = wholes("counts", counts, error=MasksError)
         if not counts or any(not 1 <= n <= tokens for n in counts):
             raise MasksError(f"kept counts must lie in [1, N] = [1, {tokens}], got {list(counts)}")
         if any(b > a for a, b in zip(counts, counts[1:], strict=False)):
@@ -210,6 +215,7 @@ class Masks:
         depth = whole("depth", depth, 1, MasksError)
         grid, prefix = _pair("grid", grid), whole("prefix", prefix, 0, MasksError)
         keep_ratio = number("keep_ratio", keep_ratio, least=0, most=1, error=MasksError)
+        head_tokens = whole("head_tokens", head_tokens, 1, MasksError)
         kept = prefix + round(keep_ratio * grid[0] * grid[1])
         counts = [kept] * (depth - 1) + [min(head_tokens, kept)]
         return Masks.from_counts(counts, grid, prefix, scores=scores, **info)
@@ -256,6 +262,21 @@ def _scores(given: Any, tokens: int) -> Tensor:
     return scores
 
 
+def _float32(name: str, given: Any, shape: tuple[int, ...]) -> Tensor:
+    """A copy of a tensor of finite real numbers, float32 on the CPU."""
+    if not isinstance(given, Tensor):
+        raise MasksError(f"{name} must be a tensor {list(shape)}, got {type(given).__name__}")
+    if tuple(given.shape) != shape:
+        raise MasksError(f"{name} must be {list(shape)}, got {list(given.shape)}")
+    if given.dtype == torch.bool or given.is_complex() or given.is_meta:
+        raise MasksError(f"{name} must be real numbers, got {given.dtype} on {given.device}")
+    form = torch.contiguous_format
+    own = given.detach().to("cpu", torch.float32, copy=True, memory_format=form)
+    if not own.isfinite().all():
+        raise MasksError(f"{name} must be finite, got NaN or infinity")
+    return own
+
+
 def _check(masks: Masks) -> None:
     keep, prefix, grid = masks.keep, masks.prefix, masks.grid
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.dim() != 2:
@@ -282,14 +303,6 @@ def _check(masks: Masks) -> None:
     if len(missing):
         layer, token = missing[0].tolist()
         raise MasksError(f"prefix tokens must be kept: block {layer + 1} prunes token {token}")
-    for name, value, shape in (
-        ("scores", masks.scores, tuple(keep.shape)),
-        ("errors", masks.errors, (keep.shape[0],)),
-    ):
-        if value is not None and not isinstance(value, Tensor):
-            raise MasksError(f"{name} must be a tensor {list(shape)}, got {type(value).__name__}")
-        if value is not None and tuple(value.shape) != shape:
-            raise MasksError(f"{name} must be {list(shape)}, got {list(value.shape)}")
     for name, text in (("model", masks.model), ("data", masks.data)):
         if not isinstance(text, str):
             raise MasksError(f"{name} must be text, got {text!r}")

@@ -17,7 +17,7 @@ from slimvit.errors import DataError, PlanError, SearchError, SlimvitError, Usag
 from slimvit.models import Spec, evaluating, spec
 from slimvit.runtime import apply_masks
 from slimvit.search.budget import measure_speedup
-from slimvit.search.features import images_of
+from slimvit.search.features import Peeked, images_of
 from slimvit.search.reduce import ExactMean, all_sum, rank
 
 SHAPES = tuple(
@@ -36,8 +36,8 @@ class Trial(NamedTuple):
         counts: tokens that each block keeps.
         divergence: mean KL(dense ‖ slim) of the answers, in nats; of a model without classes, the
             mean relative squared error of its features.
-        error: standard error of its difference to the divergence of `Absorb`'s own counts; None
-            where those were not tried.
+        error: standard error of its difference to the divergence of `Absorb`'s own counts; infinite
+            of one image, None where those were not tried.
     """
 
     counts: tuple[int, ...]
@@ -65,7 +65,8 @@ def fit_absorb(
 
     Args:
         model: a dense timm VisionTransformer; not changed.
-        loader: batches of images [b, C, H, W], or tuples that begin with them; None for no images.
+        loader: batches of images [b, C, H, W], or tuples that begin with them, read once;
+            None for no images.
         cut: share of the dense multiply–accumulates to save, in (0, 1); or
         speedup: images per second over the dense model's to reach, > 1, measured on the model's
             device with the loader's batch size (1 without a loader).
@@ -89,8 +90,10 @@ def fit_absorb(
     if speedup is not None:
         speedup = number("speedup", speedup, above=1)
     shape, images = spec(model), None
+    loader = None if loader is None else Peeked(loader)
     if cut is None:
-        images = _first(shape, loader)
+        blank = torch.zeros(1, shape.in_chans, *shape.image_size)
+        images = blank if loader is None else loader.first
         cut = _cut_for(model, shape, speedup, images)
     if loader is None:
         return _plans(shape, cut, [Shape()])[0], ()
@@ -137,7 +140,7 @@ def divergences(
         raise DataError("no images to choose a schedule by")
     means, squares = mean.mean().chunk(2)
     variance = (squares - (means - means[beside]).square()).clamp(min=0)
-    errors = (variance / max(1, images - 1)).sqrt()
+    errors = (variance / (images - 1)).sqrt() if images > 1 else torch.full_like(means, torch.inf)
     return list(zip(means.tolist(), errors.tolist()))
 
 
@@ -209,13 +212,6 @@ def _counts(shape: Spec, cut: float, fall: Shape) -> tuple[int, ...] | None:
         return counts_for_cut(shape, cut, lambda counts: Absorb(counts=counts), fall)
     except PlanError:
         return None
-
-
-def _first(shape: Spec, loader: Iterable | None) -> Tensor | None:
-    """A batch to time: the loader's first, if this process has any, or one blank image."""
-    if loader is None:
-        return torch.zeros(1, shape.in_chans, *shape.image_size)
-    return next(images_of(loader), None)
 
 
 def _cut_for(model: nn.Module, shape: Spec, speedup: float, images: Tensor | None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimvit import macs, models
-from slimvit.checks import whole
 from slimvit.errors import SearchError, UsageError
 from slimvit.masks import Masks
 from slimvit.search import identity
 from slimvit.search.algorithm1 import Found, Settings, run
 from slimvit.search.budget import bisect, measure_speedup, uniform_counts
-from slimvit.search.features import Features, images_of
+from slimvit.search.features import Features, Peeked
 from slimvit.search.options import Budget, read_budget, read_settings
 from slimvit.search.reduce import rank
 from slimvit.search.scores import Score
@@ -144,21 +143,20 @@ def search(
     )
     if settings.epochs > 0 and next(model.parameters()).dtype == torch.float16:
         raise UsageError("block fine-tuning needs a float32 or bfloat16 model, got float16")
-    cache_bytes = whole("cache_bytes", cache_bytes, 0)
     if uniform:
         settings = replace(settings, counts=uniform_counts(spec, budget.cut, semantics))
     dense = copy.deepcopy(model).eval().requires_grad_(False)
     known = {} if state is None else identity.of_settings(dense, settings, budget, score)
     saved = State(state, known, restart)
     progress = progress and rank() == 0
-    first = _FirstBatch(loader)
+    images = Peeked(loader)
     features = Features(
-        dense, first, cache_bytes=cache_bytes, directory=cache_dir, progress=progress
+        dense, images, cache_bytes=cache_bytes, directory=cache_dir, progress=progress
     )
     try:
         saved.check(identity.of_images(features, settings, budget))
         session = _Session(dense, features, spec, saved, progress)
-        found = session.search(settings, budget, first.images)
+        found = session.search(settings, budget, images.first)
         result = session.result(found, settings)
     except SearchError:
         saved.remove()
@@ -254,18 +252,3 @@ class _Session:
         ]
         report.sort(key=lambda entry: entry.layer)
         return Result(masks, model, tuple(report), macs.cut(self.spec, masks))
-
-
-class _FirstBatch:
-    """Iterates over a loader's images and remembers the first batch, None until there is one."""
-
-    images: Tensor | None = None
-
-    def __init__(self, loader: Iterable) -> None:
-        self._loader = loader
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for images in images_of(self._loader):
-            if self.images is None:
-                self.images = images
-            yield images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Hashable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimvit import models
+from slimvit.checks import whole
 from slimvit.errors import DataError, SlimvitError, UsageError
 from slimvit.ops import slim_block
 from slimvit.runtime.accelerated import check_floating
@@ -25,13 +27,20 @@ class TensorStore:
     Args:
         limit: bytes held in memory.
         directory: where the temporary folder is made; None for the system's.
+
+    Raises:
+        UsageError: the limit is no size, or no folder can be made there.
     """
 
     def __init__(self, limit: int, directory: str | None = None) -> None:
-        self._free = limit
+        self._free = whole("cache_bytes", limit, 0)
         self._memory: dict[Hashable, Tensor] = {}
         self._files: dict[Hashable, tuple[Path, torch.Size, torch.dtype]] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="slimvit-", dir=directory)
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="slimvit-", dir=directory)
+        except (OSError, TypeError) as error:
+            rule = "cache_dir must be a folder that can be written to"
+            raise UsageError(f"{rule}, got {directory!r}: {error}") from error
 
     def put(self, key: Hashable, value: Tensor) -> None:
         """Store a copy of `value` under `key`; what stood there is replaced."""
@@ -147,6 +156,23 @@ class Features:
     def close(self) -> None:
         """Free the memory and the disk."""
         self._store.close()
+
+
+class Peeked:
+    """A loader's images, once over, of which the first batch may be looked at beforehand."""
+
+    def __init__(self, loader: Iterable) -> None:
+        self._rest = images_of(loader)
+
+    @cached_property
+    def first(self) -> Tensor | None:
+        """The first batch; None where there is none."""
+        return next(self._rest, None)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.first is not None:
+            yield self.first
+        yield from self._rest
 
 
 def images_of(loader: Iterable) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from slimvit import models
-from slimvit.checks import number, one_of, whole
+from slimvit.checks import number, one_of, whole, wholes
 from slimvit.errors import UsageError
 from slimvit.masks import SEMANTICS, Masks
 from slimvit.models import Spec
@@ -18,6 +18,7 @@ _BOUNDS = {
     "cut": {"above": 0, "below": 1},
     "speedup": {"above": 1},
 }
+_MOST_SEED = 2**53  # a thousandfold of it, for each block its own, is a seed of torch's as well
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,20 @@ def read_settings(
         epochs=whole("epochs", epochs, 0),
         lr=number("lr", lr, above=0),
         semantics=one_of("semantics", semantics, SEMANTICS),
-        seed=whole("seed", seed),
+        seed=read_seed(seed),
     )
+
+
+def read_seed(seed: int) -> int:
+    """A seed that a seed for each block can be made of.
+
+    Raises:
+        UsageError: it is no whole number, or too large.
+    """
+    found = whole("seed", seed)
+    if abs(found) > _MOST_SEED:
+        raise UsageError(f"seed must lie between -2^53 and 2^53, got {found}")
+    return found
 
 
 def read_score(score: str | Score, known: Iterable[str]) -> Score:
@@ -101,7 +114,9 @@ def read_score(score: str | Score, known: Iterable[str]) -> Score:
 
 def _counts(values: Sequence[int], spec: Spec) -> tuple[int, ...]:
     """Kept counts n_1 … n_L that fit the model and end with what the head reads."""
-    counts = tuple(whole("each of counts", value) for value in values)
+    counts = wholes("counts", values)
+    if len(counts) != spec.depth:
+        raise UsageError(f"counts must be one for each of {spec.depth} blocks, got {len(counts)}")
     models.check_masks(Masks.from_counts(counts, spec.grid, spec.prefix), spec)
     if counts[-1] != spec.head_tokens:
         raise UsageError(

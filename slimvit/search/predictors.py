@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimvit import models
-from slimvit.checks import number, whole
+from slimvit.checks import number, whole, wholes
 from slimvit.dynamic import DPS
 from slimvit.dynamic.dps import Predictor
 from slimvit.dynamic.seeded import seeded
@@ -21,7 +21,7 @@ from slimvit.masks import Masks
 from slimvit.models import Spec
 from slimvit.search.features import Features, images_of
 from slimvit.search.image_scores import block_scores
-from slimvit.search.options import read_score
+from slimvit.search.options import read_score, read_seed
 from slimvit.search.reduce import ExactMean, own_batches, rank
 from slimvit.search.scores import SCORES, Score
 from slimvit.search.spread import spread_pattern
@@ -128,7 +128,7 @@ def fit_dps(
         epochs=whole("epochs", epochs, 1),
         lr=number("lr", lr, above=0),
         spread=number("spread", spread, least=0),
-        seed=whole("seed", seed),
+        seed=read_seed(seed),
         views=2 if flip else 1,
     )
     score = read_score(score, (name for name in SCORES if name != "random"))
@@ -272,7 +272,7 @@ def _mirrored(loader: Iterable) -> Iterator[Tensor]:
 def _counts(masks: Masks | Sequence[int], spec: Spec) -> tuple[int, ...]:
     """The counts, once the masks are known to be of this model."""
     if not isinstance(masks, Masks):
-        return tuple(whole("each of counts", value) for value in masks)
+        return wholes("counts", masks)
     models.check_masks(masks, spec)
     if masks.semantics != "drop":
         raise MasksError(f"DPS drops what it prunes: semantics must be drop, got {masks.semantics}")

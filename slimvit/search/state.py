@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from slimvit.errors import SlimvitError
-from slimvit.files import atomic_write
+from slimvit.files import atomic_write, refuse_unwritable
 from slimvit.search.algorithm1 import Found
 from slimvit.search.reduce import rank
 
@@ -30,6 +30,7 @@ class State:
         restart: ignore and replace what stands at `path`.
 
     Raises:
+        UsageError: no file can be written there.
         SlimvitError: the file belongs to another search or cannot be read.
     """
 
@@ -41,6 +42,8 @@ class State:
         self._theirs: dict[str, str] | None = None
         self._passes: dict[str, list[Found]] = {}
         self.notes: dict[str, float] = {}
+        if self._path is not None:
+            refuse_unwritable("state", self._path)
         if self._path is not None and self._path.exists() and not restart:
             self._read()
         self.check(identity)

@@ -48,7 +48,7 @@ def fit_thresholds(
         DataError: the loader has no images.
         SlimvitError: images are integers, or the model's numbers are not finite.
     """
-    if type(plan).choose is not Absorb.choose:
+    if getattr(type(plan), "choose", None) is not Absorb.choose:
         raise UsageError(f"thresholds are for Absorb, got {type(plan).__name__}")
     shape = spec(model)
     counts = plan.bind(shape).counts
