@@ -90,7 +90,7 @@ def bench(
     setting = Setting(device, batch, precision, timing.threads, backend)
     shape = spec(model)
     model = copy.deepcopy(model).float().eval()
-    masks = _kept(apply_masks(model, masks))
+    masks = apply_masks(model, masks).kept
     images = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
     with (
         cpu_threads(timing.threads),
@@ -126,11 +126,6 @@ def bench(
         dense_gmacs=gmacs(shape),
         peaks=_machine.peaks(device, timing.threads),
     )
-
-
-def _kept(slim: nn.Module) -> Masks | Planner:
-    """What a slimmed model keeps: its masks, or its plan."""
-    return getattr(slim, "plan", None) or slim.masks
 
 
 def _prepare(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ from slimvit.finetune import (
     plan_path,
     resume_path,
     spvit_settings,
-    timm_weights,
 )
 from slimvit.macs import cut
 from slimvit.models import spec
@@ -129,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             **settings,
         )
         if common.is_first():
-            _report(args, result, images, cut(spec(dense), kept), _measure(latency, dense, result))
+            _report(args, result, images, cut(spec(dense), kept), _measure(latency, result))
     return 0
 
 
@@ -190,14 +188,10 @@ def _settings(args: argparse.Namespace, kept: Masks | Planner, world: int) -> di
     return given | {name: usual.get(name, getattr(Settings(), name)) for name in missing}
 
 
-def _measure(
-    latency: _spvit.Target | None, dense: nn.Module, result: Result
-) -> dict[str, Any] | None:
+def _measure(latency: _spvit.Target | None, result: Result) -> dict[str, Any] | None:
     if latency is None:
         return None
-    tuned = copy.deepcopy(dense)
-    tuned.load_state_dict(timm_weights(result.model))
-    return latency.measure(tuned, result.model.plan)
+    return latency.measure(result.model.dense(), result.model.plan)
 
 
 def _report(

@@ -48,6 +48,11 @@ class SlimCalls:
             )
         super().reset_classifier(num_classes)
 
+    @property
+    def kept(self) -> Any:
+        """What it keeps: its masks, or its plan."""
+        return self.masks if hasattr(self, "masks") else self.plan
+
     def dense(self) -> nn.Module:
         """A copy of this model as timm has it, in the class that it was slimmed from.
 

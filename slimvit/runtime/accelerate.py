@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from slimvit import models
 from slimvit.backends import choose
 from slimvit.backends.forks import guard_forks
-from slimvit.checks import one_of, whole
+from slimvit.checks import one_of, wholes
 from slimvit.dynamic import Planner
 from slimvit.errors import UsageError
 from slimvit.masks import Masks
@@ -70,7 +70,7 @@ def accelerate(
         MasksError, PlanError: the masks or the plan are wrong or do not fit the model.
         SlimvitError: the back end or the precision cannot run here; the message says why.
     """
-    sizes = _sizes(batch_sizes)
+    sizes = wholes("batch_sizes", batch_sizes, 1)
     if masks is None:
         model, masks = _apart(model)
     slim = apply_masks(model, masks)
@@ -101,7 +101,7 @@ def _apart(slim: nn.Module) -> tuple[nn.Module, Masks | Planner]:
     """A slimmed model's dense model and its masks or plan."""
     if not isinstance(slim, SlimCalls):
         raise UsageError(f"masks must be given with a dense model, got {type(slim).__name__} alone")
-    return slim.dense(), getattr(slim, "plan", None) or slim.masks
+    return slim.dense(), slim.kept
 
 
 def _compiled(
@@ -123,12 +123,6 @@ def _compiled(
     return FusedDynamicViT(folded, plan, choosers, parts, dtype, backend, shape)
 
 
-def _sizes(given: Iterable[int]) -> list[int]:
-    if not isinstance(given, Iterable):
-        raise UsageError(f"batch_sizes must be whole numbers in a list, got {given!r}")
-    return [whole("each of batch_sizes", size, 1) for size in given]
-
-
 def _dtype(precision: str | None, own: torch.dtype) -> torch.dtype:
     """What to compute in; None keeps the model's own dtype."""
     if precision is None and own not in PRECISIONS.values():
@@ -137,7 +131,7 @@ def _dtype(precision: str | None, own: torch.dtype) -> torch.dtype:
     return own if precision is None else PRECISIONS[one_of("precision", precision, PRECISIONS)]
 
 
-def _check_graphs(plan: Planner | None, device: torch.device, sizes: list[int]) -> None:
+def _check_graphs(plan: Planner | None, device: torch.device, sizes: Sequence[int]) -> None:
     if plan is not None and plan.ragged:
         raise UsageError("cuda_graphs needs a plan whose images all keep as many patches")
     if device.type != "cuda" or not sizes:
