@@ -19,6 +19,7 @@ MODULE = BUILD / f"_cpu{builds.SUFFIX}"
 # Freed memory waits in quarantine there, so that memory does grow.
 TESTS = [
     "test_cpu_block.py",
+    "test_cpu_extremes.py",
     "test_cpu_vit.py",
     "test_slim_vit.py",
     "test_cpu_choice.py",
