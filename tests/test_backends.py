@@ -2,6 +2,7 @@
 
 import logging
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -216,41 +217,41 @@ def test_a_forked_process_computes_on_one_thread(run_from, backend):
     assert lines == ["1 True", "0 2"]
 
 
-def test_a_forked_process_may_be_the_first_to_call_an_operator(run_from):
+@pytest.fixture
+def forking(run_from) -> Callable[[str], list[str]]:
+    """Run code that has `compute()`, the operator `slim_block` of packed weights; its output."""
     if (reason := why_not("cpu", "cpu", torch.float32)) is not None:
         pytest.skip(reason)
-    lines = run_from(
-        Path(__file__).parent.parent,
-        f"sys.path.append({str(Path(__file__).parent)!r})\n"
-        "import os, signal, torch\n"
+    tests = Path(__file__).parent
+    given = (
+        f"sys.path.append({str(tests)!r})\n"
+        "import os, signal, threading, torch\n"
         "from slimvit.ops import FoldedBlock, pack_block\n"
         "from test_cpu_block import Case, make_parts\n"
+        "pack = pack_block(FoldedBlock(make_parts(Case(5, 3))))\n"
+        "def compute():\n"
+        "    return torch.ops.slimvit.slim_block(torch.zeros(5, 2, 64), pack, 3)\n"
+    )
+    return lambda code: run_from(tests.parent, given + code)
+
+
+def test_a_forked_process_may_be_the_first_to_call_an_operator(forking):
+    lines = forking(
         "torch.set_num_threads(2)\n"
-        "pack = pack_block(FoldedBlock(make_parts(Case(63, 40))))\n"
         "torch.ones(1_000_000).exp()\n"
         "if (child := os.fork()) == 0:\n"
         "    signal.alarm(20)\n"
-        "    out = torch.ops.slimvit.slim_block(torch.zeros(63, 4, 64), pack, 40)\n"
-        "    print(bool(out.isfinite().all()), flush=True)\n"
+        "    print(bool(compute().isfinite().all()), flush=True)\n"
         "    os._exit(0)\n"
-        "print(os.waitpid(child, 0)[1])\n",
+        "print(os.waitpid(child, 0)[1])\n"
     )
     assert lines == ["True", "0"]
 
 
-def test_a_process_may_fork_while_its_threads_compute(run_from):
+def test_a_process_may_fork_while_its_threads_compute(forking):
     """What they hold at that moment is not held for ever in the child."""
-    if (reason := why_not("cpu", "cpu", torch.float32)) is not None:
-        pytest.skip(reason)
-    lines = run_from(
-        Path(__file__).parent.parent,
-        f"sys.path.append({str(Path(__file__).parent)!r})\n"
-        "import os, signal, threading, torch\n"
-        "from slimvit.ops import FoldedBlock, pack_block\n"
-        "from test_cpu_block import Case, make_parts\n"
+    lines = forking(
         "torch.set_num_threads(1)\n"
-        "pack = pack_block(FoldedBlock(make_parts(Case(5, 3))))\n"
-        "def compute(): torch.ops.slimvit.slim_block(torch.zeros(5, 1, 64), pack, 3)\n"
         "def serve():\n"
         "    while True: compute()\n"
         "for _ in range(2): threading.Thread(target=serve, daemon=True).start()\n"
@@ -262,6 +263,6 @@ def test_a_process_may_fork_while_its_threads_compute(run_from):
         "    status = os.waitpid(child, 0)[1]\n"
         "    if status: break\n"
         "print(status, flush=True)\n"
-        "os._exit(0)\n",
+        "os._exit(0)\n"
     )
     assert lines == ["0"]
