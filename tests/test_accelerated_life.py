@@ -1,6 +1,7 @@
 """An accelerated model among gradients, state dicts, and what is changed after it was made."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -75,10 +76,30 @@ def test_masks_that_are_written_to_later(backend):
     assert all(map(torch.equal, fast.kept_sets(images), wanted))
 
 
-def test_a_new_head_has_its_number_of_classes():
-    model, fast = pair()
+def same(fast: AcceleratedViT) -> AcceleratedViT:
+    return fast
+
+
+def pickled(fast: AcceleratedViT) -> AcceleratedViT:
+    return pickle.loads(pickle.dumps(fast))
+
+
+@pytest.mark.parametrize("copied", [same, copy.deepcopy, pickled])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("plan", [None, Absorb(counts=[12, 8, 1])])
+def test_a_head_that_changes_later(plan, backend, copied):
+    model = build("deit")
+    images, plan = random_images(model, 2), plan or random_masks(model)
+    fast = copied(accelerate(model, plan, backend=backend))
+    before = fast(images)
+    for name in ("weight", "bias"):
+        getattr(fast.network.head, name).mul_(2)
+        fast = copied(fast)
+    assert off(fast(images), 2 * before) < 1e-5
     fast.network.reset_classifier(3)
-    assert fast.num_classes == fast(random_images(model, 1)).shape[1] == 3
+    features = fast.forward_features(images)
+    assert fast.num_classes == fast(images).shape[1] == 3
+    assert off(fast(images), fast.forward_head(features)) < 1e-5
 
 
 PLANS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,11 @@ from slimvit.runtime.accelerated import (
 class PackedViT(AcceleratedViT):
     """A slimmed model whose weights are packed for one processor and one precision.
 
+    A head that is replaced or changed later takes over from the packed one. What is written through
+    `.data` is not noticed, nor what changes after the model was compiled or traced.
+
     Attributes:
-        packed: the network in front of the head.
+        packed: the network, with its head where that is made of linear layers alone.
     """
 
     def __init__(
@@ -33,12 +37,32 @@ class PackedViT(AcceleratedViT):
         image_shape: tuple[int, int, int],
     ) -> None:
         super().__init__(network, "cpu", image_shape)
-        self.packed = PackedNetwork(parts, dtype)
-        network.keep_head()
-        network.to(dtype)
+        self._take(PackedNetwork(parts, dtype))
+
+    def _take(self, packed: PackedNetwork) -> None:
+        """Compute with a packed network; of the other only the head stays."""
+        self.packed = packed
+        self.network.keep_head()
+        self.network.to(packed.dtype)
+        self._packed_head = self._head() if packed.classes else None
+
+    def _head(self) -> list[tuple[Tensor, int]]:
+        """The weights of the head, and how often each has been written to."""
+        heads = [getattr(self.network, name, None) for name in ("head", "head_dist")]
+        held = [getattr(head, name, None) for head in heads for name in ("weight", "bias")]
+        return [(tensor, tensor._version) for tensor in held if tensor is not None]
+
+    def _head_is_packed(self) -> bool:
+        if self._packed_head is None or torch.compiler.is_compiling():
+            return self._packed_head is not None
+        now = self._head()
+        return len(now) == len(self._packed_head) and all(
+            tensor is packed and version == before
+            for (tensor, version), (packed, before) in zip(now, self._packed_head)
+        )
 
     def _logits(self, images: Tensor) -> Tensor:
-        if self.packed.classes:
+        if self._head_is_packed():
             return self.packed(self._cast_images(images))
         tokens = self.packed.forward_tokens(self._cast_images(images))
         return self.network.forward_head(self._cast(tokens))
@@ -70,6 +94,15 @@ class PackedViT(AcceleratedViT):
                 "backend='torch'"
             )
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = [] if self._head_is_packed() else None
+        return {**super().__getstate__(), "_packed_head": kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._packed_head is not None:  # a copy's weights are others
+            self._packed_head = self._head()
 
     def _load_from_state_dict(self, *_: object) -> None:
         raise SlimvitError(no_state(self.backend))

@@ -40,9 +40,7 @@ class PackedDynamicViT(PackedViT):
         AcceleratedViT.__init__(self, network, "cpu", image_shape)
         self.masks = None
         parts = parts._replace(counts=plan.counts)
-        self.packed = DynamicNetwork(parts, choosers, dtype)
-        network.keep_head()
-        network.to(dtype)
+        self._take(DynamicNetwork(parts, choosers, dtype))
         network.plan = plan
 
     def forward_features(self, images: Tensor) -> Tensor:
