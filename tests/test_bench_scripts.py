@@ -97,6 +97,29 @@ def test_charts_are_drawn_from_the_results(tmp_path):
     assert pictures == ["accuracy.png", "speed-a-processor-t1-b8-float32.png"]
 
 
+def test_ratios_of_written_runs_are_those_that_were_told(tmp_path, capsys):
+    path = tmp_path / "speed.csv"
+    append_csv(path, report(ROWS))
+    ratios = script("ratios")
+    ratios.main([str(path)])
+    told = report(ROWS).ratios
+    wanted = [f"{told[name]:.2f}" if name in told else "" for name in ratios.TOLD]
+    assert wanted == ["2.00", "1.00", "2.00", "1.00", "0.91", ""]
+    last = capsys.readouterr().out.splitlines()[-1]
+    head = "| test_vit | a processor | 8 | float32 |  | 50.0 % | "
+    assert last == f"{head}{' | '.join(wanted)} |"
+    records = path.read_text().splitlines()
+    older = [records[0], *(record.rsplit(",", 1)[0] + "," for record in records[1:])]
+    path.write_text("\n".join(older) + "\n")  # of the medians: 198, 100, 200 and 100 a second
+    ratios.main([str(path)])
+    assert "| ≈ 1.98 | ≈ 0.99 | ≈ 1.98 | ≈ 0.99 | ≈ 1.00 |  |" in capsys.readouterr().out
+    path.write_text("a,b\n1,2\n")
+    for of in (path, tmp_path / "none.csv"):
+        with pytest.raises(SystemExit):
+            ratios.main([str(of)])
+    assert "none.csv" in capsys.readouterr().err
+
+
 def test_the_matrix_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     run = script("run")
     create = run.models.create

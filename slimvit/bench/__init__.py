@@ -10,7 +10,7 @@ from slimvit.bench._csv import CSV_COLUMNS, append_csv, check_csv
 from slimvit.bench._keep import format_keep, parse_keep
 from slimvit.bench._latency import LatencyTable, latency_table, time_calls
 from slimvit.bench._machine import commit, device_name
-from slimvit.bench._report import Report, Row
+from slimvit.bench._report import Report, Row, ratios_of
 from slimvit.bench._run import bench
 from slimvit.bench._runtimes import RUNTIMES, Runtime, Setting, Workload, openvino_core
 from slimvit.bench._target import keep_for_latency, measure_latency, plan_for_latency
@@ -38,5 +38,6 @@ __all__ = [
     "openvino_core",
     "parse_keep",
     "plan_for_latency",
+    "ratios_of",
     "time_calls",
 ]

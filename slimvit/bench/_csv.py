@@ -43,6 +43,7 @@ CSV_COLUMNS = (
     "openvino",
     "commit",
     "plan",
+    "rates",
 )
 
 

@@ -109,15 +109,11 @@ class Report:
 
     def find(self, runtime: str, pruned: bool) -> Row | None:
         """The row of a runtime; "slimvit" finds slimvit's, whatever its back end."""
-        for row in self.rows:
-            if row.pruned == pruned and runtime in (row.runtime, row.runtime.split(":")[0]):
-                return row
-        return None
+        return _find(self.rows, runtime, pruned)
 
     def strongest(self, pruned: bool) -> Row | None:
         """The fastest row of the other runtimes; None where there is none."""
-        others = [row for row in self.rows if not row.ours and row.pruned == pruned]
-        return max(others, key=lambda row: median(row.rates), default=None)
+        return _strongest(self.rows, pruned)
 
     def speedup(self, row: Row) -> float | None:
         """A pruned row over the same runtime's dense row: the median of the rounds' ratios."""
@@ -141,33 +137,8 @@ class Report:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Slim over dense by rounds, and how much of the ideal 1 / (1 − cut) that is.
-
-        `slim_over_strongest_dense` and `slim_over_strongest_slim` compare with the other runtimes,
-        `slim_over_own_dense` with the same back end; `…_over_ideal` divides by `ideal`;
-        `dense_over_strongest_dense` compares without any pruning; `plan_over_static` compares a
-        dynamic plan with static masks of the same counts: what choosing costs.
-        """
-        slim = self.find("slimvit", pruned=True)
-        against = {
-            "slim_over_strongest_dense": self.strongest(pruned=False),
-            "slim_over_own_dense": self.find("slimvit", pruned=False),
-            "slim_over_strongest_slim": self.strongest(pruned=True),
-        }
-        found = {"ideal": self.ideal}
-        for name, row in against.items():
-            if slim is None or row is None:
-                continue
-            found[name] = paired_ratio(slim.rates, row.rates)
-            if not row.pruned:
-                found[f"{name}_over_ideal"] = found[name] / self.ideal
-        dense, strongest = against["slim_over_own_dense"], against["slim_over_strongest_dense"]
-        if dense is not None and strongest is not None:
-            found["dense_over_strongest_dense"] = paired_ratio(dense.rates, strongest.rates)
-        twin = next((row for row in self.rows if row.runtime.endswith(STATIC)), None)
-        if slim is not None and slim.dynamic and twin is not None:
-            found["plan_over_static"] = paired_ratio(slim.rates, twin.rates)
-        return found
+        """See `ratios_of`."""
+        return ratios_of(self.rows, self.cut)
 
     @property
     def plan(self) -> str:
@@ -236,8 +207,58 @@ class Report:
                 "error": f"{row.error:.1e}",
             }
             speeds = {name: f"{rate:.2f}" for name, rate in row.images_per_second().items()}
+            speeds["rates"] = " ".join(f"{rate:.2f}" for rate in row.rates)
             records.append({**shared, **own, **speeds})
         return records
+
+
+def ratios_of(rows: Sequence[Row], cut: float) -> dict[str, float]:
+    """Slim over dense by rounds, and how much of the ideal 1 / (1 − cut) that is.
+
+    `slim_over_strongest_dense` and `slim_over_strongest_slim` compare with the other runtimes,
+    `slim_over_own_dense` with the same back end; `…_over_ideal` divides by `ideal`;
+    `dense_over_strongest_dense` compares without any pruning; `plan_over_static` compares a
+    dynamic plan with static masks of the same counts: what choosing costs.
+
+    Args:
+        rows: of one run.
+        cut: fraction of the MACs that the slim model saves.
+
+    Returns:
+        Those whose rows are there.
+    """
+    slim = _find(rows, "slimvit", pruned=True)
+    against = {
+        "slim_over_strongest_dense": _strongest(rows, pruned=False),
+        "slim_over_own_dense": _find(rows, "slimvit", pruned=False),
+        "slim_over_strongest_slim": _strongest(rows, pruned=True),
+    }
+    found = {"ideal": 1 / (1 - cut)}
+    for name, row in against.items():
+        if slim is None or row is None:
+            continue
+        found[name] = paired_ratio(slim.rates, row.rates)
+        if not row.pruned:
+            found[f"{name}_over_ideal"] = found[name] / found["ideal"]
+    dense, strongest = against["slim_over_own_dense"], against["slim_over_strongest_dense"]
+    if dense is not None and strongest is not None:
+        found["dense_over_strongest_dense"] = paired_ratio(dense.rates, strongest.rates)
+    twin = next((row for row in rows if row.runtime.endswith(STATIC)), None)
+    if slim is not None and slim.dynamic and twin is not None:
+        found["plan_over_static"] = paired_ratio(slim.rates, twin.rates)
+    return found
+
+
+def _find(rows: Sequence[Row], runtime: str, pruned: bool) -> Row | None:
+    for row in rows:
+        if row.pruned == pruned and runtime in (row.runtime, row.runtime.split(":")[0]):
+            return row
+    return None
+
+
+def _strongest(rows: Sequence[Row], pruned: bool) -> Row | None:
+    others = [row for row in rows if not row.ours and row.pruned == pruned]
+    return max(others, key=lambda row: median(row.rates), default=None)
 
 
 def paired_ratio(fast: Sequence[float], slow: Sequence[float]) -> float:
