@@ -1,16 +1,20 @@
 """The benchmark's structure and its refusals; no figure of speed is asserted anywhere."""
 
+import csv
 import importlib.util
 import json
 
 import pytest
 import torch
+from PIL import Image
 
+from slimvit import Absorb, apply_masks
 from slimvit import bench as benchmarks
 from slimvit.bench import RUNTIMES, Runtime, _rounds, bench, format_keep, parse_keep
 from slimvit.cli import main
 from slimvit.errors import MismatchError, SlimvitError, UsageError
-from slimvit.macs import cut
+from slimvit.export import sample_images
+from slimvit.macs import cut, gmacs, mean_gmacs
 from slimvit.masks import Masks
 from slimvit.models import spec
 
@@ -182,11 +186,50 @@ def test_a_runtime_that_fails_is_left_out_with_the_reason(vit, masks, monkeypatc
         ({"seconds": float("nan")}, "seconds must be finite and above 0, got nan"),
         ({"precision": "int8"}, "precision must be one of"),
         ({"against": ["tensorrt"]}, "each of against must be one of .*, got 'tensorrt'"),
+        ({"images": torch.zeros(1, 3, 64, 64)}, "at least one batch of 2, got 1"),
+        ({"images": torch.zeros(2, 3, 64, 8)}, r"\[M, 3, 64, 64\], floating point, got \[2, 3, 64"),
+        ({"images": torch.zeros(2, 3, 64, 64).int()}, r"got \[2, 3, 64, 64\], torch.int32"),
+        ({"images": "photographs"}, r"got str$"),
     ],
 )
 def test_bad_arguments_are_refused(vit, masks, options, message):
     with pytest.raises(UsageError, match=message):
         bench(vit, masks, **{**QUICK, "against": [], **options})
+
+
+def test_every_round_times_another_batch(vit, monkeypatch):
+    """The cut is that of the images that were timed, each keeping what it takes."""
+    timed = []
+    monkeypatch.setattr(
+        _rounds, "_round", lambda run, images, *_: timed.append(images) or _rounds.Round(1.0, 1.0)
+    )
+    plan = Absorb(counts=COUNTS, thresholds=[0.05] * 3)
+    images = sample_images((3, 64, 64), 7, seed=5).double()
+    report = bench(vit, plan, **QUICK | {"rounds": 4}, images=images, against=[], backend="torch")
+    rows = len(report.rows)
+    wanted = [images[start : start + 2].float() for start in (0, 2, 4, 0)]
+    assert all(map(torch.equal, timed, [batch for batch in wanted for _ in range(rows)]))
+    assert report.images == 6
+    slim = apply_masks(vit, plan).eval()
+    executed = mean_gmacs(spec(vit), slim.plan, slim, [images[:6].float()])
+    assert report.cut == pytest.approx(1 - executed / gmacs(spec(vit)))
+    other = bench(vit, plan, **QUICK, images=images[-2:], against=[], backend="torch")
+    assert other.cut != report.cut
+
+
+def test_the_command_on_photographs(tmp_path, capsys):
+    for i in range(5):
+        colour = torch.randint(256, (9, 9, 3), generator=torch.Generator().manual_seed(i))
+        Image.fromarray(colour.byte().numpy()).save(tmp_path / f"{i}.png")
+    arguments = ["bench", "--model", "test_vit", "--img-size", "64", "--absorb", "0.3"]
+    arguments += ["--seconds", "0.002", "--threads", "1", "--against", "none"]
+    arguments += ["--backend", "torch", "--data-dir", str(tmp_path), "-b", "2"]
+    assert main([*arguments, "--rounds", "2", "--csv", str(tmp_path / "r.csv")]) == 0
+    assert "timed on 4 images, a batch of 2 in each round" in capsys.readouterr().out
+    with (tmp_path / "r.csv").open(newline="") as file:
+        assert {record["images"] for record in csv.DictReader(file)} == {"4"}
+    assert main([*arguments, "--samples", "1"]) == 2
+    assert "images must be at least one batch of 2, got 1" in capsys.readouterr().err
 
 
 def test_the_command(tmp_path, capsys):
@@ -218,6 +261,7 @@ def test_the_command(tmp_path, capsys):
         (["--keep", "12,9,5"], "keep must be"),
         (["--keep", "12,9,9,5,5,1", "--against", "tensorrt"], "openvino, got 'tensorrt'"),
         (["--keep", "12,9,9,5,5,1", "--backend", "x"], "invalid choice"),
+        (["--keep", "12,9,9,5,5,1", "--samples", "3"], "--samples needs --data-dir"),
         (["--keep", "12,9,9,5,5,1", "--json", "no/such/folder.json"], "does not exist"),
     ],
 )

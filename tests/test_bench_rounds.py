@@ -28,7 +28,7 @@ def timed(monkeypatch, shares, rounds):
     clock = Clock([1.0] * _rounds._WARM_UP_CALLS + [s for share in shares for s in (1.0, share)])
     monkeypatch.setattr(_rounds, "time", clock)
     return _rounds.measure(
-        [[clock.run]], torch.zeros(4, 3, 2, 2), rounds=rounds, seconds=1.0, threads=1
+        [[clock.run]], [torch.zeros(4, 3, 2, 2)], rounds=rounds, seconds=1.0, threads=1
     )
 
 
@@ -57,6 +57,6 @@ def test_repeats_are_bounded(monkeypatch):
 def test_rounds_alternate():
     order = []
     runs = [[lambda images, name=name: order.append(name)] for name in "abc"]
-    _rounds.measure(runs, torch.zeros(1, 3, 2, 2), rounds=2, seconds=1e-9, threads=1)
+    _rounds.measure(runs, [torch.zeros(1, 3, 2, 2)], rounds=2, seconds=1e-9, threads=1)
     turns = "".join(order)[3 * _rounds._WARM_UP_CALLS :]
     assert turns.startswith("aabbccaabbcc")  # one untimed and one timed call each

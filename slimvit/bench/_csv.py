@@ -44,6 +44,7 @@ CSV_COLUMNS = (
     "commit",
     "plan",
     "rates",
+    "images",
 )
 
 

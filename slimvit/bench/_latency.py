@@ -245,5 +245,5 @@ def time_calls(
     """
     timing, groups = read_timing(rounds, seconds, threads), [[call] for call in calls]
     with cpu_threads(timing.threads):
-        found = measure(groups, images, **timing._asdict())
+        found = measure(groups, [images], **timing._asdict())
     return [1000 * len(images) / statistics.median(rates) for (rates,) in found.rates]

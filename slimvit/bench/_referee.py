@@ -63,7 +63,7 @@ class Referee:
 
     @cached_property
     def _batches(self) -> list[Tensor]:
-        """The timed batch, and others until there are some images: one alone may keep others."""
+        """The sample batch, and others until there are some images: one alone may keep others."""
         first = self._work.images
         count = -(-_IMAGES // len(first))
         shape = tuple(first.shape[1:])

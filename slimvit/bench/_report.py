@@ -79,6 +79,7 @@ class Report:
         dense_gmacs: executed giga-MACs of the dense model for one image.
         peaks: by precision, the measured GFLOP/s of all threads at nothing but products; empty
             where they are not known.
+        images: how many images were timed, a batch a round; 0 for one batch of random ones.
     """
 
     model: str
@@ -101,6 +102,7 @@ class Report:
     date: str
     dense_gmacs: float = 0.0
     peaks: dict[str, float] = field(default_factory=dict)
+    images: int = 0
 
     @property
     def ideal(self) -> float:
@@ -191,6 +193,7 @@ class Report:
             "rejected": self.rejected,
             **self.versions,
             "commit": self.commit,
+            "images": self.images,
         }
         records = []
         for row in self.rows:

@@ -59,7 +59,7 @@ class _Group:
 
 def measure(
     groups: Sequence[Sequence[Run]],
-    images: Tensor,
+    batches: Sequence[Tensor],
     *,
     rounds: int,
     seconds: float,
@@ -73,24 +73,28 @@ def measure(
 
     Args:
         groups: rows by group; a row takes the images and gives logits.
-        images: [B, C, H, W].
+        batches: images [B, C, H, W]; every round takes the next, then the first again.
         rounds: figures wanted for each row.
         seconds: length of a row's turn.
         threads: CPU threads that every row may use.
     """
+
+    def of_round(index: int) -> Tensor:
+        return batches[index % len(batches)]
+
     table = [_Group(runs, repeats=rounds) for runs in groups]
     measured = Measured([])
     with torch.inference_mode():
         for group in table:
-            group.calls = [_warm_up(run, images) for run in group.runs]
+            group.calls = [_warm_up(run, batches[0]) for run in group.runs]
             group.best = [0.0] * len(group.runs)
-        for _ in tqdm(range(rounds), desc="rounds", unit="round", disable=None, leave=False):
+        for index in tqdm(range(rounds), desc="rounds", unit="round", disable=None, leave=False):
             for group in table:
-                group.kept.append(_turn(group, images, seconds, threads))
-                _settle(group, len(group.kept) - 1, measured, images, seconds, threads)
+                group.kept.append(_turn(group, of_round(index), seconds, threads))
+                _settle(group, index, measured, of_round(index), seconds, threads)
         for group in table:  # a later round may have shown that an earlier one was disturbed
             for index in range(rounds):
-                _settle(group, index, measured, images, seconds, threads)
+                _settle(group, index, measured, of_round(index), seconds, threads)
             measured.disturbed += sum(group.quietness(kept) < QUIET for kept in group.kept)
     for group in table:
         turns = [[r.images_per_second for r in kept] for kept in group.kept]

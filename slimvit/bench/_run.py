@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from torch import nn
+from torch import Tensor, nn
 
 from slimvit.bench import _machine
 from slimvit.bench._referee import Referee
@@ -28,7 +28,7 @@ from slimvit.bench._runtimes import (
 from slimvit.bench._timing import cpu_threads, read_timing
 from slimvit.checks import one_of, whole
 from slimvit.dynamic import Planner
-from slimvit.errors import MismatchError, SlimvitError
+from slimvit.errors import MismatchError, SlimvitError, UsageError
 from slimvit.export import sample_images
 from slimvit.macs import gmacs, mean_gmacs
 from slimvit.masks import Masks
@@ -51,6 +51,7 @@ def bench(
     threads: int | None = None,
     rounds: int = 10,
     seconds: float = 1.0,
+    images: Tensor | None = None,
     tell: Callable[[str], object] = _log.info,
 ) -> Report:
     """Images per second of the dense and the slimmed model in every runtime, in alternating rounds.
@@ -70,6 +71,10 @@ def bench(
         threads: CPU threads of every runtime; None for torch's own number.
         rounds: figures for each row, of which median, min and max are told.
         seconds: length of a row's round.
+        images: to be timed, [M, C, H, W], floating point and normalised, at least one batch: every
+            round takes the next batch, what is left over stays. None for one batch of fixed random
+            ones, with which every row is verified in any case. Where each image keeps a number of
+            its own, speed and cut depend on them.
         tell: called with a line whenever a row is ready to be timed; compiling takes a while.
 
     Returns:
@@ -91,16 +96,17 @@ def bench(
     shape = spec(model)
     model = copy.deepcopy(model).float().eval()
     masks = apply_masks(model, masks).kept
-    images = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
+    sample = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
+    batches = [sample] if images is None else _batches(images, sample, timing.rounds)
     with (
         cpu_threads(timing.threads),
         TemporaryDirectory(prefix="slimvit-bench-") as folder,
     ):
-        work = Workload(model, masks, images, Path(folder))
-        executed = mean_gmacs(shape, masks, work.network(True), [images])
+        work = Workload(model, masks, sample, Path(folder))
+        executed = mean_gmacs(shape, masks, work.network(True), batches)
         groups, left_out = _prepare(work, setting, against, tell)
         calls = [[runtime for runtime, _ in group] for group in groups]
-        measured = measure(calls, images, **timing._asdict())
+        measured = measure(calls, batches, **timing._asdict())
     for group, rates in zip(groups, measured.rates):
         for (_, row), row_rates in zip(group, rates):
             row.rates = row_rates
@@ -125,7 +131,23 @@ def bench(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         dense_gmacs=gmacs(shape),
         peaks=_machine.peaks(device, timing.threads),
+        images=0 if images is None else sum(map(len, batches)),
     )
+
+
+def _batches(images: Tensor, sample: Tensor, rounds: int) -> list[Tensor]:
+    """As many batches of `images` as rounds can take, each like `sample`."""
+    sides = ", ".join(map(str, sample.shape[1:]))
+    fits = isinstance(images, Tensor) and images.is_floating_point()
+    if not fits or images.shape[1:] != sample.shape[1:]:
+        found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        dtype = f", {images.dtype}" if isinstance(images, Tensor) else ""
+        raise UsageError(f"images must be [M, {sides}], floating point, got {found}{dtype}")
+    batch = len(sample)
+    if len(images) < batch:
+        raise UsageError(f"images must be at least one batch of {batch}, got {len(images)}")
+    some = images[: min(len(images) // batch, rounds) * batch].to(sample)
+    return [part.contiguous() for part in some.split(batch)]
 
 
 def _prepare(

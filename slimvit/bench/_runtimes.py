@@ -43,7 +43,7 @@ class Workload:
     Args:
         model: dense model on the device.
         masks: kept sets, or a dynamic plan bound to the model.
-        images: float32 [B, C, H, W] on the device: what is timed.
+        images: float32 [B, C, H, W] on the device: a batch like those that are timed.
         folder: where exported files may lie.
     """
 

@@ -149,7 +149,7 @@ def measure_latency(
     device = next(model.parameters()).device
     images = sample_images((shape.in_chans, *shape.image_size), table.batch).to(device)
     with cpu_threads(timing.threads):
-        found = measure([fast], images, **timing._asdict())
+        found = measure([fast], [images], **timing._asdict())
     slim, dense = found.rates[0]
     share = statistics.median(d / s for s, d in zip(slim, dense, strict=True))
     took = (1000 * table.batch / statistics.median(rates) for rates in (slim, dense))

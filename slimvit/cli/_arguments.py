@@ -60,9 +60,12 @@ def add_masks_arguments(
 
 
 def add_data_arguments(
-    parser: argparse.ArgumentParser, required: bool = True, samples: int | None = None
+    parser: argparse.ArgumentParser,
+    required: bool = True,
+    samples: int | None = None,
+    labels: bool = True,
 ) -> None:
-    """Add --data-dir, --class-map, --subset, --samples (default `samples`) and --workers."""
+    """Add --data-dir, --subset, --samples (default `samples`), --workers; of labels --class-map."""
     group = parser.add_argument_group("images")
     group.add_argument(
         "--data-dir",
@@ -71,13 +74,14 @@ def add_data_arguments(
         metavar="DIR",
         help="folder of images, or of class folders",
     )
-    group.add_argument(
-        "--class-map",
-        type=Path,
-        metavar="FILE",
-        help="text file whose line i names the folder of class i; without it the sorted "
-        "folders are the classes, where there are as many as the model has",
-    )
+    if labels:
+        group.add_argument(
+            "--class-map",
+            type=Path,
+            metavar="FILE",
+            help="text file whose line i names the folder of class i; without it the sorted "
+            "folders are the classes, where there are as many as the model has",
+        )
     group.add_argument(
         "--subset", metavar="START:STOP", help="slice of the sorted list of images, such as 0:250"
     )

@@ -11,7 +11,7 @@ from slimvit.cli import common
 from slimvit.errors import MasksError, UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from slimvit.bench import Report
     from slimvit.dynamic import Planner
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="torch, torch.compile, onnxruntime, openvino, or none (default: all that work here)",
     )
+    common.add_data_arguments(parser, required=False, labels=False)
     common.add_run_arguments(parser, batch_size=8)
     parser.add_argument(
         "--threads", type=common.whole_number(1), metavar="N", help="CPU threads of every runtime"
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         rounds=args.rounds,
         seconds=args.seconds,
+        images=_images(args, model),
         tell=lambda line: print(line, file=sys.stderr),
     )
     with common.then_say(describe(report)):
@@ -152,6 +154,8 @@ def _notes(report: Report) -> list[str]:
                 f"{row.runtime}: {row.plan} keeps what float32 keeps in "
                 f"{100 * row.agreement:.1f} % of the places"
             )
+    if report.images:
+        notes.append(f"timed on {report.images} images, a batch of {report.batch} in each round")
     if report.rejected:
         rest = f", {report.disturbed} more count all the same" if report.disturbed else ""
         notes.append(
@@ -179,6 +183,22 @@ def _masks(args: argparse.Namespace, model: nn.Module) -> Masks | Planner:
     except MasksError as error:
         raise UsageError(f"--keep {args.keep}: {error}") from error
     return masks
+
+
+def _images(args: argparse.Namespace, model: nn.Module) -> Tensor | None:
+    """A batch for each round from --data-dir, evenly spaced over it; None without it."""
+    import torch
+
+    if args.data_dir is None:
+        for flag in ("subset", "samples", "workers"):
+            if getattr(args, flag) is not None:
+                raise UsageError(f"--{flag} needs --data-dir, whose images are then timed")
+        return None
+    wanted = args.rounds * args.batch_size
+    if args.samples is None:
+        args.samples = wanted
+    found = [images for images, _ in common.load_images(args, model)]
+    return torch.cat(found)[:wanted]
 
 
 def _against(text: str | None) -> list[str] | None:

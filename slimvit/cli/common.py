@@ -216,7 +216,7 @@ def load_images(
     spec = models.spec(model)
     images = ImageFolder(
         args.data_dir,
-        args.class_map,
+        getattr(args, "class_map", None),
         subset=subset if subset is not None else args.subset,
         samples=args.samples if subset is None else None,
         transform=image_transform(model, training),
