@@ -29,7 +29,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
 def add_kept_arguments(
     parser: argparse.ArgumentParser, required: bool = True
 ) -> argparse._MutuallyExclusiveGroup:
-    """Add --masks and --absorb, of which one is given; the group, for more of the kind."""
+    """Add --import, and --masks and --absorb, one of which is given; their group, for more."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="Python file, or installed module, that defines the planner of --masks, where that is "
+        "one of your own; may be repeated",
+    )
     kept = parser.add_mutually_exclusive_group(required=required)
     kept.add_argument(
         "--masks", type=Path, metavar="FILE", help="masks file, or the file of a dynamic plan"

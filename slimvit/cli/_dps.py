@@ -89,9 +89,8 @@ def run(args: argparse.Namespace, model: nn.Module, images: Batches, masks: Mask
         "seed": args.seed,
     }
     cache = int(args.cache_gb * 2**30) if args.cache_bytes is None else args.cache_bytes
-    plan, report = fit_dps(
-        model, images, masks, cache_bytes=cache, progress=sys.stderr.isatty(), **options
-    )
+    used = options | {"score": args.rates, "cache_bytes": cache}
+    plan, report = fit_dps(model, images, masks, progress=sys.stderr.isatty(), **used)
     if not common.is_first():
         return
     plan.cpu().save(args.output)

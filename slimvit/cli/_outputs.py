@@ -35,6 +35,9 @@ def check_outputs(args: argparse.Namespace, outputs: Mapping[str, Path | None]) 
     for name in _READ:
         if (path := getattr(args, name, None)) is not None:
             taken[os.path.realpath(path)] = f"--{name.replace('_', '-')}"
+    taken |= {os.path.realpath(path): "--import" for path in getattr(args, "imports", ())}
+    if (score := getattr(args, "score", None)) is not None:
+        taken[os.path.realpath(score.rpartition(":")[0])] = "--score"
     for name, path in outputs.items():
         check_output(name, path)
         if path is None:

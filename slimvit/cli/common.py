@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slimvit.cli import _own_code
 from slimvit.cli._arguments import (
     add_data_arguments,
     add_kept_arguments,
@@ -138,6 +139,8 @@ def read_masks(args: argparse.Namespace) -> Masks | Planner:
     """What --masks or --absorb says, of whatever model."""
     from slimvit.dynamic import Absorb, load_plan
 
+    for name in args.imports:
+        _own_code.load("--import", name)
     return load_plan(args.masks) if args.masks is not None else Absorb(args.absorb)
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimvit.cli import _absorb, _dps, common
+from slimvit.cli import _absorb, _dps, _own_code, common
 from slimvit.cli.common import kept_counts, number, whole_number
 from slimvit.errors import UsageError
 from slimvit.files import refuse_device
@@ -111,7 +111,11 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
         help=f"learning rate of block fine-tuning (default {LR:g})",
     )
     group.add_argument(
-        "--score", choices=tuple(SCORES), default="eq6", help="rates the tokens (default eq6)"
+        "--score",
+        default="eq6",
+        metavar="NAME",
+        help=f"rates the tokens: {', '.join(SCORES)}, or FILE.py:FUNCTION of your own, which takes "
+        "a slimvit.search.LayerView (default eq6)",
     )
     group.add_argument(
         "--semantics",
@@ -158,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
                 keep_state=True,
                 restart=args.restart,
                 progress=sys.stderr.isatty(),
-                **_options(args),
+                **_options(args) | {"score": args.rates},
             )
             seconds = time.perf_counter() - start
             if common.is_first():
@@ -191,6 +195,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--uniform needs --cut")
     _dps.check(args)
     _absorb.check(args)
+    args.rates = _own_code.read_score(args.score)
     if _searches(args):
         refuse_device("--output", args.output, "the state of the search")
     if args.weights_output is None and args.epochs > 0:

@@ -133,7 +133,7 @@ def _make(metadata: dict[str, str]) -> Planner:
         known = ", ".join(sorted(Planner.kinds))
         raise PlanError(
             f"the planner {kind!r} is unknown, known are {known}: one of your own is known once "
-            "the module that defines it is imported"
+            "the module that defines it is imported (commands take --import FILE.py)"
         )
     plan = Planner.kinds[kind](**json.loads(metadata["settings"]))
     if "spec" in metadata:
