@@ -11,13 +11,16 @@ the choice of tokens differs; `uniform` keeps equally many in every block at the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import io
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 from slimvit import Absorb, Masks, Planner, SPViT, __version__, apply_masks, macs, models
 from slimvit.bench._machine import commit
@@ -26,6 +29,7 @@ from slimvit.dynamic.schedule import share_for_cut
 from slimvit.evaluate import evaluate
 from slimvit.files import atomic_write
 from slimvit.finetune import finetune
+from slimvit.ops import Alive, Choice, absorb_tokens
 from slimvit.search import Result, fit_thresholds, search, train_dps
 
 COLUMNS = (
@@ -34,6 +38,7 @@ COLUMNS = (
     *("search_seconds", "finetune_seconds", "samples", "slimvit", "commit", "date"),
 )
 NONE = {"epochs": 0}
+dynamic_block = sys.modules["slimvit.ops.dynamic_block"]  # the package has a function of that name
 FINETUNE = {"epochs": 4, "lr": 1e-5}
 SPVIT = {
     "epochs": 20,
@@ -174,9 +179,12 @@ class Experiments:
         self.plans()
 
     def plans(self) -> None:
-        """Absorb at three cuts, DPS with the counts of the first search, SPViT at its cut."""
+        """Absorb at three cuts and its ablations, DPS with the counts of the first search, SPViT at its cut."""
         for cut in CUTS:
             self.add(f"absorb {cut}", lambda c=cut: self.planned(Absorb(cut=c)), score="absorb")
+            with without_spread():
+                plan = f"absorb {cut} without spread"
+                self.add(plan, lambda c=cut: self.planned(Absorb(cut=c)), score="absorb")
             self.add(f"absorb {cut} per image", lambda c=cut: self.thresholds(c), score="absorb")
         for seed in range(3):
             self.add(f"dps, seed {seed}", lambda s=seed: self.predicted(s), tolerance=0.02)
@@ -255,6 +263,17 @@ class Experiments:
     def first_counts(self) -> tuple[int, ...]:
         """Its kept counts."""
         return tuple(map(int, self.first()["kept"].split()))
+
+
+@contextlib.contextmanager
+def without_spread() -> Iterator[None]:
+    """Averaged tokens forget how far their members were from them."""
+
+    def mean_alone(alive: Alive, choice: Choice) -> Alive:
+        return absorb_tokens(alive, choice)._replace(spread=None)
+
+    with mock.patch.object(dynamic_block, "absorb_tokens", mean_alone):
+        yield
 
 
 def _percent(value: float | None, name: str) -> float:

@@ -127,10 +127,11 @@ def draw_speed(axes: Axes, rows: list[Record]) -> None:
 def accuracy(records: list[Record]) -> Figure:
     """Top-1 over the MACs saved, a panel a model, a line a method; dashes at the dense model.
 
-    Seeds and cuts of a method are points of its line. Rows whose pruned tokens stay as zero or idle
-    ones are left out: they answer next to nothing.
+    Seeds and cuts of a method are points of its line. Left out are rows whose pruned tokens stay as
+    zero or idle ones, which answer next to nothing, and absorb without spread.
     """
     records = [row for row in records if row["semantics"] == "drop"]
+    records = [row for row in records if not row["method"].endswith("without spread")]
     models, names = grouped(records, "model"), list(dict.fromkeys(map(method, records)))
     figure, panels = plt.subplots(
         *(1, len(models)),

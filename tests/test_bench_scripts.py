@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from test_bench import Other
 from test_bench_report import ROWS, report
 
-from slimvit import Absorb
+from slimvit import Absorb, apply_masks
 from slimvit.bench import RUNTIMES, append_csv
+from slimvit.export import relative_error, sample_images
 
 
 def script(name):
@@ -65,6 +67,18 @@ def test_experiments_refuse_what_they_cannot_go_on_with(experiments):
     output.write_text("model,method\n")
     with pytest.raises(SystemExit, match="accuracy.csv has other columns than model, method, "):
         accuracy.main(arguments)
+
+
+def test_absorbing_without_spread(tiny_vit):
+    """Averages forget how far their members lay apart, and only then."""
+    accuracy = script("accuracy")
+    slim = apply_masks(tiny_vit, Absorb(cut=0.4)).eval()
+    images = sample_images((3, 64, 64), 4)
+    wanted = slim(images)
+    with accuracy.without_spread():
+        other = slim(images)
+    assert 1e-4 < relative_error(other, wanted) < 0.5
+    assert torch.equal(slim(images), wanted)
 
 
 def test_the_roofline_says_why_it_cannot_be_measured(monkeypatch):
