@@ -179,7 +179,7 @@ class Experiments:
         self.plans()
 
     def plans(self) -> None:
-        """Absorb at three cuts and its ablations, DPS with the counts of the first search, SPViT at its cut."""
+        """Absorb at three cuts, and ablated; DPS with the first search's counts, SPViT at its cut."""
         for cut in CUTS:
             self.add(f"absorb {cut}", lambda c=cut: self.planned(Absorb(cut=c)), score="absorb")
             with without_spread():

@@ -99,6 +99,16 @@ def one_of(
     return value
 
 
+def some_of(name: str, values: Any, known: Iterable[str]) -> tuple[str, ...]:
+    """A sequence of known names.
+
+    Raises:
+        UsageError: it is none, or one of them is unknown.
+    """
+    found, known = _each(name, values, "names", UsageError), tuple(known)
+    return tuple(one_of(f"each of {name}", value, known) for value in found)
+
+
 def _each(name: str, values: Any, what: str, error: type[SlimvitError]) -> Iterator[Any]:
     """What a sequence other than text holds."""
     try:

@@ -68,10 +68,11 @@ def evaluate(
 
     Raises:
         DataError: the loader gives no image.
-        UsageError: a batch is not (images, targets) of these shapes, a label is no class of the
+        UsageError: a model is no module, a batch is not (images, targets) of these shapes, a label is no class of the
             models, or their answers differ in shape.
         SlimvitError: an output is NaN or infinite.
     """
+    check_modules(dense=dense, slim=slim)
     device = torch.device(device) if device else next(dense.parameters()).device
     classes = getattr(dense, "num_classes", 1) > 0
     shape, sums = image_shape(slim) or image_shape(dense), torch.zeros(9, dtype=torch.float64)
@@ -88,6 +89,17 @@ def evaluate(
     if reduce and dist.is_initialized():
         sums = _sum_over_processes(sums, device)
     return _percentages(sums.tolist(), classes)
+
+
+def check_modules(**models: object) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        UsageError: one is no module of PyTorch.
+    """
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def image_shape(model: nn.Module) -> tuple[int, ...] | None:

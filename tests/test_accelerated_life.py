@@ -42,6 +42,14 @@ def test_images_that_want_a_gradient(call):
         assert torch.equal(answer(images.clone().requires_grad_()), answer(images))
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_no_images(backend):
+    fast = accelerate(build("deit"), random_masks(build("deit")), backend=backend)
+    for call in (fast, fast.forward_features):
+        with pytest.raises(SlimvitError, match="images must be a tensor, got NoneType"):
+            call(None)
+
+
 def test_tangents_reach_through_packed_weights():
     model, fast = pair()
     slim, images = apply_masks(model, fast.masks).eval(), random_images(model, 1)

@@ -186,6 +186,7 @@ def test_a_runtime_that_fails_is_left_out_with_the_reason(vit, masks, monkeypatc
         ({"seconds": float("nan")}, "seconds must be finite and above 0, got nan"),
         ({"precision": "int8"}, "precision must be one of"),
         ({"against": ["tensorrt"]}, "each of against must be one of .*, got 'tensorrt'"),
+        ({"against": "torch"}, "against must be names in a list, got 'torch'"),
         ({"images": torch.zeros(1, 3, 64, 64)}, "at least one batch of 2, got 1"),
         ({"images": torch.zeros(2, 3, 64, 8)}, r"\[M, 3, 64, 64\], floating point, got \[2, 3, 64"),
         ({"images": torch.zeros(2, 3, 64, 64).int()}, r"got \[2, 3, 64, 64\], torch.int32"),

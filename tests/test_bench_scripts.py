@@ -72,7 +72,7 @@ def test_experiments_refuse_what_they_cannot_go_on_with(experiments):
 def test_absorbing_without_spread(tiny_vit):
     """Averages forget how far their members lay apart, and only then."""
     accuracy = script("accuracy")
-    slim = apply_masks(tiny_vit, Absorb(cut=0.4)).eval()
+    slim = apply_masks(tiny_vit, Absorb(cut=0.3)).eval()
     images = sample_images((3, 64, 64), 4)
     wanted = slim(images)
     with accuracy.without_spread():

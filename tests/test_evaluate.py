@@ -6,6 +6,7 @@ from slimvit import Masks, accelerate, apply_masks, models
 from slimvit.data import ImageFolder, image_transform, loader
 from slimvit.errors import DataError, SlimvitError, UsageError
 from slimvit.evaluate import evaluate
+from slimvit.finetune import finetune
 from slimvit.runtime import AcceleratedViT
 
 
@@ -94,6 +95,15 @@ def test_images_that_the_models_do_not_take(tiny_vit, images, got, accelerated):
 def test_images_of_models_that_tell_no_shape_are_floating_too():
     with pytest.raises(UsageError, match=r"images must be \[b, …\], floating-point, .* uint8"):
         evaluate(answering([1]), answering([1]), [(torch.zeros(1).byte(), torch.tensor([0]))])
+
+
+@pytest.mark.parametrize("name", ["dense", "slim"])
+def test_what_is_no_model(tiny_vit, labelled, name):
+    models = {"dense": tiny_vit, "slim": tiny_vit, name: "deit_tiny"}
+    with pytest.raises(UsageError, match=rf"{name} must be a torch\.nn\.Module, got str"):
+        evaluate(**models, loader=labelled)
+    with pytest.raises(UsageError, match=rf"{name} must be a torch\.nn\.Module, got str"):
+        finetune(models["slim"], models["dense"], labelled, epochs=1)
 
 
 def test_models_of_other_classes():

@@ -26,7 +26,7 @@ from slimvit.bench._runtimes import (
     Workload,
 )
 from slimvit.bench._timing import cpu_threads, read_timing
-from slimvit.checks import one_of, whole
+from slimvit.checks import one_of, some_of, whole
 from slimvit.dynamic import Planner
 from slimvit.errors import MismatchError, SlimvitError, UsageError
 from slimvit.export import sample_images
@@ -89,11 +89,9 @@ def bench(
     """
     batch, timing = whole("batch", batch, 1), read_timing(rounds, seconds, threads)
     one_of("precision", precision, PRECISIONS)
-    for name in against or ():
-        one_of("each of against", name, RUNTIMES)
-    device = next(model.parameters()).device
+    against = None if against is None else some_of("against", against, RUNTIMES)
+    shape, device = spec(model), next(model.parameters()).device
     setting = Setting(device, batch, precision, timing.threads, backend)
-    shape = spec(model)
     model = copy.deepcopy(model).float().eval()
     masks = apply_masks(model, masks).kept
     sample = sample_images((shape.in_chans, *shape.image_size), batch).to(device)

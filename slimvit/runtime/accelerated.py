@@ -37,7 +37,8 @@ class AcceleratedViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
-        graph = None if torch.compiler.is_compiling() else self._graphs.get(images.shape)
+        held = self._graphs and not torch.compiler.is_compiling()
+        graph = self._graphs.get(images.shape) if held else None
         by_itself = graph is None or not images.is_cuda or wants_gradient(images)
         if by_itself or torch.cuda.is_current_stream_capturing():
             return self._logits(images).to(images.dtype)
