@@ -68,8 +68,8 @@ def evaluate(
 
     Raises:
         DataError: the loader gives no image.
-        UsageError: a model is no module, a batch is not (images, targets) of these shapes, a label is no class of the
-            models, or their answers differ in shape.
+        UsageError: a model is no module, a batch is not (images, targets) of these shapes, a label
+            is no class of the models, or their answers differ in shape.
         SlimvitError: an output is NaN or infinite.
     """
     check_modules(dense=dense, slim=slim)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slimvit.dynamic import Planner, SPViT
 from slimvit.errors import UsageError
-from slimvit.evaluate import check_modules, image_shape
+from slimvit.evaluate import image_shape
 from slimvit.models import block_module, spec
 
 
@@ -89,9 +89,8 @@ def check_models(slim: nn.Module, dense: nn.Module) -> None:
     """Refuse models that cannot be student and teacher of each other.
 
     Raises:
-        UsageError: one is no module or not in float32, or they differ in classes or image size.
+        UsageError: one is not in float32, or they differ in classes or image size.
     """
-    check_modules(slim=slim, dense=dense)
     _check_dtype("slim", slim)
     _check_dtype("dense", dense)
     pairs = {

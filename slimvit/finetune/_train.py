@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from slimvit.evaluate import check_modules
 from slimvit.finetune._random import generators_kept
 from slimvit.finetune._run import Loader, Result, Run
 from slimvit.finetune._settings import Settings
@@ -51,13 +52,14 @@ def finetune(
         settings: the fields of `Settings`: epochs, lr, temperature, alpha, amp, ema_decay, …
 
     Raises:
-        UsageError: a setting out of range, a model that is not in float32 or frozen as a whole,
-            the models differ in classes or image size, `output` is a device or cannot be written,
+        UsageError: a setting out of range, a model that is no module, not in float32 or frozen as a
+            whole, the models differ in classes or image size, `output` is a device or cannot be written,
             or a batch is not (images, targets) of these shapes or has labels, where they count,
             that are no classes of the models.
         PlanError: the plan has no kind to be saved under, and `output` is given.
         SlimvitError: a loss or gradient that is not finite; the last epoch's files remain.
     """
+    check_modules(slim=slim, dense=dense)
     with evaluating(dense), generators_kept(next(slim.parameters()).device):
         run = Run(slim, dense, loader, Settings(**settings), output, info or {})
         run.val_loader, run.progress, run.on_epoch = val_loader, progress, on_epoch
