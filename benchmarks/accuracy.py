@@ -179,7 +179,7 @@ class Experiments:
         self.plans()
 
     def plans(self) -> None:
-        """Absorb at three cuts, and ablated; DPS with counts that were searched, SPViT at that cut."""
+        """Absorb at three cuts, and ablated; DPS with counts that were found, SPViT at that cut."""
         for cut in CUTS:
             self.add(f"absorb {cut}", lambda c=cut: self.planned(Absorb(cut=c)), score="absorb")
             with without_spread():

@@ -52,10 +52,10 @@ def finetune(
         settings: the fields of `Settings`: epochs, lr, temperature, alpha, amp, ema_decay, …
 
     Raises:
-        UsageError: a setting out of range, a model that is no module, not in float32 or frozen as a
-            whole, the models differ in classes or image size, `output` is a device or cannot be written,
-            or a batch is not (images, targets) of these shapes or has labels, where they count,
-            that are no classes of the models.
+        UsageError: a setting out of range, a model that is no module, not in float32 or frozen as
+            a whole, the models differ in classes or image size, `output` is a device or cannot be
+            written, or a batch is not (images, targets) of these shapes or has labels, where they
+            count, that are no classes of the models.
         PlanError: the plan has no kind to be saved under, and `output` is given.
         SlimvitError: a loss or gradient that is not finite; the last epoch's files remain.
     """
