@@ -46,7 +46,7 @@ class PackedLinear(nn.Module):
         self.bias = None
         if bias is not None:
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        self._packs: dict[slice, tuple[Any, ...]] = {}
+        self._packs: dict[tuple[int | None, int | None], tuple[Any, ...]] = {}
 
     def forward(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-Run = Callable[[Tensor], Tensor]
+Run = Callable[[Tensor], object]
 QUIET = 0.85
 """A round counts if it got this share of the CPU time that its row's best round got."""
 _WARM_UP_CALLS = 3
