@@ -65,6 +65,8 @@ def candidates(key: Key, current: Config, shared_memory: int) -> list[Config]:
     else:
         small = key.rows is not None and key.rows <= 512
         found = _SMALL if small else _LARGE if key.rows is None else _MIDDLE
+        if key.stage == "embedding" and not small:  # float32 images leave room for smaller ones
+            found = list(dict.fromkeys([*_LARGE, *_MIDDLE]))
     limit = 1 << (key.width - 1).bit_length()
     found = [c for c in found if c[2] <= max(limit, 16) and shared(key, c) <= shared_memory]
     return list(dict.fromkeys([current, *found]))
@@ -73,6 +75,8 @@ def candidates(key: Key, current: Config, shared_memory: int) -> list[Config]:
 def shared(key: Key, config: Config) -> int:
     """Bytes that the tiles in flight of a product take; 0 for kernels that are not one product."""
     m, n, k, _, stages = config
+    if key.stage == "embedding":  # images come in float32, too
+        return (4 * m + key.itemsize * n) * k * stages
     return key.itemsize * (m + n) * k * stages if key.stage not in ("mlp", "attention") else 0
 
 

@@ -196,6 +196,7 @@ def launch_ends(
     table, order = empty(torch.float32, tokens, width), empty(torch.int64, tokens)
     patch = empty(dtype, width, 3, 16, 16)
     kernels.patch_embedding(images, patch, table, order, 1)
+    kernels.patch_embedding(images.float(), patch, table, order, 1)  # as users have them
     x = empty(dtype, batch, m, width)
     stats, d = kernels.row_stats(x), width // heads
     kernels.scatter_tokens(x, order[:m], tokens)
@@ -207,7 +208,7 @@ def launch_ends(
     u, _ = kernels.slim_linear(q, empty(dtype, heads * width, d), None, groups=heads)
     z = kernels.last_attention(x, stats, u.view(batch, heads, width), d, eps=1e-6)
     twice = empty(dtype, batch, 2 * heads, width)  # a class and a distillation token
-    kernels.last_attention(x, stats, twice, d, eps=1e-6)
+    kernels.last_attention(x, stats, twice, d, eps=1e-6, key_bias=empty(torch.float32, batch, m))
     a, _ = kernels.slim_linear(z.view(batch, 1, -1), *matrix(dtype, width, width), groups=heads)
     up, down = matrix(dtype, 4 * width, width), matrix(dtype, width, 4 * width)
     second_half(a, x, matrix(dtype, width, width), up, down)

@@ -187,6 +187,8 @@ class TestRefused:
                 call()
         with pytest.raises(SlimvitError, match=f"^back end cuda: width {eight}"):
             torch.ops.slimvit.scatter_tokens(x, torch.arange(3), 5, backend="cuda")
+        with pytest.raises(SlimvitError, match="a batch must have at most 65535 images, got 65536"):
+            torch.ops.slimvit.scatter_tokens(many, torch.arange(1), 5, backend="cuda")
 
     def test_rows_that_begin_anywhere(self):
         use(V100)

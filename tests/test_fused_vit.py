@@ -318,8 +318,8 @@ class TestRefused:
     def test_graphs_of_a_model_on_a_cpu(self):
         model, masks = build("depth_1"), masks_of("depth_1", "drop")
         wrong = {
-            "cuda_graphs needs a model on a GPU and batch_sizes: the model is on cpu": [1],
-            "cuda_graphs needs a model on a GPU and batch_sizes: batch_sizes is empty": [],
+            "a CUDA graph needs the model on a GPU, it is on cpu": [1],
+            "cuda_graphs needs batch_sizes, a graph for each: they are empty": [],
         }
         for message, sizes in wrong.items():
             with pytest.raises(UsageError, match=message):
@@ -334,5 +334,5 @@ class TestRefused:
             ):
                 accelerate(model, masks, batch_sizes=sizes)
         fast = accelerate(model, masks, backend="torch", batch_sizes=[1, 3])
-        with pytest.raises(UsageError, match="cuda_graph needs the model on a GPU, it is on cpu"):
+        with pytest.raises(UsageError, match="a CUDA graph needs the model on a GPU, it is on cpu"):
             fast.warm_up(1, cuda_graph=True)

@@ -221,6 +221,10 @@ def test_op(call):
             ({"x": x[..., :40]}, rule),
             ({"x": x[0]}, rule),
             ({"x": x.double()}, rule),
+            (
+                {"x": x[:1].expand(65536, -1, -1)},
+                "a batch must have at most 65535 images, got 65536",
+            ),
             ({"backend": "tpu"}, "back end must be one of triton, cuda, got 'tpu'"),
         ]
         for changes, message in wrong:

@@ -138,9 +138,11 @@ class TestModel:
 
     def test_no_cuda_graphs(self):
         """Their counts are read on the host."""
-        message = "cuda_graphs needs a plan whose images all keep as many patches"
+        message = "a CUDA graph needs a plan whose images all keep as many patches"
         with pytest.raises(UsageError, match=message):
             accelerate(build("deit"), plan_of("deit"), batch_sizes=[1], cuda_graphs=True)
+        with pytest.raises(UsageError, match=message):
+            accelerate(build("deit"), plan_of("deit")).warm_up(1, cuda_graph=True)
 
     def test_work_is_counted_for_each_image(self):
         shape, plan = spec(build("deit")), plan_of("deit")

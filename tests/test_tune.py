@@ -24,6 +24,21 @@ def test_candidates_begin_with_the_present_one_and_fit(bench, configs, stage, ro
         assert all(not value or value & (value - 1) == 0 for value in config[:4])
 
 
+def test_images_of_an_embedding_may_be_float32(bench):
+    """They are measured in half precision, and take twice the memory in float32."""
+    table = bench("tune_table")
+    key = table.Key("embedding", 86, 2, 768, None)
+    assert table.shared(key, (128, 64, 64, 4, 4)) == (4 * 128 + 2 * 64) * 64 * 4
+    current = (64, 64, 32, 4, 3)
+    assert (128, 64, 64, 4, 4) not in table.candidates(key, current, 101376)
+
+
+def test_last_attention_is_tuned_for_its_tiles_of_queries(bench, configs):
+    """What is measured with 16 queries at most says nothing about more of them."""
+    bounds = bench("tune_table").buckets(configs.entries(), "last_attention", 90, 2)
+    assert bounds == [16, None]
+
+
 def test_the_fastest_that_always_works_is_chosen(bench):
     choose, a, b, c = bench("tune_table").choose, (1,) * 5, (2,) * 5, (3,) * 5
     assert choose({a: [4.0, 4.0], b: [2.0, 2.0], c: [1.0, None]}, [1, 1], a) == (b, a, 2.0)

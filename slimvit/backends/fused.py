@@ -12,6 +12,7 @@ from slimvit.backends.cuda import part_width
 from slimvit.backends.fused_checks import (
     BlockWeights,
     check,
+    check_images,
     kernel_set,
     nothing,
     on_device,
@@ -230,6 +231,7 @@ def scatter_tokens(x: Tensor, index: Tensor, length: int, backend: str = "triton
     fits = index.shape in shapes and index.dtype == torch.int64 and index.device == x.device
     rule = f"index must be [K] = [{x.shape[1]}] or [B, K], int64, on {x.device}"
     require(backend, fits, rule, index)
+    check_images(backend, len(x))
     if not len(x):
         return x.new_empty(0, length, x.shape[2])
     with on_device(x):

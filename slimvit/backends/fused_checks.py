@@ -77,8 +77,7 @@ def check(
     fits = x.dim() == 3 and x.shape[2] == width and x.dtype == dtype and x.device == device
     require(backend, fits, rule, x)
     batch, m, _ = x.shape
-    most = cuda.MOST_IMAGES
-    require(backend, batch <= most, f"a batch must have at most {most} images", batch)
+    check_images(backend, batch)
     require(backend, m > 0, "x must have tokens", x)
     require(backend, 1 <= n <= m, f"n must be in [1, m] = [1, {m}]", n)
     if stats is not None:
@@ -98,6 +97,12 @@ def check(
         fits = spread.shape == (batch, m) and spread.dtype == torch.float32
         rule = f"spread must be [B, m] = [{batch}, {m}], float32, on {device}"
         require(backend, fits and spread.device == device, rule, spread)
+
+
+def check_images(backend: str, batch: int) -> None:
+    """Refuse batches that have more images than a grid has rows."""
+    most = cuda.MOST_IMAGES
+    require(backend, batch <= most, f"a batch must have at most {most} images", batch)
 
 
 def kernel_set(backend: str) -> ModuleType:

@@ -7,7 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slimvit.backends.fused_checks import kernel_set, nothing, on_device, precision_of, require
+from slimvit.backends.fused_checks import (
+    check_images,
+    kernel_set,
+    nothing,
+    on_device,
+    precision_of,
+    require,
+)
 
 WIDEST_SELECTOR = 128  # channels of a head, whose matrix kernels hold on chip
 
@@ -86,6 +93,7 @@ def selected_tokens(
     rule = f"a selector's heads must have at most {WIDEST_SELECTOR} channels"
     require(backend, c <= WIDEST_SELECTOR, rule, c)
     (batch, m, width), count = x.shape, prefix + n + packages + 1
+    check_images(backend, batch)
     p = m - prefix - packages
     rule = f"n must be more than 0 and less than the {p} patches of {m} tokens"
     require(backend, 0 < n < p, rule, n)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ from slimvit.masks import Masks
 from slimvit.models.slim import SlimCalls
 from slimvit.ops import NetworkParts, why_not_fused, why_not_packed
 from slimvit.ops.modules import altered
-from slimvit.runtime.accelerated import AcceleratedViT, dtype_name
+from slimvit.runtime.accelerated import AcceleratedViT, check_graph, dtype_name
 from slimvit.runtime.apply_masks import apply_masks
 from slimvit.runtime.choosers import choosers_of
 from slimvit.runtime.fused import FusedViT
@@ -77,7 +77,9 @@ def accelerate(
     plan, device = getattr(slim, "plan", None), slim.cls_token.device
     dtype = _dtype(precision, slim.cls_token.dtype)
     if cuda_graphs:
-        _check_graphs(plan, device, sizes)
+        if not sizes:
+            raise UsageError("cuda_graphs needs batch_sizes, a graph for each: they are empty")
+        check_graph(plan, device)
     if device.type == "cpu":
         guard_forks()
     spec = models.spec(model)
@@ -129,14 +131,6 @@ def _dtype(precision: str | None, own: torch.dtype) -> torch.dtype:
         known = ", ".join(PRECISIONS)
         raise UsageError(f"the model is in {dtype_name(own)}: give a precision, one of {known}")
     return own if precision is None else PRECISIONS[one_of("precision", precision, PRECISIONS)]
-
-
-def _check_graphs(plan: Planner | None, device: torch.device, sizes: Sequence[int]) -> None:
-    if plan is not None and plan.ragged:
-        raise UsageError("cuda_graphs needs a plan whose images all keep as many patches")
-    if device.type != "cuda" or not sizes:
-        why = f"the model is on {device}" if sizes else "batch_sizes is empty"
-        raise UsageError(f"cuda_graphs needs a model on a GPU and batch_sizes: {why}")
 
 
 def _why_not(parts: NetworkParts | str, plan: Planner | None, backend: str) -> str | None:

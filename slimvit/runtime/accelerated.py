@@ -58,11 +58,12 @@ class AcceleratedViT(nn.Module):
                 processor next to nothing. It takes memory for one batch.
 
         Raises:
-            UsageError: a CUDA graph is wanted and the model is not on a GPU.
+            UsageError: a CUDA graph is wanted and the model is not on a GPU, or images keep numbers
+                of patches of their own.
         """
         token = self.network.cls_token
-        if cuda_graph and not token.is_cuda:
-            raise UsageError(f"cuda_graph needs the model on a GPU, it is on {token.device}")
+        if cuda_graph:
+            check_graph(self.plan, token.device)
         images = token.new_zeros(batch_size, *self.image_shape)
         if cuda_graph:
             self._graphs[images.shape] = Graph(self._logits, images)
@@ -123,6 +124,18 @@ class AcceleratedViT(nn.Module):
     def extra_repr(self) -> str:  # noqa: D102
         kept = (self.masks or self.plan).counts
         return f"backend={self.backend}, precision={self.precision}, kept={kept}"
+
+
+def check_graph(plan: Planner | None, device: torch.device) -> None:
+    """Refuse a CUDA graph where none can be captured.
+
+    Raises:
+        UsageError: images keep numbers of patches of their own, or the device is no GPU.
+    """
+    if plan is not None and plan.ragged:
+        raise UsageError("a CUDA graph needs a plan whose images all keep as many patches")
+    if device.type != "cuda":
+        raise UsageError(f"a CUDA graph needs the model on a GPU, it is on {device}")
 
 
 def check_floating(images: Tensor) -> None:

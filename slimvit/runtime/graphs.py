@@ -29,13 +29,15 @@ class Graph:
             self._capture(call)
 
     def _capture(self, call: Callable[[Tensor], Tensor]) -> None:
-        # A stream of its own: torch's for captures is that of whichever device came first.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # Streams of its own: torch's for captures is that of whichever device came first. Two of
+        # them: before torch 2.15 cuBLAS keeps a workspace for each stream, and one that warming up
+        # left there would be in the graph, though others may free it.
+        warm, stream = torch.cuda.Stream(), torch.cuda.Stream()
+        warm.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm):
             for _ in range(_WARM_UP):  # kernels are compiled and buffers found ahead
                 call(self._input)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(warm)
         self._graph, self._done = torch.cuda.CUDAGraph(), torch.cuda.Event()
         # Other threads, such as those that pin memory, may go on.
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
