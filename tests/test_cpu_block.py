@@ -318,7 +318,7 @@ class TestRefused:
         self.refuses(f"cut off: it has {size - 64} bytes instead of {size}", pack=packed[:-64])
         self.refuses("the pack of the block is too short", pack=packed[:8])
         self.refuses("the pack of the block is too short", pack=packed[:0])
-        self.refuses("must start at a multiple of 64 bytes", pack=packed[1:])
+        self.refuses("the pack of the block is something else", pack=packed[1:])
         self.refuses("is something else", pack=torch.zeros_like(packed))
         rule = "pack must be one-dimensional, uint8, contiguous, on the CPU, got "
         self.refuses(rule + r".*uint8, on cpu", pack=packed.repeat_interleave(2)[::2])

@@ -6,6 +6,7 @@ import torch
 from references import MODELS, build, random_images, random_masks
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimvit.dynamic import DPS, Absorb, Static
@@ -26,7 +27,9 @@ def packed_linear_flops(x_shape, *others, out_shape=None, **_) -> int:
 def counted(model: nn.Module, images: torch.Tensor) -> float:
     """GMACs of one image: half of the floating-point operations that torch counts."""
     packed = {torch.ops.mkldnn._linear_pointwise: packed_linear_flops}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=packed) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=packed)
+    # Attention in plain products, of which every torch counts the operations.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(images)
     return counter.get_total_flops() / 2 / len(images) / 1e9
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from slimvit import _extensions
 from slimvit.backends.forks import guard_forks
 from slimvit.errors import SlimvitError
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_ALIGNMENT = 64
+_copies = WeakTensorKeyDictionary()  # by packs that lie elsewhere
 
 
 def module() -> ModuleType:
@@ -70,7 +73,22 @@ def pack_bytes(name: str, pack: Tensor) -> tuple[int, int]:
     """Where a pack starts and how long it is: C++ reads it without knowing any more of it."""
     fits = pack.dtype == torch.uint8 and pack.dim() == 1 and pack.is_contiguous() and on_cpu(pack)
     require(fits, f"{name} must be one-dimensional, uint8, contiguous", pack)
+    pack = _aligned(pack)
     return pack.data_ptr(), pack.numel()
+
+
+def _aligned(pack: Tensor) -> Tensor:
+    """The same bytes where kernels can read them; a copy lives as long as the pack does.
+
+    What torch.export.load reads lies where it lay in the file.
+    """
+    if pack.data_ptr() % _ALIGNMENT == 0:
+        return pack
+    state = (pack.data_ptr(), pack._version)
+    copy = _copies.get(pack)
+    if copy is None or copy[0] != state:
+        copy = _copies[pack] = (state, pack.clone())
+    return copy[1]
 
 
 def on_cpu(tensor: Tensor) -> bool:

@@ -35,11 +35,6 @@ class Alive(NamedTuple):
     policy: Tensor | None = None
     spread: Tensor | None = None
 
-    @property
-    def key_bias(self) -> Tensor | None:
-        """log(size), [B, m], in the dtype of `x`."""
-        return None if self.size is None else self.size.log().to(self.x.dtype)
-
 
 class Choice(NamedTuple):
     """Which of the m alive tokens a block keeps.
@@ -253,7 +248,8 @@ def dynamic_block(
         else:
             y_kept = spread_norm(block.norm1, kept.x, kept.spread)
     q = project_q(block, y_kept)
-    x = attend(kept.x, y_kept, block, q, view.keys, view.values, alive.key_bias, alive.policy)
+    key_bias = None if alive.size is None else alive.size.log().to(alive.x.dtype)
+    x = attend(kept.x, y_kept, block, q, view.keys, view.values, key_bias, alive.policy)
     return kept._replace(x=mlp_branch(x, block, kept.spread))
 
 

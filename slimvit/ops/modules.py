@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# By the forward that is called: a subclass may have one of its own. timm is for slimvit.models.
+# By the class whose forward is called: a subclass may have one of its own. timm is for
+# slimvit.models.
 _LAYER_NORMS = {
-    ("torch.nn.modules.normalization", "LayerNorm.forward"),
-    ("timm.layers.norm", "LayerNorm.forward"),
-    ("timm.layers.norm", "LayerNormFp32.forward"),
+    ("torch.nn.modules.normalization", "LayerNorm"),
+    ("timm.layers.norm", "LayerNorm"),
+    ("timm.layers.norm", "LayerNormFp32"),
 }
 _ACTIVATIONS = {
-    ("timm.layers.activations", "GELU.forward"): "gelu",
-    ("timm.layers.activations", "GELUTanh.forward"): "gelu_tanh",
-    ("timm.layers.activations", "QuickGELU.forward"): "quick_gelu",
+    ("timm.layers.activations", "GELU"): "gelu",
+    ("timm.layers.activations", "GELUTanh"): "gelu_tanh",
+    ("timm.layers.activations", "QuickGELU"): "quick_gelu",
 }
 
 
@@ -55,5 +56,7 @@ def altered(name: str, module: nn.Module, deep: bool = True) -> str | None:
 
 
 def _forward_of(module: nn.Module) -> tuple[str, str]:
-    forward = type(module).forward
-    return forward.__module__, forward.__qualname__
+    """Where the forward that is called was written, and the class that has it."""
+    # Not its __qualname__: torch.compile before 2.15 tells another one.
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    return type(module).forward.__module__, owner.__qualname__
