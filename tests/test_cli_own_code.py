@@ -25,7 +25,7 @@ PLANNER = """
 import slimvit
 
 class Largest(slimvit.Planner):
-    kind = "test-largest"
+    kind = "own-planner"
 
     def choose(self, layer, view, n):
         return view.top(view.alive.x.norm(dim=-1).t(), n)
@@ -116,7 +116,7 @@ def test_a_planner_of_ones_own(command, capsys):
     assert main(["validate", *given, *data]) == 1
     assert "known once the module that defines it is imported" in capsys.readouterr().err
     assert main(["validate", *given, *data, "--import", "own_planner.py"]) == 0
-    assert "test-largest" in capsys.readouterr().out
+    assert "own-planner" in capsys.readouterr().out
     quick = ["--rounds", "1", "--seconds", "0.001", "--threads", "1", "--against", "none"]
     assert main(["bench", *given, *quick, "--import", "own_planner.py"]) == 0
 
