@@ -57,6 +57,6 @@ def altered(name: str, module: nn.Module, deep: bool = True) -> str | None:
 
 def _forward_of(module: nn.Module) -> tuple[str, str]:
     """Where the forward that is called was written, and the class that has it."""
-    # Not its __qualname__: torch.compile before 2.15 tells another one.
+    # Not its __qualname__: torch.compile of torch 2.10 tells another one.
     owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
     return type(module).forward.__module__, owner.__qualname__

@@ -30,7 +30,7 @@ class Graph:
 
     def _capture(self, call: Callable[[Tensor], Tensor]) -> None:
         # Streams of its own: torch's for captures is that of whichever device came first. Two of
-        # them: before torch 2.15 cuBLAS keeps a workspace for each stream, and one that warming up
+        # them: with older torch cuBLAS keeps a workspace for each stream, and one that warming up
         # left there would be in the graph, though others may free it.
         warm, stream = torch.cuda.Stream(), torch.cuda.Stream()
         warm.wait_stream(torch.cuda.current_stream())
