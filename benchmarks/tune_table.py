@@ -66,7 +66,7 @@ def candidates(key: Key, current: Config, shared_memory: int) -> list[Config]:
         small = key.rows is not None and key.rows <= 512
         found = _SMALL if small else _LARGE if key.rows is None else _MIDDLE
         if key.stage == "embedding" and not small:  # float32 images leave room for smaller ones
-            found = list(dict.fromkeys([*_LARGE, *_MIDDLE]))
+            found = [*_LARGE, *_MIDDLE]
     limit = 1 << (key.width - 1).bit_length()
     found = [c for c in found if c[2] <= max(limit, 16) and shared(key, c) <= shared_memory]
     return list(dict.fromkeys([current, *found]))

@@ -262,6 +262,8 @@ def test_the_command(tmp_path, capsys):
         (["--keep", "12,9,5"], "keep must be"),
         (["--keep", "12,9,9,5,5,1", "--against", "tensorrt"], "openvino, got 'tensorrt'"),
         (["--keep", "12,9,9,5,5,1", "--backend", "x"], "invalid choice"),
+        (["--keep", "12,9,9,5,5,1", "--import", "mine.py"], "--import needs --masks"),
+        (["--absorb", "0.3", "--import", "mine.py"], "--import needs --masks"),
         (["--keep", "12,9,9,5,5,1", "--samples", "3"], "--samples needs --data-dir"),
         (["--keep", "12,9,9,5,5,1", "--json", "no/such/folder.json"], "does not exist"),
     ],

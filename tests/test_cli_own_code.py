@@ -117,6 +117,8 @@ def test_a_planner_of_ones_own(command, capsys):
     assert "known once the module that defines it is imported" in capsys.readouterr().err
     assert main(["validate", *given, *data, "--import", "own_planner.py"]) == 0
     assert "own-planner" in capsys.readouterr().out
+    assert main(["export", *model, "--output", "dense.onnx", "--import", "own_planner.py"]) == 2
+    assert "--import needs --masks" in capsys.readouterr().err
     quick = ["--rounds", "1", "--seconds", "0.001", "--threads", "1", "--against", "none"]
     assert main(["bench", *given, *quick, "--import", "own_planner.py"]) == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import sys
@@ -26,6 +27,18 @@ def load(flag: str, name: str) -> ModuleType:
     except Exception as error:
         kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
         raise UsageError(f"{flag} {name}: {kind}{error}") from error
+
+
+def load_imports(args: argparse.Namespace) -> None:
+    """What --import names.
+
+    Raises:
+        UsageError: there is no file with a plan that it could be for, or `load` refuses one.
+    """
+    if args.imports and args.masks is None:
+        raise UsageError("--import needs --masks, whose planner it defines")
+    for name in args.imports:
+        load("--import", name)
 
 
 def _of_file(path: Path) -> ModuleType:

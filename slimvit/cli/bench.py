@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimvit.cli import common
+from slimvit.cli import _own_code, common
 from slimvit.errors import MasksError, UsageError
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ def _notes(report: Report) -> list[str]:
 def _masks(args: argparse.Namespace, model: nn.Module) -> Masks | Planner:
     if args.keep is None:
         return common.load_masks(args, model)
+    _own_code.load_imports(args)
     from slimvit.bench import parse_keep
     from slimvit.masks import Masks
     from slimvit.models import check_masks, spec

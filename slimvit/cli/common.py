@@ -139,8 +139,7 @@ def read_masks(args: argparse.Namespace) -> Masks | Planner:
     """What --masks or --absorb says, of whatever model."""
     from slimvit.dynamic import Absorb, load_plan
 
-    for name in args.imports:
-        _own_code.load("--import", name)
+    _own_code.load_imports(args)
     return load_plan(args.masks) if args.masks is not None else Absorb(args.absorb)
 
 

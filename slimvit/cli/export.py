@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from slimvit.cli import common
+from slimvit.cli import _own_code, common
 
 HELP = "write a pruned model as ONNX or as a torch.export program"
 _FORMATS = {".onnx": "onnx", ".pt2": "pt2"}
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     dense = args.masks is None and args.absorb is None
     if dense and args.slim_checkpoint is not None:
         raise UsageError("--slim-checkpoint needs --masks or --absorb")
+    _own_code.load_imports(args)
     model = common.load_model(args, checkpoint=args.slim_checkpoint, need_weights=True)
     if not dense:
         common.warn_of_tuned_weights(args)
