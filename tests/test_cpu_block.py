@@ -248,8 +248,9 @@ def test_a_masked_key_counts_for_nothing(dtype):
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_stays_in_its_image(dtype):
-    case = Case(63, 40, 3, key_bias="Bm", act="quick_gelu")
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_nan_stays_in_its_image(act, dtype):
+    case = Case(63, 40, 3, key_bias="Bm", act=act)
     p = problem(case, dtype)
     packed = pack(p, dtype)
     wanted = call(p, packed, case.n)

@@ -46,6 +46,21 @@ def test_activations_far_from_zero(act, dtype):
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations_wherever_they_bend(act, dtype):
+    """What is rounded is off by what no sum sees, and small answers are off by little of them."""
+    hidden = torch.cat([torch.linspace(-8, 8, 1009), torch.logspace(-6, -1, 15)])
+    pack = pack_block(FoldedBlock(mlp_of(act, hidden)), None, dtype)
+    got = torch.ops.slimvit.slim_block(torch.zeros(4, 1, 1024), pack, 4)[0, 0]
+    wanted = ACTIVATIONS[act]()(hidden.double())
+    slack, share = {torch.float32: (1e-6, 5e-7), torch.bfloat16: (7e-5, 5e-4)}[dtype]
+    around = torch.where(hidden.abs() < 0.07, share * wanted.abs(), slack)
+    assert (got >= (wanted - around).to(dtype)).all()
+    assert (got <= (wanted + around).to(dtype)).all()
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("bias", [-math.inf, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("n", [1, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cpu/gelu_table.h"
 #include "cpu/gemm.h"
 #include "cpu/packs.h"
 
@@ -37,7 +38,7 @@ SLIMVIT_INLINE typename S::F exp2(typename S::F x) {
 // x Φ(x) = 0.5 x (1 + erf(x / √2)). Φ(x) - 0.5 = x R(x²), R rational with a relative error below
 // float32 rounding; for bfloat16 a polynomial, off by at most 6e-5.
 template <class S, typename T>
-SLIMVIT_INLINE typename S::F gelu(typename S::F x) {
+SLIMVIT_INLINE typename S::F gelu_by_fit(typename S::F x) {
   const float kEnd = kStep<T> == 1 ? 5.5f : 4.5f;  // beyond it Φ is 0 or 1
   x = S::max(S::set(-kEnd), x);                    // NaN stays
   const auto clamped = S::min(S::set(kEnd), x);
@@ -55,6 +56,14 @@ SLIMVIT_INLINE typename S::F gelu(typename S::F x) {
                            1.14736176e-10f, -8.39734768e-13f};
     return S::mul(x, S::fma(clamped, polynomial<S>(p, u), S::set(0.5f)));
   }
+}
+
+template <class S, typename T>
+SLIMVIT_INLINE typename S::F gelu(typename S::F x) {
+  if constexpr (kStep<T> != 1 && S::kLooksUp)
+    return gelu_by_table<S>(x);
+  else
+    return gelu_by_fit<S, T>(x);
 }
 
 // x / (1 + exp(-z)); z a multiple of x.

@@ -28,6 +28,7 @@ struct Avx2 {
   static SLIMVIT_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
   static SLIMVIT_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static SLIMVIT_INLINE F sqrt(F x) { return _mm256_sqrt_ps(x); }
+  static constexpr bool kLooksUp = false;  // see Avx512
   static constexpr bool kRefinesRoots = false;
   static SLIMVIT_INLINE F inverse_root(F x) { return _mm256_rsqrt_ps(x); }
   static SLIMVIT_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }

@@ -40,6 +40,13 @@ struct Avx512 {
   static SLIMVIT_INLINE F above(F a, F b, F x, F y) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
   }
+  // The lesser of |a| and |b|; where one is NaN the other.
+  static SLIMVIT_INLINE F min_magnitude(F a, F b) { return _mm512_range_ps(a, b, 0b1010); }
+  // table[i], i the low five bits of what `at` has in memory.
+  static constexpr bool kLooksUp = true;
+  static SLIMVIT_INLINE F lookup(const float (&table)[32], F at) {
+    return _mm512_permutex2var_ps(load(table), _mm512_castps_si512(at), load(table + 16));
+  }
   static SLIMVIT_INLINE F round(F x) { return _mm512_roundscale_ps(x, 8); }
   static SLIMVIT_INLINE F scale(F x, F n) { return _mm512_scalef_ps(x, n); }  // x 2^n
   static SLIMVIT_INLINE float sum(F x) { return _mm512_reduce_add_ps(x); }

@@ -28,6 +28,7 @@ struct Neon {
   static SLIMVIT_INLINE F div(F a, F b) { return vdivq_f32(a, b); }
   static SLIMVIT_INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static SLIMVIT_INLINE F sqrt(F x) { return vsqrtq_f32(x); }
+  static constexpr bool kLooksUp = false;  // see Avx512
   static constexpr bool kRefinesRoots = false;
   static SLIMVIT_INLINE F inverse_root(F x) { return vdivq_f32(set(1.0f), vsqrtq_f32(x)); }
   // Where either is NaN the result is `b`, as everywhere; vminq's would be NaN.

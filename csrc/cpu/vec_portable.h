@@ -32,6 +32,7 @@ struct Portable {
     for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
     return x;
   }
+  static constexpr bool kLooksUp = false;  // see Avx512
   static constexpr bool kRefinesRoots = false;
   static SLIMVIT_INLINE F inverse_root(F x) { return set(1.0f) / sqrt(x); }
   static SLIMVIT_INLINE F min(F a, F b) { return a < b ? a : b; }
