@@ -54,7 +54,7 @@ def test_activations_wherever_they_bend(act, dtype):
     pack = pack_block(FoldedBlock(mlp_of(act, hidden)), None, dtype)
     got = torch.ops.slimvit.slim_block(torch.zeros(4, 1, 1024), pack, 4)[0, 0]
     wanted = ACTIVATIONS[act]()(hidden.double())
-    slack, share = {torch.float32: (1e-6, 5e-7), torch.bfloat16: (7e-5, 5e-4)}[dtype]
+    slack, share = {torch.float32: (6e-7, 5e-7), torch.bfloat16: (7e-5, 5e-4)}[dtype]
     around = torch.where(hidden.abs() < 0.07, share * wanted.abs(), slack)
     assert (got >= (wanted - around).to(dtype)).all()
     assert (got <= (wanted + around).to(dtype)).all()

@@ -60,8 +60,8 @@ SLIMVIT_INLINE typename S::F gelu_by_fit(typename S::F x) {
 
 template <class S, typename T>
 SLIMVIT_INLINE typename S::F gelu(typename S::F x) {
-  if constexpr (kStep<T> != 1 && S::kLooksUp)
-    return gelu_by_table<S>(x);
+  if constexpr (S::kLooksUp)
+    return gelu_by_table<S, T>(x);
   else
     return gelu_by_fit<S, T>(x);
 }

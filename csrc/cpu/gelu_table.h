@@ -1,44 +1,110 @@
 #pragma once
 
-#include "cpu/inline.h"
+#include "cpu/numbers.h"
 
-// GELU for bfloat16 where 32 numbers can be looked up at once: max(x, 0) - c(|x|), and what is cut
-// off c(a) = a Φ(-a) in 32 parabolas (minimax fits of our own) about the multiples of kGeluStep.
-// The first leaves zero with the slope of c, 1 / 2; the last is zero. Off by at most 1.4e-5 and,
-// where |x| < 0.075, by 2e-5 of the result.
+// GELU where 32 numbers can be looked up at once: max(x, 0) - c(|x|), and what is cut off,
+// c(a) = a Φ(-a), by a polynomial (minimax fits of our own) about each multiple of a step. The
+// first leaves zero as c does, at a slope of 1 / 2; the last is zero. Parabolas for bfloat16, off
+// by at most 1.4e-5 and, where |x| < 0.075, by 2e-5 of the result; for float32 polynomials of
+// degree 4, off by at most 4e-8 and rounding.
 
 namespace slimvit {
 namespace {
 
-constexpr float kGeluStep = 0.15f;
-alignas(64) constexpr float kGeluConstant[32] = {
-    0.0f,        8.45673931e-05f, 0.00148389f, 0.00725297f, 0.0213426f, 0.0472507f, 0.0867425f,
-    0.1390103f,  0.2005015f,      0.265445f,   0.3269127f,  0.378121f,  0.4136441f, 0.4302703f,
-    0.4273331f,  0.4065723f,      0.3715386f,  0.3268171f,  0.2772168f, 0.2270913f, 0.1798868f,
-    0.1379391f,  0.1024871f,      0.0738409f,  0.0516268f,  0.0350489f, 0.0231169f, 0.0148202f,
-    0.00923912f, 0.00560312f,     0.00330675f, 0.0f};
-alignas(64) constexpr float kGeluSlope[32] = {
-    0.5f,         0.4982549f,   0.4862953f,   0.4559228f,  0.402534f,   0.3259332f,  0.2302393f,
-    0.1229627f,   0.013505f,    -0.0885573f,  -0.1750386f, -0.2402712f, -0.2816398f, -0.2995211f,
-    -0.2967274f,  -0.2777057f,  -0.2476046f,  -0.2114759f, -0.1736772f, -0.1375322f, -0.1052324f,
-    -0.0779255f,  -0.055918f,   -0.038924f,   -0.0263057f, -0.0172727f, -0.0110259f, -0.00684591f,
-    -0.00413629f, -0.00243289f, -0.00139352f, 0.0f};
-alignas(64) constexpr float kGeluSquare[32] = {
-    -0.3986325f, -0.3895981f,  -0.3638483f,  -0.3237467f, -0.2730871f, -0.216409f,  -0.1583996f,
-    -0.1033278f, -0.0545997f,  -0.0144892f,  0.0159362f,  0.0367143f,  0.04876f,    0.0535681f,
-    0.0529047f,  0.0485473f,   0.042081f,    0.0347837f,  0.027582f,   0.0210656f,  0.01554f,
-    0.0110958f,  0.00768021f,  0.00515976f,  0.00336779f, 0.00213727f, 0.00131963f, 0.000793141f,
-    0.00046425f, 0.000264741f, 0.000147129f, 0.0f};
+template <typename T>
+struct GeluTable;
 
-template <class S>
+// clang-format off
+template <>
+struct GeluTable<bf16> {
+  static constexpr float kStep = 0.15f;
+  static constexpr int kTerms = 3;  // in a
+  alignas(64) static constexpr float cut[kTerms][32] = {
+      { 0.0000000e+00f,  8.4567393e-05f,  1.4838900e-03f,  7.2529700e-03f,
+        2.1342600e-02f,  4.7250700e-02f,  8.6742500e-02f,  1.3901030e-01f,
+        2.0050150e-01f,  2.6544500e-01f,  3.2691270e-01f,  3.7812100e-01f,
+        4.1364410e-01f,  4.3027030e-01f,  4.2733310e-01f,  4.0657230e-01f,
+        3.7153860e-01f,  3.2681710e-01f,  2.7721680e-01f,  2.2709130e-01f,
+        1.7988680e-01f,  1.3793910e-01f,  1.0248710e-01f,  7.3840900e-02f,
+        5.1626800e-02f,  3.5048900e-02f,  2.3116900e-02f,  1.4820200e-02f,
+        9.2391200e-03f,  5.6031200e-03f,  3.3067500e-03f,  0.0000000e+00f},
+      { 5.0000000e-01f,  4.9825490e-01f,  4.8629530e-01f,  4.5592280e-01f,
+        4.0253400e-01f,  3.2593320e-01f,  2.3023930e-01f,  1.2296270e-01f,
+        1.3505000e-02f, -8.8557300e-02f, -1.7503860e-01f, -2.4027120e-01f,
+       -2.8163980e-01f, -2.9952110e-01f, -2.9672740e-01f, -2.7770570e-01f,
+       -2.4760460e-01f, -2.1147590e-01f, -1.7367720e-01f, -1.3753220e-01f,
+       -1.0523240e-01f, -7.7925500e-02f, -5.5918000e-02f, -3.8924000e-02f,
+       -2.6305700e-02f, -1.7272700e-02f, -1.1025900e-02f, -6.8459100e-03f,
+       -4.1362900e-03f, -2.4328900e-03f, -1.3935200e-03f,  0.0000000e+00f},
+      {-3.9863250e-01f, -3.8959810e-01f, -3.6384830e-01f, -3.2374670e-01f,
+       -2.7308710e-01f, -2.1640900e-01f, -1.5839960e-01f, -1.0332780e-01f,
+       -5.4599700e-02f, -1.4489200e-02f,  1.5936200e-02f,  3.6714300e-02f,
+        4.8760000e-02f,  5.3568100e-02f,  5.2904700e-02f,  4.8547300e-02f,
+        4.2081000e-02f,  3.4783700e-02f,  2.7582000e-02f,  2.1065600e-02f,
+        1.5540000e-02f,  1.1095800e-02f,  7.6802100e-03f,  5.1597600e-03f,
+        3.3677900e-03f,  2.1372700e-03f,  1.3196300e-03f,  7.9314100e-04f,
+        4.6425000e-04f,  2.6474100e-04f,  1.4712900e-04f,  0.0000000e+00f}};
+};
+
+template <>
+struct GeluTable<float> {
+  static constexpr float kStep = 0.1875f;
+  static constexpr int kTerms = 5;  // in the distance of a to the nearest multiple
+  alignas(64) static constexpr float cut[kTerms][32] = {
+      { 0.0000000e+00f,  7.9806432e-02f,  1.3268633e-01f,  1.6137433e-01f,
+        1.6997051e-01f,  1.6336004e-01f,  1.4658134e-01f,  1.2426192e-01f,
+        1.0021080e-01f,  7.7209242e-02f,  5.6993179e-02f,  4.0383913e-02f,
+        2.7505063e-02f,  1.8024355e-02f,  1.1372677e-02f,  6.9128470e-03f,
+        4.0496942e-03f,  2.2871660e-03f,  1.2456398e-03f,  6.5432419e-04f,
+        3.3156484e-04f,  1.6209690e-04f,  7.6464050e-05f,  3.4805951e-05f,
+        1.5289532e-05f,  6.4819401e-06f,  2.6522071e-06f,  1.0474167e-06f,
+        3.9926067e-07f,  1.4690329e-07f,  5.2174173e-08f,  0.0000000e+00f},
+      { 5.0000000e-01f,  3.5213628e-01f,  2.1438503e-01f,  9.5318995e-02f,
+        7.7482843e-04f, -6.6755638e-02f, -1.0806644e-01f, -1.2660272e-01f,
+       -1.2746926e-01f, -1.1635033e-01f, -9.8578118e-02f, -7.8500032e-02f,
+       -5.9189916e-02f, -4.2458907e-02f, -2.9068599e-02f, -1.9036956e-02f,
+       -1.1945647e-02f, -7.1912385e-03f, -4.1571772e-03f, -2.3095331e-03f,
+       -1.2338003e-03f, -6.3412590e-04f, -3.1368455e-04f, -1.4939821e-04f,
+       -6.8526184e-05f, -3.0278357e-05f, -1.2890307e-05f, -5.2884402e-06f,
+       -2.0911898e-06f, -7.9711390e-07f, -2.9292789e-07f,  0.0000000e+00f},
+      {-3.9894259e-01f, -3.8509989e-01f, -3.4570867e-01f, -2.8668863e-01f,
+       -2.1644267e-01f, -1.4410232e-01f, -7.7798881e-02f, -2.3379536e-02f,
+        1.6189395e-02f,  4.0713392e-02f,  5.2127056e-02f,  5.3591061e-02f,
+        4.8601452e-02f,  4.0306274e-02f,  3.1114710e-02f,  2.2584578e-02f,
+        1.5511505e-02f,  1.0123475e-02f,  6.2969765e-03f,  3.7411952e-03f,
+        2.1265831e-03f,  1.1579915e-03f,  6.0467457e-04f,  3.0303217e-04f,
+        1.4584779e-04f,  6.7452660e-05f,  2.9991063e-05f,  1.2824869e-05f,
+        5.2763348e-06f,  2.0891030e-06f,  7.9624868e-07f,  0.0000000e+00f},
+      { 1.7345254e-05f,  4.8449896e-02f,  8.9485526e-02f,  1.1735450e-01f,
+        1.2914449e-01f,  1.2516676e-01f,  1.0850427e-01f,  8.3946973e-02f,
+        5.6693763e-02f,  3.1210428e-02f,  1.0509984e-02f, -4.0545608e-03f,
+       -1.2567471e-02f, -1.6075926e-02f, -1.6060043e-02f, -1.3995313e-02f,
+       -1.1079597e-02f, -8.1267282e-03f, -5.5846199e-03f, -3.6206022e-03f,
+       -2.2248863e-03f, -1.3002061e-03f, -7.2435889e-04f, -3.8542497e-04f,
+       -1.9615596e-04f, -9.5596755e-05f, -4.4655528e-05f, -2.0009531e-05f,
+       -8.6062182e-06f, -3.5550224e-06f, -1.4110194e-06f,  0.0000000e+00f},
+      { 6.6254966e-02f,  6.1196901e-02f,  4.6941977e-02f,  2.6727581e-02f,
+        4.7915154e-03f, -1.4697323e-02f, -2.8654754e-02f, -3.5664368e-02f,
+       -3.6014598e-02f, -3.1275619e-02f, -2.3634259e-02f, -1.5234222e-02f,
+       -7.7089299e-03f, -1.9816982e-03f,  1.6942096e-03f,  3.5466722e-03f,
+        4.0520113e-03f,  3.7274666e-03f,  3.0171680e-03f,  2.2243934e-03f,
+        1.5202467e-03f,  9.7314309e-04f,  5.8730226e-04f,  3.3568201e-04f,
+        1.8229948e-04f,  9.4294795e-05f,  4.6542285e-05f,  2.1953714e-05f,
+        9.9080298e-06f,  4.2826405e-06f,  1.7743361e-06f,  0.0000000e+00f}};
+};
+// clang-format on
+
+template <class S, typename T>
 SLIMVIT_INLINE typename S::F gelu_by_table(typename S::F x) {
-  constexpr float kIntegers = 8388608.0f;  // from here on floats are integers, in their low bits
-  const auto a = S::min_magnitude(x, S::set(31 * kGeluStep));
-  const auto at = S::fma(a, S::set(1 / kGeluStep), S::set(kIntegers));
-  const auto square = S::lookup(kGeluSquare, at);
-  const auto slope = S::lookup(kGeluSlope, at);
-  const auto constant = S::lookup(kGeluConstant, at);
-  const auto cut = S::fma(S::fma(square, a, slope), a, constant);
+  using Table = GeluTable<T>;
+  const auto integers = S::set(8388608.0f);  // from here on floats are integers, in their low bits
+  const auto a = S::min_magnitude(x, S::set(31 * Table::kStep));
+  const auto at = S::fma(a, S::set(1 / Table::kStep), integers);
+  auto of = a;
+  if constexpr (kStep<T> == 1) of = S::fma(S::sub(at, integers), S::set(-Table::kStep), a);
+  auto cut = S::lookup(Table::cut[Table::kTerms - 1], at);
+#pragma GCC unroll 8
+  for (int i = Table::kTerms - 2; i >= 0; --i) cut = S::fma(cut, of, S::lookup(Table::cut[i], at));
   return S::sub(S::max(S::zero(), x), cut);
 }
 
