@@ -45,16 +45,17 @@ def test_activations_far_from_zero(act, dtype):
     assert ((got - wanted).abs() <= slack + rounding * wanted.abs()).all()
 
 
-@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_activations_wherever_they_bend(act, dtype):
+def test_activations_wherever_they_bend(isa, act, dtype):  # noqa: F811
     """What is rounded is off by what no sum sees, and small answers are off by little of them."""
     hidden = torch.cat([torch.linspace(-8, 8, 1009), torch.logspace(-6, -1, 15)])
     pack = pack_block(FoldedBlock(mlp_of(act, hidden)), None, dtype)
     got = torch.ops.slimvit.slim_block(torch.zeros(4, 1, 1024), pack, 4)[0, 0]
     wanted = ACTIVATIONS[act]()(hidden.double())
     slack, share = {torch.float32: (6e-7, 5e-7), torch.bfloat16: (7e-5, 5e-4)}[dtype]
+    if act == "gelu" and isa in ("avx512", "avx512_bf16", "amx"):  # from a table
+        slack, share = {torch.float32: (5e-8, 3e-7), torch.bfloat16: (1.5e-5, 3e-5)}[dtype]
     around = torch.where(hidden.abs() < 0.07, share * wanted.abs(), slack)
     assert (got >= (wanted - around).to(dtype)).all()
     assert (got <= (wanted + around).to(dtype)).all()
