@@ -255,11 +255,12 @@ def test_processes_may_have_any_number_of_batches(tiny_vit, batches, tmp_path):
         for rank in (0, 1):
             two = torch.load(tmp_path / f"{number}-{rank}.pt", weights_only=False)
             assert torch.equal(two.masks.keep, one.masks.keep)
-            wanted = one.model.state_dict()
-            for key, value in two.model.state_dict().items():
+            start, wanted, found = (m.state_dict() for m in (tiny_vit, one.model, two.model))
+            for key in wanted:
                 # Keys' biases change no answer: AdamW steps by the sign of what is rounding there.
                 if not key.endswith("qkv.bias"):
-                    torch.testing.assert_close(value, wanted[key], rtol=0, atol=5e-5)
+                    moved = (wanted[key] - start[key]).norm()
+                    assert (found[key] - wanted[key]).norm() <= 0.01 * moved, key
 
 
 def test_empty_batches_are_nothing():
