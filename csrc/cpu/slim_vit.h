@@ -189,8 +189,8 @@ class Network {
   }
 
   // The worker's share of an image as rows of patches in lifetime order, zero for prefix tokens.
-  // The image is read as it lies in memory, which the processor foresees; the patches scatter, but
-  // within the cache.
+  // The image is read as it lies in memory, which the processor foresees; the patches scatter, and
+  // their lines are fetched two rows ahead.
   template <typename In>
   void read_patches(const In* images, long image) const {
     const auto* tokens = section<std::int32_t>(*call_.embedding, call_.embedding->place);
@@ -204,8 +204,10 @@ class Network {
             images + ((image * in_.channels + c) * in_.image_height + y) * in_.image_width;
         const std::int32_t* places = place + y / in_.patch_height * in_.columns();
         T* to = patches_ + (c * in_.patch_height + y % in_.patch_height) * in_.patch_width;
-        for (long i = 0; i < in_.columns(); ++i, row += in_.patch_width)
+        for (long i = 0; i < in_.columns(); ++i, row += in_.patch_width) {
+          __builtin_prefetch(to + places[i] * depth + 2 * in_.patch_width, 1);
           read_row(row, to + places[i] * depth);
+        }
       }
     for (long t = team_.rank; t < in_.prefix; t += team_.size)
       for (long i = 0; i < depth; ++i) narrow(0.0f, patches_[tokens[t] * depth + i]);
