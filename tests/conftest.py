@@ -27,7 +27,9 @@ ROOT = Path(__file__).parent.parent
 
 pytest_plugins = ("commands", "gpu_bench")  # fixtures of several rooms
 
-torch.set_num_threads(min(4, torch.get_num_threads()))
+# Of processes that test side by side each has its share; what depends on threads sets them itself.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(4, torch.get_num_threads() // WORKERS)))
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     import interpreter
 
