@@ -48,6 +48,12 @@ def test_no_images(backend):
     for call in (fast, fast.forward_features):
         with pytest.raises(SlimvitError, match="images must be a tensor, got NoneType"):
             call(None)
+    with pytest.raises(SlimvitError, match="images must be a tensor, got int"):
+        fast.kept_sets(5)
+    with pytest.raises(SlimvitError, match="batch_size must be a whole number, got None"):
+        fast.warm_up(None)
+    with pytest.raises(SlimvitError, match="batch_size must be at least 1, got 0"):
+        fast.warm_up(0)
 
 
 def test_tangents_reach_through_packed_weights():

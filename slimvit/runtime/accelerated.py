@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from slimvit.checks import whole
 from slimvit.dynamic import Planner
 from slimvit.errors import SlimvitError, UsageError
 from slimvit.masks import Masks
@@ -58,9 +59,10 @@ class AcceleratedViT(nn.Module):
                 processor next to nothing. It takes memory for one batch.
 
         Raises:
-            UsageError: a CUDA graph is wanted and the model is not on a GPU, or images keep numbers
-                of patches of their own.
+            UsageError: `batch_size` is no whole number or below 1; a CUDA graph is wanted and the
+                model is not on a GPU, or images keep numbers of patches of their own.
         """
+        batch_size = whole("batch_size", batch_size, 1)
         token = self.network.cls_token
         if cuda_graph:
             check_graph(self.plan, token.device)
@@ -100,6 +102,7 @@ class AcceleratedViT(nn.Module):
         N and more are package tokens, which stand nowhere; -1 fills up the rows of images that keep
         fewer than others.
         """
+        check_floating(images)
         if self.masks is None:
             return self.network.kept_sets(self._cast(images))
         places = [row.nonzero()[:, 0].to(images.device) for row in self.masks.keep]
