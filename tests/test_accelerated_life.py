@@ -50,6 +50,12 @@ def test_no_images(backend):
             call(None)
     with pytest.raises(SlimvitError, match="images must be a tensor, got int"):
         fast.kept_sets(5)
+    with pytest.raises(
+        SlimvitError, match=r"images must be \[B, 3, 64, 64\], got \[2, 1, 64, 64\]"
+    ):
+        fast.kept_sets(torch.zeros(2, 1, 64, 64))
+    with pytest.raises(SlimvitError, match="images must be a dense tensor, got torch.sparse_coo"):
+        fast(torch.zeros(2, 3, 64, 64).to_sparse())
     with pytest.raises(SlimvitError, match="batch_size must be a whole number, got None"):
         fast.warm_up(None)
     with pytest.raises(SlimvitError, match="batch_size must be at least 1, got 0"):

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -99,6 +100,25 @@ class TestOps:
         assert not torch.equal(torch.ops.slimvit.slim_vit(images, moved, *rest), wanted)
         del moved
         assert copy[0] not in [kept[0] for kept in cpu_module._copies.values()]
+
+    def test_bytes_that_lie_anywhere_are_copied_once_by_all_threads(self):
+        """A second copy would free the one that the first thread computes from."""
+        images, packs, *rest = arguments(make(), images_of())
+        pointers, start = set(), threading.Barrier(8)
+
+        def meet(moved):
+            start.wait()
+            pointers.add(cpu_module.pack_bytes("packs", moved)[0])
+
+        for _ in range(20):
+            moved = torch.cat([packs[:4], packs])[4:]
+            pointers.clear()
+            threads = [threading.Thread(target=meet, args=(moved,)) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(pointers) == 1
 
 
 class TestModule:

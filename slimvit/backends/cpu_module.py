@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from slimvit.errors import SlimvitError
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ALIGNMENT = 64
 _copies = WeakTensorKeyDictionary()  # by packs that lie elsewhere
+_copying = threading.Lock()
 
 
 def module() -> ModuleType:
@@ -85,10 +87,11 @@ def _aligned(pack: Tensor) -> Tensor:
     if pack.data_ptr() % _ALIGNMENT == 0:
         return pack
     state = (pack.data_ptr(), pack._version)
-    copy = _copies.get(pack)
-    if copy is None or copy[0] != state:
-        copy = _copies[pack] = (state, pack.clone())
-    return copy[1]
+    with _copying:  # a second copy would free the first, from which another thread may compute
+        copy = _copies.get(pack)
+        if copy is None or copy[0] != state:
+            copy = _copies[pack] = (state, pack.clone())
+        return copy[1]
 
 
 def on_cpu(tensor: Tensor) -> bool:

@@ -66,9 +66,7 @@ class PackedLinear(nn.Module):
             gelu: apply the exact GELU, 0.5 x (1 + erf(x / sqrt(2))).
             add: added to the result, of its shape; not together with `gelu`.
         """
-        trained = self.weight.requires_grad and torch.is_grad_enabled()
-        # Changes of weights made in inference mode could not be noticed.
-        if packed and not trained and not self.weight.is_inference():
+        if packed and _holds_still(self.weight) and _holds_still(self.bias):
             weight, bias = self._pack(rows, x)
             if add is not None:
                 return torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
@@ -89,9 +87,7 @@ class PackedLinear(nn.Module):
         What is written through `.data`, or by NumPy, has no version and is not noticed.
         """
         weight, bias = self.weight, self.bias
-        state = (weight.data_ptr(), weight._version)
-        if bias is not None:
-            state += (bias.data_ptr(), bias._version)
+        state = _state(weight) if bias is None else _state(weight) + _state(bias)
         pack = self._packs.get((rows.start, rows.stop))
         if pack is None or pack[0] != state:
             part = weight.detach()[rows].contiguous()
@@ -105,6 +101,24 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packs": {}}
+
+
+def _holds_still(tensor: Tensor | None) -> bool:
+    """Whether what is written to a weight can be noticed.
+
+    Fused optimizers count no version of what they train, nor does inference mode of its tensors,
+    and those of torch.func have no memory of their own.
+    """
+    return tensor is None or not (
+        tensor.requires_grad
+        or tensor.is_inference()
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    """What differs when a tensor is written to or another takes its place."""
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
 
 
 class PatchLinear(nn.Module):

@@ -110,7 +110,7 @@ class _Slim(SlimCalls):
     def _slim_layer(self, x: Tensor, layer: int, module: nn.Module) -> Tensor:
         n = self._counts[layer]
         if isinstance(module, FoldedBlock):
-            out = module.forward(x, n, self._extra_key(layer, None))
+            out = module(x, n, self._extra_key(layer, None))
         else:
             block = parts(module)
             out = slim_block(x, block, n, extra_key=self._extra_key(layer, block))

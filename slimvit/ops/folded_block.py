@@ -66,21 +66,21 @@ class FoldedBlock(nn.Module):
             k, v, key_bias = append_key(k, v, None, extra_key)
         a = slim_attention(q, k, v, key_bias)
         a = a.permute(2, 0, 1, 3).reshape(keep, x.shape[1], self.inner)
-        x_kept = self.proj.forward(a, packed=packed, add=x_kept)
-        hidden = self.fc1.forward(_layer_norm(self.norm2, x_kept), packed=packed, gelu=self._gelu)
+        x_kept = self.proj(a, packed=packed, add=x_kept)
+        hidden = self.fc1(_layer_norm(self.norm2, x_kept), packed=packed, gelu=self._gelu)
         if not self._gelu:
             hidden = self.act(hidden)
-        return self.fc2.forward(hidden, packed=packed, add=x_kept)
+        return self.fc2(hidden, packed=packed, add=x_kept)
 
     def _project(self, y: Tensor, keep: int, packed: bool) -> tuple[Tensor, ...]:
         """Queries [B, H, n, d] of the kept rows, keys and values [B, H, m, d] of all."""
         m, batch, _ = y.shape
         shape = (batch, 3, self.heads, self.head_dim)
         if keep == m:
-            qkv = self.qkv.forward(y, packed=packed)
+            qkv = self.qkv(y, packed=packed)
             return qkv.view(m, *shape).permute(2, 1, 3, 0, 4).unbind(0)
-        q = self.qkv.forward(y[:keep], slice(0, self.inner), packed=packed)
-        kv = self.qkv.forward(y, slice(self.inner, None), packed=packed)
+        q = self.qkv(y[:keep], slice(0, self.inner), packed=packed)
+        kv = self.qkv(y, slice(self.inner, None), packed=packed)
         k, v = kv.view(m, batch, 2, *shape[2:]).permute(2, 1, 3, 0, 4).unbind(0)
         return q.view(keep, batch, *shape[2:]).permute(1, 2, 0, 3), k, v
 

@@ -57,10 +57,7 @@ def zero_key(block: BlockParts, rows: int) -> ExtraKey:
     Source: Patch Slimming (Tang et al., CVPR 2022), footnote 1, where pruned tokens are zeros.
     """
     y = block.norm1(block.proj.weight.new_zeros(1, 1, block.qkv.in_features))
-    inner = block.heads * block.head_dim
-    bias = None if block.qkv.bias is None else block.qkv.bias[inner:]
-    k, v = _heads(block, F.linear(y, block.qkv.weight[inner:], bias), 2)
-    return ExtraKey(block.k_norm(k), v, math.log(rows))
+    return ExtraKey(*project_kv(block, y), math.log(rows))
 
 
 def take(x: Tensor, keep: int | Tensor) -> Tensor:
@@ -164,18 +161,22 @@ def project_qkv(block: BlockParts, y_kept: Tensor, y: Tensor) -> tuple[Tensor, T
 
 def project_q(block: BlockParts, y: Tensor) -> Tensor:
     """Queries [B, H, n, d] of normed tokens [n, B, D]."""
-    inner, bias = block.heads * block.head_dim, block.qkv.bias
-    bias = None if bias is None else bias[:inner]
-    (q,) = _heads(block, F.linear(y, block.qkv.weight[:inner], bias), 1)
+    (q,) = _heads(block, _project(block, y, slice(0, block.heads * block.head_dim)), 1)
     return block.q_norm(q)
 
 
 def project_kv(block: BlockParts, y: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values, [B, H, m, d] each, of normed tokens [m, B, D]."""
-    inner, bias = block.heads * block.head_dim, block.qkv.bias
-    bias = None if bias is None else bias[inner:]
-    k, v = _heads(block, F.linear(y, block.qkv.weight[inner:], bias), 2)
+    k, v = _heads(block, _project(block, y, slice(block.heads * block.head_dim, None)), 2)
     return block.k_norm(k), v
+
+
+def _project(block: BlockParts, y: Tensor, rows: slice) -> Tensor:
+    """The outputs `rows` of qkv, which is called whole where that does more than multiply."""
+    qkv = block.qkv
+    if type(qkv).forward is not nn.Linear.forward or altered("qkv", qkv) is not None:
+        return qkv(y)[..., rows]
+    return F.linear(y, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
 
 
 def _heads(block: BlockParts, rows: Tensor, parts: int) -> tuple[Tensor, ...]:

@@ -105,6 +105,7 @@ class AcceleratedViT(nn.Module):
         check_floating(images)
         if self.masks is None:
             return self.network.kept_sets(self._cast(images))
+        check_shape(images, self.image_shape)
         places = [row.nonzero()[:, 0].to(images.device) for row in self.masks.keep]
         return [place.expand(images.shape[0], -1) for place in places]
 
@@ -142,11 +143,21 @@ def check_graph(plan: Planner | None, device: torch.device) -> None:
 
 
 def check_floating(images: Tensor) -> None:
-    """Refuse images of integers: they have not been normalised."""
+    """Refuse images of integers, which have not been normalised, and such as are not dense."""
     if not isinstance(images, Tensor):
         raise SlimvitError(f"images must be a tensor, got {type(images).__name__}")
+    if images.layout is not torch.strided or images.is_nested:
+        kind = "nested" if images.is_nested else images.layout
+        raise SlimvitError(f"images must be a dense tensor, got {kind}")
     if not images.is_floating_point():
         raise SlimvitError(f"images must be floating point, got {dtype_name(images.dtype)}")
+
+
+def check_shape(images: Tensor, image_shape: tuple[int, ...]) -> None:
+    """Refuse images that are not [B, C, H, W] of the model's channels, height and width."""
+    if images.dim() != 4 or images.shape[1:] != image_shape:
+        sides = ", ".join(map(str, image_shape))
+        raise SlimvitError(f"images must be [B, {sides}], got {list(images.shape)}")
 
 
 def wants_gradient(images: Tensor) -> bool:

@@ -13,6 +13,7 @@ from slimvit.ops import FusedNetwork, NetworkParts
 from slimvit.runtime.accelerated import (
     AcceleratedViT,
     check_floating,
+    check_shape,
     dtype_name,
     no_state,
     refuse_gradients,
@@ -57,9 +58,7 @@ class FusedViT(AcceleratedViT):
     def _checked(self, images: Tensor) -> Tensor:
         check_floating(images)
         refuse_gradients(self.backend, images)
-        if images.dim() != 4 or images.shape[1:] != self.image_shape:
-            sides = ", ".join(map(str, self.image_shape))
-            raise SlimvitError(f"images must be [B, {sides}], got {list(images.shape)}")
+        check_shape(images, self.image_shape)
         return images
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedViT:

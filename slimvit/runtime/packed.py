@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slimvit.errors import SlimvitError
 from slimvit.ops import NetworkParts, PackedNetwork
+from slimvit.ops.modules import altered
 from slimvit.runtime.accelerated import (
     AcceleratedViT,
     check_floating,
@@ -46,19 +47,23 @@ class PackedViT(AcceleratedViT):
         self.network.to(packed.dtype)
         self._packed_head = self._head() if packed.classes else None
 
-    def _head(self) -> list[tuple[Tensor, int]]:
-        """The weights of the head, and how often each has been written to."""
-        heads = [getattr(self.network, name, None) for name in ("head", "head_dist")]
-        held = [getattr(head, name, None) for head in heads for name in ("weight", "bias")]
-        return [(tensor, tensor._version) for tensor in held if tensor is not None]
+    def _head(self) -> list[tuple[nn.Module | Tensor, int]]:
+        """The modules of the head, its weights, and how often each of these has been written to."""
+        modules = [
+            module
+            for name in ("fc_norm", "head_drop", "head", "head_dist")
+            if (module := getattr(self.network, name, None)) is not None
+        ]
+        weights = [weight for module in modules for weight in module.parameters()]
+        return [(module, 0) for module in modules] + [(w, w._version) for w in weights]
 
     def _head_is_packed(self) -> bool:
         if self._packed_head is None or torch.compiler.is_compiling():
             return self._packed_head is not None
         now = self._head()
         return len(now) == len(self._packed_head) and all(
-            tensor is packed and version == before
-            for (tensor, version), (packed, before) in zip(now, self._packed_head)
+            part is packed and version == before and not _does_more(part)
+            for (part, version), (packed, before) in zip(now, self._packed_head)
         )
 
     def _logits(self, images: Tensor) -> Tensor:
@@ -106,3 +111,8 @@ class PackedViT(AcceleratedViT):
 
     def _load_from_state_dict(self, *_: object) -> None:
         raise SlimvitError(no_state(self.backend))
+
+
+def _does_more(part: nn.Module | Tensor) -> bool:
+    """Whether a module has hooks or another forward, or a weight is trained."""
+    return part.requires_grad if isinstance(part, Tensor) else altered("head", part) is not None
