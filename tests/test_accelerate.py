@@ -280,7 +280,7 @@ class TestRefused:
         [
             ("qk_norm", "block 1: it has q_norm, a LayerNorm"),
             ("rms_norm", "block 1: it has q_norm, a RmsNorm"),
-            ("dinov2_swiglu", "block 1: it has ls2, a LayerScale"),
+            ("dinov2_swiglu", "block 1: its MLP is GluMlp, not two layers and an activation"),
             ("dynamic_img_pad", "images are padded or cropped to whole patches"),
         ],
     )

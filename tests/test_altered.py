@@ -9,22 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from references import build, off, random_images, random_masks, randomise
+from references import bent, build, off, random_images, random_masks, randomise
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from slimvit import DPS, Absorb, SPViT, accelerate, apply_masks
+from slimvit import DPS, Absorb, accelerate, apply_masks
 from slimvit.errors import SlimvitError, UnsupportedModelError
 from slimvit.models import spec
 from slimvit.ops.modules import activation_name, layer_norm_of
 
 NEAR = 1e-5
 COUNTS = {"deit": (17, 9, 1), "dinov2_reg4": (21, 12, 1)}
-
-
-def bent(module: nn.Module, *given: object) -> object:
-    """A hook, of the input or of the output; not one that a norm takes back."""
-    return tuple(map(torch.sin, given[0])) if len(given) == 1 else given[-1].sin()
 
 
 def answers_alike(model: nn.Module, plan: object, **options: object) -> nn.Module:
@@ -115,6 +110,120 @@ def test_a_forward_set_on_what_is_not_called_is_refused(name):
         apply_masks(model, random_masks(build("deit")))
 
 
+class Growing(nn.Sequential):
+    def forward(self, x):
+        for block in self:
+            x = 1.1 * block(x)
+        return x
+
+
+def grow(model: nn.Module) -> None:
+    model.blocks = Growing(*model.blocks)
+
+
+def watch_blocks(model: nn.Module) -> None:
+    model.blocks.register_forward_hook(bent)
+
+
+def forward_of_blocks(model: nn.Module) -> None:
+    model.blocks.forward = torch.sin
+
+
+def watch_attention(model: nn.Module) -> None:
+    model.blocks[1].attn.fused_attn = False
+    model.blocks[1].attn.attn_drop.register_forward_hook(bent)
+
+
+def scale_logits(model: nn.Module) -> None:
+    model.blocks[1].attn.fused_attn, model.blocks[1].attn.scale = False, 0.05
+
+
+def pool_by_itself(model: nn.Module) -> None:
+    model.pool = lambda x, pool_type=None: x.mean(1)
+
+
+def pool_by_attention(model: nn.Module) -> None:
+    model.attn_pool = nn.Identity()
+
+
+def embed_by_more(model: nn.Module) -> None:
+    model.patch_embed.proj = nn.Sequential(model.patch_embed.proj, nn.GELU())
+
+
+def without_blocks(model: nn.Module) -> None:
+    model.blocks = nn.Sequential()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (grow, "calls its blocks by Growing: only Sequential is read"),
+        (watch_blocks, "blocks has forward hooks, which would not run"),
+        (forward_of_blocks, "blocks has a forward set on it, which would not run"),
+        (watch_attention, "block 2.attn.attn_drop is more than dropout and would not run"),
+        (scale_logits, r"block 2.attn scales logits by 0.05: only 1 / sqrt\(head_dim\) = 0.25"),
+        (pool_by_itself, "it has a pool of its own"),
+        (pool_by_attention, "has an attn_pool and cannot be slimmed: attention pooling reads"),
+        (embed_by_more, "embeds patches by Sequential: only Conv2d is read"),
+        (without_blocks, "has no block to slim"),
+    ],
+)
+def test_what_would_be_lost_is_refused(change, reason):
+    model = build("deit")
+    masks = random_masks(model)
+    change(model)
+    for call in (accelerate, apply_masks):
+        with pytest.raises(UnsupportedModelError, match=reason):
+            call(model, masks)
+
+
+class Doubled(VisionTransformer):
+    def _pos_embed(self, x):
+        return 2 * super()._pos_embed(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("pos_drop", "its pos_drop is Hardtanh, not dropout"),
+        ("head_drop", None),
+        ("blocks.1.attn.proj_drop", "block 2: its proj_drop is Hardtanh, not dropout"),
+        ("blocks.1.mlp.drop1", "block 2: its MLP is Mlp, not two layers"),
+        ("blocks.1.mlp.drop2", "block 2: its MLP is Mlp, not two layers"),
+        ("blocks.1.drop_path1", "block 2: its drop_path1 is Hardtanh, not dropout"),
+        ("blocks.1.drop_path2", "block 2: its drop_path2 is Hardtanh, not dropout"),
+        ("_pos_embed", "it has a _pos_embed of its own"),
+    ],
+)
+def test_what_is_more_than_dropout_is_computed(name, reason):
+    model = build("deit")
+    if name == "_pos_embed":
+        sizes = {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
+        model = randomise(Doubled(**sizes)).eval()
+    else:
+        model.set_submodule(name, nn.Hardtanh(-0.1, 0.1))
+    masks = random_masks(model)
+    for plan in (masks, Absorb(counts=COUNTS["deit"])):
+        answers_alike(model, plan, backend="torch")
+        assert answers_alike(model, plan).backend == ("torch" if reason else "cpu")
+    if reason:
+        with pytest.raises(SlimvitError, match=reason):
+            accelerate(model, masks, backend="cpu")
+
+
+def test_an_attribute_that_is_called_as_another_models_head():
+    model = build("deit")
+    model.head_dist = nn.Linear(48, 7)
+    answers_alike(model, random_masks(model), backend="cpu")
+
+
+def test_attention_without_dropout():
+    model = build("deit")
+    for block in model.blocks:
+        block.attn.attn_drop = nn.Identity()
+    answers_alike(model, random_masks(model))
+
+
 class Scaled(nn.LayerNorm):
     """A norm that computes something else."""
 
@@ -180,215 +289,3 @@ def test_the_rest_beside_whole_patches_is_left_out(size):
     model = VisionTransformer(img_size=size, embed_dim=48, depth=3, num_heads=3, num_classes=7)
     model = randomise(model).eval()
     assert answers_alike(model, random_masks(model)).backend == "torch"
-
-
-class Adapted(nn.Module):
-    """A linear layer with an adapter of low rank beside it, as peft wraps one."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base, self.in_features = base, base.in_features
-        self.down = nn.Linear(base.in_features, 4, bias=False)
-        self.up = nn.Linear(4, base.out_features, bias=False)
-
-    weight = property(lambda self: self.base.weight)
-    bias = property(lambda self: self.base.bias)
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
-
-
-def adapt(module: nn.Module, name: str) -> None:
-    setattr(module, name, Adapted(getattr(module, name)))
-
-
-def hook(module: nn.Module, name: str) -> None:
-    getattr(module, name).register_forward_hook(bent)
-
-
-def replace(module: nn.Module, name: str) -> None:
-    setattr(module, name, nn.Hardtanh(-0.1, 0.1))
-
-
-def set_forward(module: nn.Module, name: str) -> None:
-    getattr(module, name).forward = lambda tokens: tokens[:, :7].sin()
-
-
-@pytest.mark.parametrize(
-    "plan",
-    [
-        lambda model: random_masks(model),
-        lambda model: random_masks(model, "zero"),
-        lambda model: Absorb(counts=COUNTS["deit"]),
-        lambda model: DPS(COUNTS["deit"]),
-        lambda model: SPViT((0.7, 0.5), stages=(0, 1)),
-    ],
-)
-def test_queries_keys_and_values_are_adapted_after_slimming(plan):
-    """Of all rows or of some: as if the adapters were in the weights."""
-    model = build("deit")
-    slim, images = apply_masks(model, plan(model)).eval(), random_images(model, 3)
-    merged = copy.deepcopy(slim)
-    for one, other in zip(slim.blocks, merged.blocks, strict=True):
-        adapt(one.attn, "qkv")
-        with torch.no_grad():
-            other.attn.qkv.weight += one.attn.qkv.up.weight @ one.attn.qkv.down.weight
-    assert off(slim(images), merged(images)) < NEAR
-    slim(images).square().sum().backward()
-    assert all(block.attn.qkv.down.weight.grad.abs().sum() > 0 for block in slim.blocks)
-
-
-@pytest.mark.parametrize("name", ["blocks.1", "blocks.0.qkv", "blocks.2.fc2"])
-def test_hooks_on_what_is_accelerated_run(name):
-    model = build("deit")
-    fast, images = accelerate(model, random_masks(model), backend="torch"), random_images(model, 2)
-    before = fast(images)
-    fast.network.get_submodule(name).register_forward_hook(bent)
-    assert off(fast(images), before) > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("head", adapt),
-        ("head", hook),
-        ("head", set_forward),
-        ("fc_norm", hook),
-        ("fc_norm", replace),
-        ("head_drop", replace),
-    ],
-)
-@pytest.mark.parametrize("copied", [lambda fast: fast, copy.deepcopy])
-def test_a_head_does_more_later(name, change, copied):
-    model = build("deit")
-    fast, images = accelerate(model, random_masks(model), backend="cpu"), random_images(model, 2)
-    before = fast(images)
-    change(fast.network, name)
-    fast = copied(fast)
-    assert off(fast(images), before) > 1e-3
-    assert off(fast(images), fast.forward_head(fast.forward_features(images))) < NEAR
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_head_is_trained(fused):
-    model = build("deit")
-    fast, images = accelerate(model, random_masks(model), backend="cpu"), random_images(model, 2)
-    fast.network.head.requires_grad_(True)
-    optimizer = torch.optim.SGD(fast.network.head.parameters(), lr=0.5, fused=fused)
-    fast(images).square().sum().backward()
-    assert fast.network.head.weight.grad.abs().sum() > 0
-    optimizer.step()
-    with torch.no_grad():
-        assert off(fast(images), fast.forward_head(fast.forward_features(images))) < NEAR
-
-
-def test_a_quantized_head_is_called():
-    model = build("deit")
-    fast, images = accelerate(model, random_masks(model), backend="cpu"), random_images(model, 2)
-    before = fast(images)
-    torch.ao.quantization.quantize_dynamic(fast, {nn.Linear}, inplace=True)
-    assert 0 < off(fast(images), before) < 0.05
-
-
-class TestPackedWeights:
-    """The `torch` back end packs weights once, and anew when they have changed."""
-
-    @pytest.mark.parametrize("fused", [False, True])
-    @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-    def test_that_are_trained(self, optimizer, fused):
-        """Fused optimizers count no versions."""
-        model = build("deit")
-        fast = accelerate(model, random_masks(model), backend="torch")
-        images = random_images(model, 2)
-        with torch.no_grad():
-            before = fast(images)
-        fast.requires_grad_(True)
-        steps = optimizer(fast.parameters(), lr=0.05, fused=fused)
-        for _ in range(2):
-            fast(images).square().mean().backward()
-            steps.step()
-            with torch.no_grad():
-                assert off(fast(images), before) > 1e-3
-                assert off(fast(images), copy.deepcopy(fast)(images)) < NEAR
-
-    def test_that_are_transposed(self):
-        model = build("deit")
-        fast, images = (
-            accelerate(model, random_masks(model), backend="torch"),
-            random_images(model, 2),
-        )
-        before = fast(images)
-        for block in fast.network.blocks:
-            block.proj.weight = nn.Parameter(block.proj.weight.t(), requires_grad=False)
-        assert off(fast(images), before) > 1e-3
-        assert off(fast(images), copy.deepcopy(fast)(images)) < NEAR
-
-    @pytest.mark.parametrize("semantics", ["drop", "zero"])
-    def test_of_several_models_at_once(self, semantics):
-        model = build("deit")
-        twins = [
-            accelerate(
-                randomise(copy.deepcopy(model)), random_masks(model, semantics), backend="torch"
-            )
-            for _ in range(2)
-        ]
-        images = random_images(model, 2)
-        weights = torch.func.stack_module_state(twins)
-        answer = functools.partial(torch.func.functional_call, twins[0])
-        with torch.no_grad():
-            got = torch.vmap(lambda p, b: answer((p, b), (images,)))(*weights)
-            for one, twin in zip(got, twins, strict=True):
-                assert off(one, twin(images)) < NEAR
-
-    def test_of_another_call_are_not_taken_for_these(self):
-        model = build("deit")
-        fast, images = (
-            accelerate(model, random_masks(model), backend="torch"),
-            random_images(model, 2),
-        )
-        for scale in torch.linspace(0.5, 1.5, 12):
-            weights = {name: scale * value for name, value in fast.state_dict().items()}
-            got = torch.func.functional_call(fast, weights, (images,))
-            twin = copy.deepcopy(fast)
-            twin.load_state_dict(weights)
-            assert off(got, twin(images)) < NEAR
-
-    def test_that_are_replaced(self):
-        model = build("deit")
-        fast, images = (
-            accelerate(model, random_masks(model), backend="torch"),
-            random_images(model, 2),
-        )
-        for step in range(6):
-            for parameter in fast.parameters():
-                parameter.data = parameter.data * 1.01
-                if step % 2:
-                    parameter.data = parameter.data * 1.01
-            twin = copy.deepcopy(fast)
-            assert off(fast(images), twin(images)) < NEAR
-
-    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-    @pytest.mark.parametrize("semantics", ["drop", "zero", "idle"])
-    def test_are_no_constants_of_a_trace(self, semantics):
-        model = build("deit")
-        fast = accelerate(model, random_masks(model, semantics), backend="torch")
-        traced = torch.jit.trace(fast, random_images(model, 2))
-        images = random_images(model, 5, seed=1)
-        assert off(traced(images), fast(images)) < NEAR
-
-    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-    def test_selectors_are_traced(self):
-        model = build("deit")
-        plan = SPViT((0.7, 0.5), stages=(0, 1))
-        for slim in (apply_masks(model, plan).eval(), accelerate(model, plan, backend="torch")):
-            traced = torch.jit.trace(slim, random_images(model, 2))
-            images = random_images(model, 5, seed=1)
-            assert off(traced(images), slim(images)) < NEAR
-
-    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-    def test_numbers_of_patches_of_each_images_own_are_not_traced(self):
-        model = build("deit")
-        plan = Absorb(counts=COUNTS["deit"], thresholds=[0.1] * 3)
-        for slim in (apply_masks(model, plan).eval(), accelerate(model, plan, backend="torch")):
-            with pytest.raises(UnsupportedModelError, match="torch.jit.trace would hold on to the"):
-                torch.jit.trace(slim, random_images(model, 1))

@@ -27,7 +27,7 @@ from slimvit.runtime import AcceleratedViT, accelerate
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 REFUSED = {
-    "dinov2_swiglu": "block 1: it has ls2, a LayerScale",
+    "dinov2_swiglu": "block 1: its MLP is GluMlp, not two layers and an activation",
     "qk_norm": "block 1: it has q_norm, a LayerNorm",
     "rms_norm": "block 1: it has q_norm, a RmsNorm",
     "scale_norms": "block 1: it has attn_norm, a LayerNorm",

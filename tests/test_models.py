@@ -161,7 +161,7 @@ REFUSED = {
     ),
     "eva": (
         _small("eva02_tiny_patch14_224", **_three),
-        "Eva cannot be slimmed: rotary position embeddings are not implemented",
+        "Eva cannot be slimmed: blocks of its own, with rotary position embeddings or",
     ),
     "beit": (
         _small("beit_base_patch16_224", **_three),

@@ -26,7 +26,7 @@ from slimvit.ops import (
     slim_block,
     zero_key,
 )
-from slimvit.ops.modules import altered
+from slimvit.ops.modules import altered, only_drops
 
 
 class SlimCalls:
@@ -153,6 +153,8 @@ class _Slim(SlimCalls):
         if reason is not None:
             return reason
         if not isinstance(embedding.proj, PatchLinear):
+            if type(embedding.proj) is not nn.Conv2d:
+                return f"it embeds patches by {_kind(embedding.proj)}, not a plain Conv2d"
             return "its patches overlap or leave gaps"
         if not isinstance(embedding.norm, nn.Identity):
             return "patches are normalised one by one"
@@ -188,19 +190,26 @@ class _Slim(SlimCalls):
             reason = altered(name or "the model", module, deep=bool(name))
             if reason is not None:
                 return f"{reason}, which would not run"
+        if not only_drops(self.pos_drop):
+            return f"its pos_drop is {_kind(self.pos_drop)}, not dropout"
+        known = (VisionTransformer._pos_embed, VisionTransformerDistilled._pos_embed)
+        if type(self)._pos_embed not in known or "_pos_embed" in vars(self):
+            return "it has a _pos_embed of its own"
         for name in ("cls_token", "pos_embed", "reg_token"):
             value = getattr(self, name, None)
             if value is not None and not isinstance(value, nn.Parameter):
-                return f"its {name} is computed anew in each call"
+                return f"its {name} is no parameter, and may be computed anew in each call"
         return None
 
     def _plain_heads(self) -> list[nn.Linear]:
         """Linear heads, where they are all that `forward_head` calls; else nothing."""
-        heads = [head for name in ("head", "head_dist") if (head := getattr(self, name, None))]
+        names = ["head"] + ["head_dist"] * isinstance(self, VisionTransformerDistilled)
+        heads = [head for name in names if (head := getattr(self, name, None))]
         known = (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
         own = type(self).forward_head not in known or "forward_head" in vars(self)
         called = nn.ModuleList([self.fc_norm, self.head_drop, *heads])
-        plain = isinstance(self.fc_norm, nn.Identity) and all(type(h) is nn.Linear for h in heads)
+        plain = isinstance(self.fc_norm, nn.Identity) and only_drops(self.head_drop)
+        plain = plain and all(type(head) is nn.Linear for head in heads)
         return heads if plain and not own and altered("head", called) is None else []
 
     def keep_head(self) -> None:
@@ -260,12 +269,17 @@ def _without_scale(block: nn.Module) -> nn.Module:
         block.attn = _shallow(block.attn)
         block.attn.proj, block.ls1 = _scaled(block.attn.proj, block.ls1), nn.Identity()
     mlp = block.mlp
-    if type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity) and altered("mlp", mlp) is None:
+    plain = type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity) and altered("mlp", mlp) is None
+    if plain and only_drops(mlp.drop1) and only_drops(mlp.drop2):
         fc2 = mlp.fc2
         if _scales(block.ls2, fc2):
             fc2, block.ls2 = _scaled(fc2, block.ls2), nn.Identity()
         block.mlp = nn.Sequential(mlp.fc1, mlp.act, fc2)
     return block
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__
 
 
 def _shallow(module: nn.Module) -> nn.Module:

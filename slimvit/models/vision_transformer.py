@@ -11,13 +11,13 @@ from slimvit.errors import MasksError, SlimvitError, UnsupportedModelError
 from slimvit.masks import Masks
 from slimvit.models.spec import Spec
 from slimvit.ops import BlockParts
-from slimvit.ops.modules import altered
+from slimvit.ops.modules import altered, only_drops
 
 _OTHER_FAMILIES = {
     "SwinTransformer": "windowed attention needs every patch of a window",
     "SwinTransformerV2": "windowed attention needs every patch of a window",
     "NaFlexVit": "its grid changes from image to image, static masks have one grid",
-    "Eva": "rotary position embeddings are not implemented",
+    "Eva": "blocks of its own, with rotary position embeddings or without, are not implemented",
     "VisionTransformerRelPos": "relative position biases are not implemented",
     "Beit": "relative position biases are not implemented",
     "PoolingVisionTransformer": "pooling between its stages needs the whole grid",
@@ -74,7 +74,7 @@ def check_supported(model: nn.Module) -> None:
         if any(isinstance(part, VisionTransformer) for part in model.modules()):
             reason += ", but holds one: give that"
         raise UnsupportedModelError(f"{kind} cannot be slimmed: {reason}")
-    for name in ("forward", "forward_features"):
+    for name in ("forward", "forward_features", "pool"):
         own = getattr(type(model), name) is not getattr(VisionTransformer, name)
         if own or name in vars(model):
             raise UnsupportedModelError(f"{kind} cannot be slimmed: it has a {name} of its own")
@@ -84,13 +84,30 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{name} has global_pool={model.global_pool!r} and cannot be slimmed: {reason}"
         )
+    if model.attn_pool is not None:
+        raise UnsupportedModelError(
+            f"{name} has an attn_pool and cannot be slimmed: {_POOLS['map']}"
+        )
     if type(model.patch_embed) is not PatchEmbed:
         raise UnsupportedModelError(
             f"{name} embeds patches by {type(model.patch_embed).__name__}: only PatchEmbed is read"
         )
+    if not isinstance(model.patch_embed.proj, nn.Conv2d):
+        raise UnsupportedModelError(
+            f"{name} embeds patches by {type(model.patch_embed.proj).__name__}: only Conv2d is read"
+        )
     if not isinstance(model.patch_drop, nn.Identity):
         raise UnsupportedModelError(
             f"{name} drops random patches in training (patch_drop_rate): masks choose the patches"
+        )
+    if len(model.blocks) == 0:
+        raise UnsupportedModelError(f"{name} has no block to slim")
+    reason = altered(f"{name}: blocks", model.blocks, deep=False)
+    if reason is not None:
+        raise UnsupportedModelError(f"{reason}, which would not run: remove them first")
+    if type(model.blocks) not in (nn.Sequential, nn.ModuleList):
+        raise UnsupportedModelError(
+            f"{name} calls its blocks by {_class_name(model.blocks)}: only Sequential is read"
         )
     for index, block in enumerate(model.blocks):
         _check_block(f"{name}: block {index + 1}", block)
@@ -106,6 +123,8 @@ def _check_block(where: str, block: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{where} has {type(block.attn).__name__}: only Attention is read, one plain softmax"
         )
+    if not block.attn.fused_attn:
+        _check_logits(where, block.attn)
     if type(block.attn.qkv) is not nn.Linear:
         raise UnsupportedModelError(
             f"{where} projects queries by {_class_name(block.attn.qkv)}: "
@@ -124,6 +143,19 @@ def _check_block(where: str, block: nn.Module) -> None:
     if not isinstance(block.attn.qkv.weight, nn.Parameter):
         raise UnsupportedModelError(
             f"{where}.attn.qkv computes its weight anew in each call: make it a parameter first"
+        )
+
+
+def _check_logits(where: str, attn: Attention) -> None:
+    """What timm computes step by step is computed at once here."""
+    if attn.scale != attn.head_dim**-0.5:
+        raise UnsupportedModelError(
+            f"{where}.attn scales logits by {attn.scale:g}: only 1 / sqrt(head_dim) = "
+            f"{attn.head_dim**-0.5:g} is implemented"
+        )
+    if not only_drops(attn.attn_drop):
+        raise UnsupportedModelError(
+            f"{where}.attn.attn_drop is more than dropout and would not run: remove it first"
         )
 
 
@@ -190,7 +222,7 @@ def parts(block: nn.Module) -> BlockParts:
         drop_path2=block.drop_path2,
         heads=attn.num_heads,
         head_dim=attn.head_dim,
-        attn_drop=attn.attn_drop.p,
+        attn_drop=attn.attn_drop.p if isinstance(attn.attn_drop, nn.Dropout) else 0.0,
     )
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimvit.backends.packed_linear import PackedLinear, packable
-from slimvit.ops.modules import altered, layer_norm_of
+from slimvit.ops.modules import altered, layer_norm_of, only_drops
 from slimvit.ops.slim_attention import slim_attention
 from slimvit.ops.slim_block import BlockParts, ExtraKey, append_key
 
@@ -36,7 +36,7 @@ class FoldedBlock(nn.Module):
     @staticmethod
     def why_not(block: BlockParts) -> str | None:
         """Why a block is not plain: LayerNorm, no qk-norm, no gate, MLP = fc1, activation, fc2."""
-        for name in ("q_norm", "k_norm", "attn_norm", "ls1", "ls2"):
+        for name in ("q_norm", "k_norm", "attn_norm"):
             part = getattr(block, name)
             if not isinstance(part, nn.Identity):
                 return f"it has {name}, a {type(part).__name__}"
@@ -54,6 +54,14 @@ class FoldedBlock(nn.Module):
         for layer in (block.proj, block.mlp[0], block.mlp[2]):
             if type(layer) is not nn.Linear:
                 return f"it has {type(layer).__name__} in place of Linear"
+        for name in ("ls1", "ls2"):  # after the layers that they are folded into
+            part = getattr(block, name)
+            if not isinstance(part, nn.Identity):
+                return f"it has {name}, a {type(part).__name__}"
+        for name in ("proj_drop", "drop_path1", "drop_path2"):
+            part = getattr(block, name)
+            if not only_drops(part):
+                return f"its {name} is {type(part).__name__}, not dropout"
         return None
 
     def forward(self, x: Tensor, keep: int, extra_key: ExtraKey | None = None) -> Tensor:

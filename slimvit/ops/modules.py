@@ -19,6 +19,18 @@ _ACTIVATIONS = {
 }
 
 
+_DROPOUTS = {
+    ("torch.nn.modules.linear", "Identity"),
+    ("torch.nn.modules.dropout", "Dropout"),
+    ("timm.layers.drop", "DropPath"),
+}
+
+
+def only_drops(module: nn.Module) -> bool:
+    """Whether a module is nothing but dropout or drop path, which inference does without."""
+    return _forward_of(module) in _DROPOUTS and altered("dropout", module) is None
+
+
 def layer_norm_of(norm: nn.Module) -> tuple[Tensor, Tensor, float] | None:
     """Weight, bias and eps of a LayerNorm, or None if a call of it computes anything else."""
     if not isinstance(norm, nn.LayerNorm) or not norm.elementwise_affine:
