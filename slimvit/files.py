@@ -6,9 +6,13 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import stat
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO
 
 from slimvit.errors import UsageError
@@ -49,6 +53,47 @@ def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def written_together() -> Iterator[None]:
+    """Let the first Ctrl-C or SIGTERM wait for the block, whose files belong together."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    waiting: list[int] = []
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        if waiting and callable(before[number]):  # asked twice
+            before[number](number, frame)
+        waiting.append(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = [number for number, handler in before.items() if handler is not None]
+    for number in ours:
+        signal.signal(number, wait)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
+        if waiting:
+            signal.raise_signal(waiting[0])
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Let other processes that ask the same wait: what is read there stays so until it is written.
+
+    Where a file system has no locks, nobody waits.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def put_in_place(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:

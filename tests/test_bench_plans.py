@@ -1,6 +1,7 @@
 """Benchmarks of dynamic plans: their rows, their ratios, and what is not timed."""
 
 import csv
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -177,6 +178,17 @@ class TestCsv:
         assert [record["plan"] for record in records] == ["", "absorb", "static", "", "", "absorb"]
         assert [record["cut"] for record in records[:3]] == ["0.5000", "0.5000", "0.6000"]
         assert None not in records[0]
+
+    def test_rows_of_runs_that_end_together(self, tmp_path):
+        path, report = tmp_path / "r.csv", planned()
+
+        def append(_):
+            for _ in range(5):
+                append_csv(path, report)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(append, range(8)))
+        assert len(path.read_text().splitlines()) == 1 + 8 * 5 * len(report.rows)
 
     @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"x" * 200_000])
     def test_no_csv_file(self, tmp_path, content):

@@ -2,12 +2,20 @@
 
 import errno
 import os
+import signal
 import stat
 
 import pytest
 
 from slimvit.errors import UsageError
-from slimvit.files import atomic_write, is_device, is_writable, put_in_place, refuse_unwritable
+from slimvit.files import (
+    atomic_write,
+    is_device,
+    is_writable,
+    put_in_place,
+    refuse_unwritable,
+    written_together,
+)
 
 
 def full_disk(*args):
@@ -158,3 +166,17 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UsageError, match="there and writable, got .*a.bin"):
         refuse_unwritable("output", tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_files_that_belong_together(number):
+    """The first signal waits for all of them, the second does not."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    done = []
+    for times in (1, 2):
+        with pytest.raises(KeyboardInterrupt), written_together():
+            for _ in range(times):
+                signal.raise_signal(number)
+            done.append(times)
+    assert done == [1]
+    assert signal.signal(signal.SIGTERM, before) is signal.default_int_handler

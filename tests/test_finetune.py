@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import random
+import signal
 from copy import deepcopy
 
 import numpy as np
@@ -18,7 +19,7 @@ from tuning import QUICK, same, weights
 
 from slimvit import Masks, apply_masks, models
 from slimvit.errors import CheckpointError, SlimvitError
-from slimvit.finetune import Settings, choose_amp, distillation_loss, finetune
+from slimvit.finetune import Settings, _run, choose_amp, distillation_loss, finetune
 from slimvit.finetune import _state as state
 from slimvit.finetune._optimizer import make_schedule
 
@@ -128,6 +129,28 @@ def test_goes_on_after_ctrl_c_as_if_nothing_had_happened(pair, labelled, tmp_pat
     assert same(weights(result.model), weights(whole.model))
     assert same(load_file(output), weights(whole.model))
     assert not state.resume_path(output).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_an_epoch_is_saved_waits_for_all_its_files(
+    pair, labelled, tmp_path, monkeypatch, capsys, number
+):
+    """What the message says is saved is what the next call goes on from."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    save_resume = _run.save_resume
+
+    def stop(*given):
+        signal.raise_signal(number)
+        save_resume(*given)
+
+    output = tmp_path / "slim.safetensors"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_run, "save_resume", stop)
+        finetune(deepcopy(pair[0]), pair[1], labelled, epochs=2, output=output, **QUICK)
+    signal.signal(signal.SIGTERM, before)
+    assert f"stopped: {output} holds epoch 1; the same call goes on" in capsys.readouterr().err
+    result = finetune(*pair, labelled, epochs=2, output=output, **QUICK)
+    assert result.report["resumed"] == 1
 
 
 @pytest.fixture

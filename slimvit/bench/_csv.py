@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimvit.errors import UsageError
-from slimvit.files import atomic_write, is_device
+from slimvit.files import alone_in, atomic_write, is_device
 
 if TYPE_CHECKING:
     from slimvit.bench._report import Report
@@ -63,10 +63,11 @@ def check_csv(path: str | os.PathLike[str]) -> None:
 def append_csv(path: str | os.PathLike[str], report: Report) -> None:
     """Add the report's rows to a CSV file, whole or not at all; a new file gets a header."""
     check_csv(path)
-    old = _read(Path(path))
-    if old and not old.endswith("\n"):
-        old += "\n"
-    atomic_write(path, (old + _text(report.to_csv(), header=not old)).encode())
+    with alone_in(Path(path).absolute().parent):
+        old = _read(Path(path))
+        if old and not old.endswith("\n"):
+            old += "\n"
+        atomic_write(path, (old + _text(report.to_csv(), header=not old)).encode())
 
 
 def _read(path: Path) -> str:

@@ -126,5 +126,11 @@ def add_run_arguments(
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 … (default cuda if there is one)"
     )
     group.add_argument("--precision", choices=precisions, help=precision)
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    group.add_argument(
+        "--json", type=_json_file, metavar="FILE", help="write the results as JSON; - is stdout"
+    )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _json_file(text: str) -> Path:
+    return Path("/dev/stdout" if text == "-" else text)

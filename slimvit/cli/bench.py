@@ -72,9 +72,15 @@ def run(args: argparse.Namespace) -> int:
     if args.csv is not None:
         check_csv(args.csv)
     model = common.load_model(args)
+    masks = _masks(args, model)
+    if getattr(masks, "ragged", False) and args.data_dir is None:
+        common.warn(
+            "with thresholds each image keeps as many patches as it takes, and random images are "
+            "no measure of yours: give --data-dir"
+        )
     report = bench(
         model,
-        _masks(args, model),
+        masks,
         batch=args.batch_size,
         precision=args.precision or "float32",
         backend=args.backend,

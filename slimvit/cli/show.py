@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image",
         type=Path,
         metavar="FILE",
-        help="image to draw them on; plain squares without one. With a dynamic plan its own "
-        "patches, as --model chooses them",
+        help="image to draw them on; masks are drawn as plain squares without one. A dynamic plan "
+        "needs one, whose patches --model chooses",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE.png", help="picture of the kept patches to write"

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from slimvit.dynamic.file import check_savable
 from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
 from slimvit.evaluate import evaluate, read_batch
-from slimvit.files import refuse_device, refuse_unwritable
+from slimvit.files import refuse_device, refuse_unwritable, written_together
 from slimvit.finetune._objective import Objective
 from slimvit.finetune._optimizer import make_optimizer, make_schedule
 from slimvit.finetune._random import seed_generators
@@ -153,8 +153,9 @@ class Run:
         try:
             for epoch in range(done, self.settings.epochs):
                 log.append(self._tell(self._epoch(epoch) | self._evaluate()))
-                done = epoch + 1
-                self._save(done, log)
+                with written_together():
+                    self._save(epoch + 1, log)
+                    done = epoch + 1
         except (KeyboardInterrupt, SystemExit):
             self._stopped(done)
             raise
