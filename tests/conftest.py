@@ -36,6 +36,15 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     interpreter.hasten()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of Triton's kernels are skipped where it is not installed."""
+    if importlib.util.find_spec("triton"):
+        return
+    for item in items:
+        if item.get_closest_marker("triton"):
+            item.add_marker(pytest.mark.skip(reason="Triton is not installed"))
+
+
 @pytest.fixture(scope="session")
 def real() -> Path:
     """The folder of the real DeiT-Ti, ViT-Ti and images, which SLIMVIT_REAL names."""

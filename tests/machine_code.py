@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import struct
 import subprocess
@@ -35,6 +36,8 @@ class Kernel(NamedTuple):
 
 def why_not() -> str | None:
     """Why cubins cannot be read here, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, whose cuobjdump reads them, is not installed"
     return None if tool("cuobjdump").is_file() else "triton's wheel has no cuobjdump here"
 
 

@@ -111,6 +111,7 @@ class TestChoice:
         ]
 
     @pytest.mark.parametrize("capability, name", [((7, 0), "sm_70"), ((7, 5), "sm_75")])
+    @pytest.mark.triton
     def test_triton_refuses_gpus_without_its_matrix_instructions(
         self, monkeypatch, capability, name
     ):
@@ -123,6 +124,7 @@ class TestChoice:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
         assert choose("auto", "cuda", torch.float16) == "triton"
 
+    @pytest.mark.triton
     def test_triton_without_a_compiler_for_its_driver(self, monkeypatch):
         class Driver:
             def get_current_device(self) -> int:
@@ -158,6 +160,7 @@ class TestChoice:
         with pytest.raises(SlimvitError, match=r"back end cpu: cpu is not here \(slimvit doctor"):
             choose("cpu", "cpu", torch.float32)
 
+    @pytest.mark.triton
     def test_triton_refuses_gpus_of_others(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.version, "hip", "6.4")

@@ -243,6 +243,7 @@ SMALL = '"--batches", "1", "--precisions", "float32", "--rounds", "2", "--second
 
 
 @interpreted
+@pytest.mark.triton
 def test_dry_runs_on_a_cpu(run_from, tmp_path, configs):
     """From a checkout that is not installed: measure, go on where it was, tune a copy."""
     environment = "os.environ['TRITON_INTERPRET'] = '1'"

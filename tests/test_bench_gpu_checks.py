@@ -34,6 +34,7 @@ def launches(bench):
     return found
 
 
+@pytest.mark.triton
 def test_every_kernel_of_the_floor_is_watched_and_matches_float64(bench, launches):
     last = {"last_q", "last_u", "last_attention", "last_v"}
     halves = {f"{p}{n}" for p in ("", "last_") for n in ("proj", "fc1", "fc2", "proj_mlp")}
@@ -44,6 +45,7 @@ def test_every_kernel_of_the_floor_is_watched_and_matches_float64(bench, launche
         assert verdict.error > 0
 
 
+@pytest.mark.triton
 def test_the_table_is_asked_as_the_launches_ask_it(launches, configs, monkeypatch):
     asked = []
 
@@ -67,6 +69,7 @@ def wrong(launch, spoil):
     return type(launch)(launch.name, launch.stage, function, launch.arguments)
 
 
+@pytest.mark.triton
 def test_wrong_kernels_are_refused(bench, launches):
     def one_value(result):
         result[0][-1, -1, -1] += 0.01
@@ -145,6 +148,7 @@ def test_a_gpu_is_never_used_by_the_process_that_measures(bench, monkeypatch):
         assert (check.kernel == here) == (device == "cpu")
 
 
+@pytest.mark.triton
 def test_launches_are_made_on_the_device_that_was_asked_for(bench, launches, monkeypatch):
     current = []
 
@@ -215,6 +219,7 @@ def test_a_device_whose_error_stays_does_not_answer(bench, monkeypatch):
     assert not bench("gpu_models").answers(clock)
 
 
+@pytest.mark.triton
 def test_another_process_launches_the_same_on_zeros(bench, launches):
     compile_one, job = bench("tune_compile").compile_one, bench("tune_compile").job
     for name in ("proj_mlp", "attention"):

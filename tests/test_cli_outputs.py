@@ -142,6 +142,16 @@ def test_json_to_a_stdout_that_is_a_file(tmp_path):
             assert path.read_text() == 'before\n{\n  "a": 1\n}\nthe table\n', done.stderr
 
 
+def test_json_to_a_dash_is_printed(tmp_path):
+    given = ["bench", *MODEL, *QUICK, "--keep", "9x5,1", "--against", "none", "--device", "cpu"]
+    command = [sys.executable, "-m", "slimvit", *given, "--json", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    values, _ = json.JSONDecoder().raw_decode(done.stdout)
+    assert values["batch"] == 8 and "slim / own dense" in done.stdout
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("full, kept", [("--json", "--csv"), ("--csv", "--json")])
 def test_one_file_that_cannot_be_written_costs_no_other(tmp_path, capsys, full, kept):
     given = ["bench", *MODEL, *QUICK, "--keep", "9x5,1", "--against", "none", "--device", "cpu"]

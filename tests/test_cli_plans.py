@@ -230,6 +230,14 @@ class TestBench:
         assert status == 0
         assert "by absorb" in stdout
 
+    def test_thresholds_are_timed_on_images_of_ones_own(self, room, call, tmp_path):
+        plan = load_plan(room / "absorb.safetensors")
+        path = tmp_path / "plan.safetensors"
+        Absorb(counts=plan.counts, thresholds=[0.01] * 6).bind(plan.spec).save(path)
+        given = ("bench", *self.QUICK, "--masks", path, "--against", "none", "--backend", "torch")
+        status, _, stderr = call(*given)
+        assert status == 0 and "random images are no measure of yours: give --data-dir" in stderr
+
     def test_refusals(self, room, call):
         refused(call("bench", "--keep", "9x6", "--absorb", "0.3"), 2, "not allowed with")
         other = room / "other.safetensors"

@@ -148,6 +148,7 @@ class TestCuda:
         assert rows(text, "GPUs")["cuda:0"] == f"Tesla, sm_80, 16 GiB; {reason}"
         assert rows(text, "back ends on cuda:0, float16")["cuda"] == f"no: {reason}"
 
+    @pytest.mark.triton
     def test_no_gpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         self.pretend(monkeypatch, self.module(why_not="no NVIDIA driver is installed"))

@@ -91,6 +91,7 @@ def test_cuda_answers_with_and_without_a_gpu():
         assert cuda.probe(0)
 
 
+@pytest.mark.triton
 def test_kernels_are_installed():
     kernels = _extensions.load("kernels")
     assert kernels is not None, _extensions.why_not("kernels")
@@ -128,6 +129,7 @@ def test_a_module_that_does_not_load(attempt, monkeypatch):
     assert attempt("_cpu") == reason
 
 
+@pytest.mark.triton
 def test_kernels_of_a_checkout_that_is_not_installed(tmp_path, run_from):
     for part in ("slimvit", "kernels"):
         (tmp_path / part).symlink_to(ROOT / part)

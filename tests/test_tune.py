@@ -7,6 +7,8 @@ import torch
 
 from slimvit.errors import SlimvitError
 
+pytestmark = pytest.mark.triton
+
 STAGES = ("linear", "qkv", "proj", "fc1", "fc2", "mlp", "attention", "last_attention", "embedding")
 
 

@@ -121,6 +121,7 @@ def test_the_wheel_says_why_cuda_is_not_built(wheel):
     assert note == "SLIMVIT_CUDA=0 was set when slimvit was built\n"
 
 
+@pytest.mark.triton
 def test_the_wheel_works_where_it_is_unpacked(wheel, tmp_path, run_from):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     lines = run_from(
