@@ -15,6 +15,11 @@ NEAR = 1e-5
 COUNTS = (17, 9, 1)
 
 
+def fast_and_images(backend: str) -> tuple[nn.Module, torch.Tensor]:
+    model = build("deit")
+    return accelerate(model, random_masks(model), backend=backend), random_images(model, 2)
+
+
 class Adapted(nn.Module):
     """A linear layer with an adapter of low rank beside it, as peft wraps one."""
 
@@ -73,8 +78,7 @@ def test_queries_keys_and_values_are_adapted_after_slimming(plan):
 
 @pytest.mark.parametrize("name", ["blocks.1", "blocks.0.qkv", "blocks.2.fc2"])
 def test_hooks_on_what_is_accelerated_run(name):
-    model = build("deit")
-    fast, images = accelerate(model, random_masks(model), backend="torch"), random_images(model, 2)
+    fast, images = fast_and_images("torch")
     before = fast(images)
     fast.network.get_submodule(name).register_forward_hook(bent)
     assert off(fast(images), before) > 1e-3
@@ -93,8 +97,7 @@ def test_hooks_on_what_is_accelerated_run(name):
 )
 @pytest.mark.parametrize("copied", [lambda fast: fast, copy.deepcopy])
 def test_a_head_does_more_later(name, change, copied):
-    model = build("deit")
-    fast, images = accelerate(model, random_masks(model), backend="cpu"), random_images(model, 2)
+    fast, images = fast_and_images("cpu")
     before = fast(images)
     change(fast.network, name)
     fast = copied(fast)
@@ -104,8 +107,7 @@ def test_a_head_does_more_later(name, change, copied):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_head_is_trained(fused):
-    model = build("deit")
-    fast, images = accelerate(model, random_masks(model), backend="cpu"), random_images(model, 2)
+    fast, images = fast_and_images("cpu")
     fast.network.head.requires_grad_(True)
     optimizer = torch.optim.SGD(fast.network.head.parameters(), lr=0.5, fused=fused)
     fast(images).square().sum().backward()
@@ -116,8 +118,7 @@ def test_a_head_is_trained(fused):
 
 
 def test_a_quantized_head_is_called():
-    model = build("deit")
-    fast, images = accelerate(model, random_masks(model), backend="cpu"), random_images(model, 2)
+    fast, images = fast_and_images("cpu")
     before = fast(images)
     torch.ao.quantization.quantize_dynamic(fast, {nn.Linear}, inplace=True)
     assert 0 < off(fast(images), before) < 0.05
@@ -130,9 +131,7 @@ class TestPackedWeights:
     @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
     def test_that_are_trained(self, optimizer, fused):
         """Fused optimizers count no versions."""
-        model = build("deit")
-        fast = accelerate(model, random_masks(model), backend="torch")
-        images = random_images(model, 2)
+        fast, images = fast_and_images("torch")
         with torch.no_grad():
             before = fast(images)
         fast.requires_grad_(True)
@@ -145,11 +144,7 @@ class TestPackedWeights:
                 assert off(fast(images), copy.deepcopy(fast)(images)) < NEAR
 
     def test_that_are_transposed(self):
-        model = build("deit")
-        fast, images = (
-            accelerate(model, random_masks(model), backend="torch"),
-            random_images(model, 2),
-        )
+        fast, images = fast_and_images("torch")
         before = fast(images)
         for block in fast.network.blocks:
             block.proj.weight = nn.Parameter(block.proj.weight.t(), requires_grad=False)
@@ -174,11 +169,7 @@ class TestPackedWeights:
                 assert off(one, twin(images)) < NEAR
 
     def test_of_another_call_are_not_taken_for_these(self):
-        model = build("deit")
-        fast, images = (
-            accelerate(model, random_masks(model), backend="torch"),
-            random_images(model, 2),
-        )
+        fast, images = fast_and_images("torch")
         for scale in torch.linspace(0.5, 1.5, 12):
             weights = {name: scale * value for name, value in fast.state_dict().items()}
             got = torch.func.functional_call(fast, weights, (images,))
@@ -187,11 +178,7 @@ class TestPackedWeights:
             assert off(got, twin(images)) < NEAR
 
     def test_that_are_replaced(self):
-        model = build("deit")
-        fast, images = (
-            accelerate(model, random_masks(model), backend="torch"),
-            random_images(model, 2),
-        )
+        fast, images = fast_and_images("torch")
         for step in range(6):
             for parameter in fast.parameters():
                 parameter.data = parameter.data * 1.01

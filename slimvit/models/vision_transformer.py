@@ -233,9 +233,17 @@ def check_shape(model: nn.Module, images: Tensor) -> None:
         SlimvitError: they are not.
     """
     embedding = model.patch_embed
-    wanted = (embedding.proj.in_channels, *embedding.img_size)
-    if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
-        sides = ", ".join(map(str, wanted))
+    check_image_shape(images, (embedding.proj.in_channels, *embedding.img_size))
+
+
+def check_image_shape(images: Tensor, image_shape: tuple[int, ...]) -> None:
+    """Refuse images that are not [B, C, H, W] of these channels, height and width.
+
+    Raises:
+        SlimvitError: they are not.
+    """
+    if images.dim() != 4 or images.shape[1:] != image_shape:
+        sides = ", ".join(map(str, image_shape))
         raise SlimvitError(f"images must be [B, {sides}], got {list(images.shape)}")
 
 

@@ -13,6 +13,7 @@ from slimvit.checks import whole
 from slimvit.dynamic import Planner
 from slimvit.errors import SlimvitError, UsageError
 from slimvit.masks import Masks
+from slimvit.models.vision_transformer import check_image_shape
 from slimvit.runtime.graphs import Graph
 
 
@@ -105,7 +106,7 @@ class AcceleratedViT(nn.Module):
         check_floating(images)
         if self.masks is None:
             return self.network.kept_sets(self._cast(images))
-        check_shape(images, self.image_shape)
+        check_image_shape(images, self.image_shape)
         places = [row.nonzero()[:, 0].to(images.device) for row in self.masks.keep]
         return [place.expand(images.shape[0], -1) for place in places]
 
@@ -151,13 +152,6 @@ def check_floating(images: Tensor) -> None:
         raise SlimvitError(f"images must be a dense tensor, got {kind}")
     if not images.is_floating_point():
         raise SlimvitError(f"images must be floating point, got {dtype_name(images.dtype)}")
-
-
-def check_shape(images: Tensor, image_shape: tuple[int, ...]) -> None:
-    """Refuse images that are not [B, C, H, W] of the model's channels, height and width."""
-    if images.dim() != 4 or images.shape[1:] != image_shape:
-        sides = ", ".join(map(str, image_shape))
-        raise SlimvitError(f"images must be [B, {sides}], got {list(images.shape)}")
 
 
 def wants_gradient(images: Tensor) -> bool:

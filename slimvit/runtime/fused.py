@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from slimvit.backends.fused_checks import tf32_allowed
 from slimvit.errors import SlimvitError
+from slimvit.models.vision_transformer import check_image_shape
 from slimvit.ops import FusedNetwork, NetworkParts
 from slimvit.runtime.accelerated import (
     AcceleratedViT,
     check_floating,
-    check_shape,
     dtype_name,
     no_state,
     refuse_gradients,
@@ -58,7 +58,7 @@ class FusedViT(AcceleratedViT):
     def _checked(self, images: Tensor) -> Tensor:
         check_floating(images)
         refuse_gradients(self.backend, images)
-        check_shape(images, self.image_shape)
+        check_image_shape(images, self.image_shape)
         return images
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedViT:
