@@ -85,15 +85,14 @@ def written_together() -> Iterator[None]:
 def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Let other processes that ask the same wait: what is read there stays so until it is written.
 
-    Where a file system has no locks, nobody waits.
+    Where a folder cannot be read, or its file system has no locks, nobody waits.
     """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 def put_in_place(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from references import bent, build, off, random_images, random_masks, randomise
 from torch import nn
 
@@ -46,6 +47,17 @@ def hook(module: nn.Module, name: str) -> None:
 
 def replace(module: nn.Module, name: str) -> None:
     setattr(module, name, nn.Hardtanh(-0.1, 0.1))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrize(module: nn.Module, name: str) -> None:
+    torch.nn.utils.parametrize.register_parametrization(
+        getattr(module, name), "weight", Doubled(), unsafe=True
+    )
 
 
 def set_forward(module: nn.Module, name: str) -> None:
@@ -90,6 +102,7 @@ def test_hooks_on_what_is_accelerated_run(name):
         ("head", adapt),
         ("head", hook),
         ("head", set_forward),
+        ("head", parametrize),
         ("fc_norm", hook),
         ("fc_norm", replace),
         ("head_drop", replace),

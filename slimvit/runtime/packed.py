@@ -47,23 +47,26 @@ class PackedViT(AcceleratedViT):
         self.network.to(packed.dtype)
         self._packed_head = self._head() if packed.classes else None
 
-    def _head(self) -> list[tuple[nn.Module | Tensor, int]]:
-        """The modules of the head, its weights, and how often each of these has been written to."""
+    def _head(self) -> list[tuple[nn.Module | Tensor, object]]:
+        """The modules of the head and their types, its weights and how often each was written to.
+
+        Parametrizations change the type of a module in place.
+        """
         modules = [
             module
             for name in ("fc_norm", "head_drop", "head", "head_dist")
             if (module := getattr(self.network, name, None)) is not None
         ]
         weights = [weight for module in modules for weight in module.parameters()]
-        return [(module, 0) for module in modules] + [(w, w._version) for w in weights]
+        return [(m, type(m)) for m in modules] + [(w, w._version) for w in weights]
 
     def _head_is_packed(self) -> bool:
         if self._packed_head is None or torch.compiler.is_compiling():
             return self._packed_head is not None
         now = self._head()
         return len(now) == len(self._packed_head) and all(
-            part is packed and version == before and not _does_more(part)
-            for (part, version), (packed, before) in zip(now, self._packed_head)
+            part is packed and state == before and not _does_more(part)
+            for (part, state), (packed, before) in zip(now, self._packed_head)
         )
 
     def _logits(self, images: Tensor) -> Tensor:
