@@ -2,9 +2,10 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -55,6 +56,16 @@ def real() -> Path:
     if named:
         pytest.fail(f"SLIMVIT_REAL={named} holds no deit_tiny_patch16_224.safetensors")
     pytest.skip("no real model and images: SLIMVIT_REAL names no folder that has them")
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt; what starts the tests may ignore them."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

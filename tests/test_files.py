@@ -168,10 +168,10 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
         refuse_unwritable("output", tmp_path / "a.bin")
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_files_that_belong_together(number):
     """The first signal waits for all of them, the second does not."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     done = []
     for times in (1, 2):
         with pytest.raises(KeyboardInterrupt), written_together():
@@ -179,4 +179,4 @@ def test_files_that_belong_together(number):
                 signal.raise_signal(number)
             done.append(times)
     assert done == [1]
-    assert signal.signal(signal.SIGTERM, before) is signal.default_int_handler
+    assert signal.getsignal(number) is signal.default_int_handler

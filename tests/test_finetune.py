@@ -131,12 +131,12 @@ def test_goes_on_after_ctrl_c_as_if_nothing_had_happened(pair, labelled, tmp_pat
     assert not state.resume_path(output).exists()
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_while_an_epoch_is_saved_waits_for_all_its_files(
     pair, labelled, tmp_path, monkeypatch, capsys, number
 ):
     """What the message says is saved is what the next call goes on from."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     save_resume = _run.save_resume
 
     def stop(*given):
@@ -147,7 +147,6 @@ def test_a_stop_while_an_epoch_is_saved_waits_for_all_its_files(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(_run, "save_resume", stop)
         finetune(deepcopy(pair[0]), pair[1], labelled, epochs=2, output=output, **QUICK)
-    signal.signal(signal.SIGTERM, before)
     assert f"stopped: {output} holds epoch 1; the same call goes on" in capsys.readouterr().err
     result = finetune(*pair, labelled, epochs=2, output=output, **QUICK)
     assert result.report["resumed"] == 1
