@@ -73,6 +73,7 @@ def set_forward(module: nn.Module, name: str) -> None:
         lambda model: DPS(COUNTS),
         lambda model: SPViT((0.7, 0.5), stages=(0, 1)),
     ],
+    ids=["drop", "zero", "absorb", "dps", "spvit"],
 )
 def test_queries_keys_and_values_are_adapted_after_slimming(plan):
     """Of all rows or of some: as if the adapters were in the weights."""

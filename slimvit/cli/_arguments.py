@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from slimvit.cli._types import number, whole_number
+from slimvit.cli._types import json_file, number, whole_number
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -127,10 +127,6 @@ def add_run_arguments(
     )
     group.add_argument("--precision", choices=precisions, help=precision)
     group.add_argument(
-        "--json", type=_json_file, metavar="FILE", help="write the results as JSON; - is stdout"
+        "--json", type=json_file, metavar="FILE", help="write the results as JSON; - is stdout"
     )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def _json_file(text: str) -> Path:
-    return Path("/dev/stdout" if text == "-" else text)

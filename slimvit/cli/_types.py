@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 _MOST_BLOCKS = 10_000
 
@@ -88,3 +89,8 @@ def block_numbers(text: str) -> list[int]:
             f"must be blocks counted from 0, such as 3,6,9, got {text!r}"
         )
     return values
+
+
+def json_file(text: str) -> Path:
+    """A path; - is stdout."""
+    return Path("/dev/stdout" if text == "-" else text)

@@ -154,7 +154,7 @@ class _Slim(SlimCalls):
             return reason
         if not isinstance(embedding.proj, PatchLinear):
             if type(embedding.proj) is not nn.Conv2d:
-                return f"it embeds patches by {_kind(embedding.proj)}, not a plain Conv2d"
+                return f"it embeds patches by {type(embedding.proj).__name__}, not a plain Conv2d"
             return "its patches overlap or leave gaps"
         if not isinstance(embedding.norm, nn.Identity):
             return "patches are normalised one by one"
@@ -191,7 +191,7 @@ class _Slim(SlimCalls):
             if reason is not None:
                 return f"{reason}, which would not run"
         if not only_drops(self.pos_drop):
-            return f"its pos_drop is {_kind(self.pos_drop)}, not dropout"
+            return f"its pos_drop is {type(self.pos_drop).__name__}, not dropout"
         known = (VisionTransformer._pos_embed, VisionTransformerDistilled._pos_embed)
         if type(self)._pos_embed not in known or "_pos_embed" in vars(self):
             return "it has a _pos_embed of its own"
@@ -276,10 +276,6 @@ def _without_scale(block: nn.Module) -> nn.Module:
             fc2, block.ls2 = _scaled(fc2, block.ls2), nn.Identity()
         block.mlp = nn.Sequential(mlp.fc1, mlp.act, fc2)
     return block
-
-
-def _kind(module: nn.Module) -> str:
-    return type(module).__name__
 
 
 def _shallow(module: nn.Module) -> nn.Module:

@@ -17,8 +17,6 @@ _ACTIVATIONS = {
     ("timm.layers.activations", "GELUTanh"): "gelu_tanh",
     ("timm.layers.activations", "QuickGELU"): "quick_gelu",
 }
-
-
 _DROPOUTS = {
     ("torch.nn.modules.linear", "Identity"),
     ("torch.nn.modules.dropout", "Dropout"),
