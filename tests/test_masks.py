@@ -250,3 +250,34 @@ class TestMakers:
         first = even_spread((14, 14))[:49]
         quarters = first // 14 // 7 * 2 + first % 14 // 7
         assert quarters.bincount(minlength=4).min() >= 10
+
+
+class TestEquality:
+    def test_what_is_made_alike_is_equal(self):
+        one, other = full(), full()
+        assert one == other
+        assert hash(one) == hash(other)
+        assert len({one, other}) == 1
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"keep": Masks.from_counts([11, 8, 7, 3], GRID, prefix=2).keep},
+            {"semantics": "idle"},
+            {"model": "vit_tiny_patch16_224"},
+            {"image_size": None},
+            {"tolerance": 0.5},
+            {"scores": None},
+            {"scores": torch.zeros(4, 14)},
+            {"errors": torch.tensor([0.1, 0.2, 0.3, 0.5])},
+            {"data": ""},
+        ],
+        ids=lambda change: next(iter(change)),
+    )
+    def test_every_attribute_counts(self, change):
+        assert full() != full().replace(**change)
+        assert full().replace(**change) != full()
+
+    def test_of_another_shape_or_kind(self):
+        assert example() != Masks.from_counts([11, 8, 8], GRID, prefix=2)
+        assert example() != "masks"

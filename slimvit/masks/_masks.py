@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +69,19 @@ class Masks:
         for name, shape in (("scores", keep.shape), ("errors", keep.shape[:1])):
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, _float32(name, given, tuple(shape)))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all attributes are equal, those that are tensors bit for bit."""
+        if not isinstance(other, Masks):
+            return NotImplemented
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return all(
+            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+            for a, b in pairs
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.counts, self.prefix, self.grid, self.semantics, self.model, self.data))
 
     def __repr__(self) -> str:
         name = f"{self.model}, " if self.model else ""
