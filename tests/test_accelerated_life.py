@@ -169,3 +169,25 @@ def test_preprocessing_stays_known(backend):
     fast = accelerate(model, random_masks(model), backend=backend)
     assert resolve_model_data_config(fast) == resolve_model_data_config(model)
     assert repr(image_transform(fast)) == repr(image_transform(model))
+
+
+class TestLoading:
+    def saved(self, tmp_path, plan=None):
+        model = build("deit")
+        fast = accelerate(model, plan or random_masks(model), backend="cpu")
+        torch.save(fast, tmp_path / "fast.pt")
+        return fast, random_images(model, 2)
+
+    @pytest.mark.parametrize("plan", [None, Absorb(counts=[12, 6, 1])], ids=["masks", "absorb"])
+    def test_to_another_device_is_refused(self, plan, tmp_path):
+        self.saved(tmp_path, plan)
+        with pytest.raises(SlimvitError, match="computes on the CPU, got weights to load to meta"):
+            torch.load(tmp_path / "fast.pt", weights_only=False, map_location="meta")
+
+    @pytest.mark.parametrize("mmap", [False, True])
+    def test_in_inference_mode(self, mmap, tmp_path):
+        fast, images = self.saved(tmp_path)
+        with torch.inference_mode():
+            loaded = torch.load(tmp_path / "fast.pt", weights_only=False, mmap=mmap)
+            for other in (loaded, copy.deepcopy(loaded), copy.deepcopy(fast)):
+                assert torch.equal(other(images), fast(images))

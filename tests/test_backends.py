@@ -269,3 +269,28 @@ def test_a_process_may_fork_while_its_threads_compute(forking):
         "os._exit(0)\n"
     )
     assert lines == ["0"]
+
+
+def test_a_process_may_fork_while_a_thread_copies_weights(forking):
+    """Those that lie where kernels cannot read them, as what torch.export.load reads may."""
+    lines = forking(
+        "torch.set_num_threads(1)\n"
+        "room = torch.empty(pack.numel() + 128, dtype=torch.uint8)\n"
+        "start = -room.data_ptr() % 64 + 1\n"
+        "pack = room[start : start + pack.numel()].copy_(pack)\n"
+        "def serve():\n"
+        "    while True:\n"
+        "        pack.add_(0)\n"
+        "        compute()\n"
+        "threading.Thread(target=serve, daemon=True).start()\n"
+        "for _ in range(200):\n"
+        "    if (child := os.fork()) == 0:\n"
+        "        signal.alarm(20)\n"
+        "        compute()\n"
+        "        os._exit(0)\n"
+        "    status = os.waitpid(child, 0)[1]\n"
+        "    if status: break\n"
+        "print(status, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    assert lines == ["0"]

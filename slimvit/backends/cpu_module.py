@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -19,6 +20,10 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ALIGNMENT = 64
 _copies = WeakTensorKeyDictionary()  # by packs that lie elsewhere
 _copying = threading.Lock()
+# A process that is forked while another thread copies would find the lock held, for ever.
+os.register_at_fork(
+    before=_copying.acquire, after_in_parent=_copying.release, after_in_child=_copying.release
+)
 
 
 def module() -> ModuleType:
@@ -86,7 +91,7 @@ def _aligned(pack: Tensor) -> Tensor:
     """
     if pack.data_ptr() % _ALIGNMENT == 0:
         return pack
-    state = (pack.data_ptr(), pack._version)
+    state = (pack.data_ptr(), None if pack.is_inference() else pack._version)
     with _copying:  # a second copy would free the first, from which another thread may compute
         copy = _copies.get(pack)
         if copy is None or copy[0] != state:

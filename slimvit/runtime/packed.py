@@ -58,7 +58,7 @@ class PackedViT(AcceleratedViT):
             if (module := getattr(self.network, name, None)) is not None
         ]
         weights = [weight for module in modules for weight in module.parameters()]
-        return [(m, type(m)) for m in modules] + [(w, w._version) for w in weights]
+        return [(m, type(m)) for m in modules] + [(w, _version(w)) for w in weights]
 
     def _head_is_packed(self) -> bool:
         if self._packed_head is None or torch.compiler.is_compiling():
@@ -109,11 +109,19 @@ class PackedViT(AcceleratedViT):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        device = self.packed.packs.device
+        if device.type != "cpu":
+            raise SlimvitError(f"back end cpu computes on the CPU, got weights to load to {device}")
         if self._packed_head is not None:  # a copy's weights are others
             self._packed_head = self._head()
 
     def _load_from_state_dict(self, *_: object) -> None:
         raise SlimvitError(no_state(self.backend))
+
+
+def _version(weight: Tensor) -> int | None:
+    """How often it was written to; tensors made in inference mode do not count."""
+    return None if weight.is_inference() else weight._version
 
 
 def _does_more(part: nn.Module | Tensor) -> bool:
