@@ -6,14 +6,25 @@ import pickle
 
 import pytest
 import torch
-from references import MODELS, SMALL, off, random_images, randomise, reference_features
+import torch.fx
+from references import (
+    MODELS,
+    SMALL,
+    build,
+    off,
+    random_images,
+    random_masks,
+    randomise,
+    reference_features,
+)
 from test_apply_masks import EXACT, FLOAT32, slim_pair
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tracing import check_compiled, check_exported
 
 from slimvit.dynamic import Absorb
-from slimvit.errors import UnsupportedModelError
+from slimvit.errors import SlimvitError, UnsupportedModelError
 from slimvit.masks import SEMANTICS, Masks
 from slimvit.runtime import accelerate, apply_masks
 
@@ -231,3 +242,16 @@ class TestTracing:
     def test_export_with_a_dynamic_batch(self, semantics):
         model, slim = slim_pair("deit_distilled", semantics, torch.float32)
         check_exported(slim, model)
+
+    def test_symbolic_tracing_is_refused_for_what_it_is(self):
+        slim = slim_pair("deit", "drop", torch.float32)[1]
+        for known in (None, {"attn_mask": None, "is_causal": False}):
+            with pytest.raises(SlimvitError, match="cannot be traced symbolically"):
+                torch.fx.symbolic_trace(slim, known)
+
+    def test_without_memory(self):
+        """As tools do that estimate what a model needs."""
+        model = build("deit")
+        fast = accelerate(model, random_masks(model), backend="torch")
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert fast(torch.empty(2, 3, 64, 64)).shape == (2, model.num_classes)

@@ -149,12 +149,12 @@ def problem(case: Case, dtype: torch.dtype) -> Problem:
     @torch.no_grad()
     def answer(x: Tensor, dtype: torch.dtype) -> Tensor:
         own = cast(parts, dtype)
-        extra = zero_key(own, case.extra) if case.extra else None
+        extra = zero_key(own, case.extra, x.to(dtype)) if case.extra else None
         bias = None if key_bias is None else key_bias.to(dtype)
         return slim_block(x.to(dtype), own, keep, key_bias=bias, extra_key=extra).transpose(0, 1)
 
     wanted = [answer(x, torch.float64) for x in draws]
-    extra = zero_key(parts, case.extra) if case.extra else None
+    extra = zero_key(parts, case.extra, draws[0]) if case.extra else None
     torchs = max(off(answer(x, dtype), right) for x, right in zip(draws, wanted, strict=True))
     return Problem(parts, extra, draws[0].float(), index, key_bias, wanted[0], torchs)
 

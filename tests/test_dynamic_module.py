@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tracing import check_compiled, check_exported
 
-from slimvit import DPS, SPViT, apply_masks
+from slimvit import DPS, Absorb, SPViT, apply_masks
 from slimvit.errors import SlimvitError, UnsupportedModelError
 from slimvit.models import spec
 
@@ -187,3 +187,20 @@ class TestTracing:
     def test_export_with_a_dynamic_batch(self, kind, name):
         model, slim = pair(kind, name, torch.float32)
         check_exported(slim, model)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_vmap(self, kind):
+        model, slim = pair(kind, "deit", torch.float32)
+        images = random_images(model, 3)
+        with torch.no_grad():
+            got = torch.func.vmap(lambda image: slim(image[None])[0])(images)
+            assert off(got, slim(images)) < FLOAT32
+
+    def test_numbers_of_each_images_own_are_not_vmapped_or_exported(self):
+        model = build("deit")
+        slim = apply_masks(model, Absorb(counts=[12, 6, 1], thresholds=[0.1] * 3)).eval()
+        images = random_images(model, 2)
+        with pytest.raises(UnsupportedModelError, match=r"torch\.func would take the numbers"):
+            torch.func.vmap(lambda image: slim(image[None])[0])(images)
+        with pytest.raises(Exception, match=r"torch\.export would take the numbers"):
+            torch.export.export(slim, (images,), strict=False)

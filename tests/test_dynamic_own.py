@@ -10,12 +10,17 @@ from slimvit.backends import why_not
 from slimvit.dynamic import Choice
 from slimvit.errors import PlanError, SlimvitError
 from slimvit.models import spec
+from slimvit.ops import Alive
 
 COUNTS = [12, 6, 1]
 
 
 def by_class(self, layer, view, n):
     return view.top(view.class_attention().mean(1), n)
+
+
+def as_told(self, layer, received):
+    return self.counts[layer]
 
 
 def one_less(self, layer, received):
@@ -40,13 +45,13 @@ def hidden(self, layer, view, n):
     ("parent", "changes"),
     [
         (DPS, {"choose": by_class}),
-        (DPS, {"count": one_less}),
+        (DPS, {"count": as_told}),
         (DPS, {"before": warmer}),
         (Absorb, {"choose": hidden}),
-        (Absorb, {"count": one_less}),
+        (Absorb, {"count": as_told}),
         (Absorb, {"before": warmer}),
         (Absorb, {"_scores": other_scores}),
-        (SPViT, {"count": lambda self, layer, got: (11, 5, 1)[layer], "choose": by_class}),
+        (SPViT, {"count": as_told, "choose": by_class}),
     ],
     ids=lambda of: of.__name__ if isinstance(of, type) else "-".join(of),
 )
@@ -66,12 +71,47 @@ def test_kernels_know_nothing_of_what_a_subclass_does(parent, changes):
     ]
 
 
-def test_a_count_of_its_own_counts_where_no_block_of_the_plan_chooses():
-    model = build("deit")
-    own = type("Fewer", (DPS,), {"kind": "test-fewer", "count": one_less, "choose": by_class})
-    plan = own([17, 17, 17])
-    kept = accelerate(model, plan).kept_sets(random_images(model, 2))
-    assert [places.shape[1] for places in kept] == COUNTS[:1] + [5, 1]
+class TestWhatIsToldIsDone:
+    """MACs are counted by what a plan says that it keeps."""
+
+    def refused(self, plan, message):
+        model = build("deit")
+        slim = apply_masks(model, plan)
+        for run in (slim.eval(), accelerate(model, plan)):
+            with pytest.raises(PlanError, match=message):
+                run(random_images(model, 2))
+        slim.train()(random_images(model, 2))
+
+    @pytest.mark.parametrize("counts", [COUNTS, [17, 17, 17]])
+    def test_a_count_of_its_own(self, counts):
+        own = type("Fewer", (DPS,), {"kind": "test-fewer", "count": one_less, "choose": by_class})
+        layer, told, got = (2, 6, 5) if counts == COUNTS else (1, 17, 12)
+        of = 12 if counts == COUNTS else 17
+        message = f"test-fewer: block {layer} must make {told} tokens of {of}.*got {got} of {of}"
+        self.refused(own(counts), message)
+
+    def test_a_count_left_to_the_choice(self):
+        changes = {"count": lambda self, layer, got: None, "choose": self.all_but_one}
+        own = type("Free", (Planner,), {"kind": "test-free", **changes})
+        self.refused(own(COUNTS), "test-free: block 1 must make 12 tokens of 17.*got 16 of 17")
+
+    @staticmethod
+    def all_but_one(self, layer, view, n):
+        return view.top(view.class_attention().mean(1), view.alive.x.shape[0] - 1)
+
+    def test_tokens_removed_ahead(self):
+        def before(self, layer, alive):
+            return Alive(alive.x[:10], alive.place[:, :10]) if layer == 1 else alive
+
+        own = type(
+            "Ahead", (Planner,), {"kind": "test-ahead", "choose": by_class, "before": before}
+        )
+        message = "test-ahead: block 2 must make 6 tokens of 12.*got 6 of 10"
+        self.refused(own(COUNTS), message)
+        alive = property(lambda self: (17, 10, 6))
+        right = type("Right", (own,), {"kind": "test-right", "alive": alive})
+        model = build("deit")
+        accelerate(model, right(COUNTS))(random_images(model, 2))
 
 
 def test_kernels_choose_for_a_subclass_that_chooses_alike():
@@ -117,6 +157,12 @@ def test_a_plan_of_a_class_that_was_defined_again_is_saved(tmp_path):
     assert type(load_plan(tmp_path / "p.safetensors")) is second is not first
 
 
+def averaging(index, m, least):
+    weight = torch.ones(2, m)
+    weight[0, -1] = least
+    return Choice(index, torch.zeros(2, m - index.shape[1], dtype=torch.int64), weight)
+
+
 class Wrong(Planner):
     """Gives what it is told to."""
 
@@ -151,10 +197,16 @@ class Wrong(Planner):
             lambda index, m: Choice(index, torch.full((2, m - index.shape[1]), index.shape[1])),
             "choose must give into, of each pruned token, from 0 to n - 1",
         ),
+        (
+            lambda index, m: Choice(index, torch.zeros(2, m - index.shape[1])),
+            r"choose must give into in int64, got \[2, 5\] float32",
+        ),
+        (lambda index, m: averaging(index, m, 0.0), "choose must give weights above 0, got 0"),
+        (lambda index, m: averaging(index, m, -1.5), "weights above 0, got -1.5"),
     ],
     ids=[
         *("unsorted", "prefix", "twice", "shape", "int32", "list", "none", "tensor", "weight"),
-        *("outside", "into"),
+        *("outside", "into", "into-dtype", "no-weight", "negative-weight"),
     ],
 )
 def test_a_wrong_choice_is_refused(choice, message):

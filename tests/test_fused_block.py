@@ -60,7 +60,7 @@ def reference(
 ) -> Tensor:
     """Of slim_block, in the dtype of `x`."""
     parts = of_dtype(parts, x.dtype)
-    extra = zero_key(parts, case.zero_rows) if case.zero_rows else None
+    extra = zero_key(parts, case.zero_rows, x) if case.zero_rows else None
     y = slim_block(x.transpose(0, 1), parts, keep, key_bias=key_bias, extra_key=extra)
     y = y.transpose(0, 1)
     return torch.cat([y, x[:, case.n :]], 1) if case.idle else y

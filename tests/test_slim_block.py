@@ -154,7 +154,7 @@ class TestZeroKey:
         wanted = dense(block, torch.cat([x, x.new_zeros(dead, 3, 48)]))
         for keep in kept_sets(3, 63, 40).values():
             with torch.no_grad():
-                got = slim_block(x, parts, keep, extra_key=zero_key(parts, dead))
+                got = slim_block(x, parts, keep, extra_key=zero_key(parts, dead, x))
             assert off(images_first(got), pick(wanted, keep)) < EXACT
 
     @pytest.mark.parametrize("per_image", [False, True])
@@ -169,7 +169,7 @@ class TestZeroKey:
         )
         key_bias = key_bias if per_image else key_bias[0]
         with torch.no_grad():
-            got = slim_block(x, parts, 40, key_bias=key_bias, extra_key=zero_key(parts, 20))
+            got = slim_block(x, parts, 40, key_bias=key_bias, extra_key=zero_key(parts, 20, x))
         assert off(images_first(got), wanted[:, :40]) < EXACT
 
     @pytest.mark.parametrize("dead", [2, 3, 66, 97, 150, 196])
@@ -177,18 +177,18 @@ class TestZeroKey:
         """log(dead) is rounded by up to 1 % there; the weight of the key must not be."""
         x = torch.zeros(2 * dead, 1, 8, dtype=torch.bfloat16)
         value = torch.ones(1, 1, 1, 8, dtype=torch.bfloat16)
-        extra = ExtraKey(torch.zeros_like(value), value, zero_key(equal_logits(), dead).bias)
+        extra = ExtraKey(torch.zeros_like(value), value, zero_key(equal_logits(), dead, x).bias)
         with torch.no_grad():
             got = slim_block(x, equal_logits(), 1, extra_key=extra)
         assert got[0, 0, 0].item() == torch.tensor(1 / 3).bfloat16().item()
 
     def test_gradients_reach_it(self):
         model = build("deit").double()
-        parts = block_parts(model)[1]
-        slim_block(rows(1, 5), parts, 3, extra_key=zero_key(parts, 7)).sum().backward()
+        parts, x = block_parts(model)[1], rows(1, 5)
+        slim_block(x, parts, 3, extra_key=zero_key(parts, 7, x)).sum().backward()
         with_key = model.blocks[1].norm1.bias.grad.clone()
         model.zero_grad()
-        x = torch.cat([rows(1, 5), torch.zeros(7, 1, 48, dtype=torch.float64)])
+        x = torch.cat([x, torch.zeros(7, 1, 48, dtype=torch.float64)])
         model.blocks[1](images_first(x))[:, :3].sum().backward()
         assert off(with_key[None], model.blocks[1].norm1.bias.grad[None]) < EXACT
 
@@ -199,7 +199,7 @@ def test_gradients(keep):
     x = rows(2, 4)[:, :, :48].requires_grad_()
     kept = kept_sets(2, 4, 3)[keep]
     key_bias = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    extra = zero_key(parts, 5)
+    extra = zero_key(parts, 5, x)
 
     def run(x, key_bias):
         return slim_block(x, parts, kept, key_bias=key_bias, extra_key=extra)

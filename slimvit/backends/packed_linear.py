@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -24,6 +25,7 @@ def packable(x: Tensor) -> bool:
         and not (torch.is_grad_enabled() and x.requires_grad)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and not isinstance(x, FakeTensor)
         and forward_ad._current_level < 0
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from slimvit.errors import UnsupportedModelError
+from slimvit.errors import PlanError, UnsupportedModelError
 from slimvit.models.slim import SlimCalls, base_of
-from slimvit.models.vision_transformer import check_shape, embed, parts
+from slimvit.models.vision_transformer import call_block, check_shape, embed, parts
 from slimvit.ops import Alive, dynamic_block, scatter_tokens
 
 
@@ -73,23 +73,43 @@ class _Dynamic(SlimCalls):
         return alive
 
     def _layer(self, alive: Alive, layer: int, module: nn.Module) -> Alive:
-        return self.block(layer, self.plan.before(layer, alive), module)
+        alive = self.plan.before(layer, alive)
+        left = self.block(layer, alive, module)
+        if not (self.training or self.plan.ragged or torch.jit.is_tracing()):
+            self._check_counts(layer, len(alive.x), len(left.x))
+        return left
+
+    def _check_counts(self, layer: int, received: int, left: int) -> None:
+        """Refuse a plan that does other work than it says: MACs are counted by what it says."""
+        alive, counts = self.plan.alive[layer], self.plan.counts[layer]
+        if (received, left) != (alive, counts):
+            raise PlanError(
+                f"{self.plan.kind}: block {layer + 1} must make {counts} tokens of {alive}, as "
+                f"`counts` and `alive` say and work is counted, got {left} of {received}: let "
+                "`before` and `count` agree with them, or `ragged` be true"
+            )
 
     def block(self, layer: int, alive: Alive, module: nn.Module | None = None) -> Alive:
         """What block `layer`, counted from 0, makes of the tokens that it receives."""
         received = alive.x.shape[0]
         if torch.jit.is_tracing():  # sizes are tensors there
             received = int(received)
-        return dynamic_block(
-            alive,
-            parts(self.blocks[layer] if module is None else module),
-            self.plan.count(layer, received),
-            partial(self.plan.choose, layer),
-            prefix=self.plan.prefix,
-            head_tokens=self.plan.spec.head_tokens,
-            # slimvit's own planners choose rightly by construction
-            check_places=not type(self.plan).choose.__module__.startswith("slimvit."),
-        )
+        module = self.blocks[layer] if module is None else module
+        n = self.plan.count(layer, received)
+
+        def forward(alive: Alive) -> Alive:
+            return dynamic_block(
+                alive,
+                parts(module),
+                n,
+                partial(self.plan.choose, layer),
+                prefix=self.plan.prefix,
+                head_tokens=self.plan.spec.head_tokens,
+                # slimvit's own planners choose rightly by construction
+                check_places=not type(self.plan).choose.__module__.startswith("slimvit."),
+            )
+
+        return call_block(module, forward, alive)
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -118,15 +138,28 @@ class _Dynamic(SlimCalls):
     def _goes_one_by_one(self, images: Tensor) -> bool:
         """Whether images keep numbers of their own, which tensors of a batch cannot."""
         check_shape(self, images)
-        if self.plan.ragged and torch.jit.is_tracing():
-            raise UnsupportedModelError(
-                "torch.jit.trace would hold on to the numbers of patches of its example: "
-                "with this plan each image keeps a number of its own"
-            )
+        if self.plan.ragged:
+            _refuse_one_shape(images)
         return self.plan.ragged and not self.training and len(images) > 1
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         return _rebuild, (base_of(type(self)),), self.__getstate__()
+
+
+def _refuse_one_shape(images: Tensor) -> None:
+    """Refuse what computes any images by the shapes of some, where each image has its own."""
+    if torch.jit.is_tracing():
+        name = "torch.jit.trace"
+    elif torch.compiler.is_exporting():
+        name = "torch.export"
+    elif torch._C._functorch.is_functorch_wrapped_tensor(images):
+        name = "torch.func"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"{name} would take the numbers of patches of one image for those of all: "
+        "with this plan each image keeps a number of its own"
+    )
 
 
 @functools.cache

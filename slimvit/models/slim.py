@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import LayerScale, Mlp, VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from slimvit.backends.packed_linear import PatchLinear
 from slimvit.errors import UnsupportedModelError
 from slimvit.masks import Masks
-from slimvit.models.vision_transformer import embed, parts
+from slimvit.models.vision_transformer import call_block, embed, parts
 from slimvit.ops import (
     BlockParts,
     ExtraKey,
@@ -77,7 +78,7 @@ class SlimCalls:
 
     @staticmethod
     def _refuse_attention_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
-        if attn_mask is not None or is_causal:
+        if not isinstance(attn_mask, fx.Proxy) and (attn_mask is not None or is_causal):
             raise UnsupportedModelError("a slimmed model takes no attn_mask and is not causal")
 
 
@@ -110,17 +111,20 @@ class _Slim(SlimCalls):
     def _slim_layer(self, x: Tensor, layer: int, module: nn.Module) -> Tensor:
         n = self._counts[layer]
         if isinstance(module, FoldedBlock):
-            out = module(x, n, self._extra_key(layer, None))
+            out = module(x, n, self._extra_key(layer))
         else:
-            block = parts(module)
-            out = slim_block(x, block, n, extra_key=self._extra_key(layer, block))
+            out = call_block(module, partial(self._slim_block, layer, module), x)
         return torch.cat([out, x[n:]]) if self._idle and n < x.shape[0] else out
 
-    def _extra_key(self, layer: int, block: BlockParts | None) -> ExtraKey | None:
+    def _slim_block(self, layer: int, module: nn.Module, x: Tensor) -> Tensor:
+        block = parts(module)
+        return slim_block(x, block, self._counts[layer], extra_key=self._extra_key(layer, block))
+
+    def _extra_key(self, layer: int, block: BlockParts | None = None) -> ExtraKey | None:
         if not self._dead[layer]:
             return None
         if block is not None and not self._folded:
-            return zero_key(block, self._dead[layer])
+            return zero_key(block, self._dead[layer], self.cls_token)
         key, value = getattr(self, f"_zero_key_{layer}"), getattr(self, f"_zero_value_{layer}")
         return ExtraKey(key, value, math.log(self._dead[layer]))
 
@@ -135,7 +139,7 @@ class _Slim(SlimCalls):
         self.eval()
         for layer, module in enumerate(self.blocks):
             if self._dead[layer]:
-                extra = zero_key(parts(module), self._dead[layer])
+                extra = zero_key(parts(module), self._dead[layer], self.cls_token)
                 self.register_buffer(f"_zero_key_{layer}", extra.key)
                 self.register_buffer(f"_zero_value_{layer}", extra.value)
             block = _without_scale(module)

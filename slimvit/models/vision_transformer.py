@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from timm.layers import GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from slimvit.errors import MasksError, SlimvitError, UnsupportedModelError
 from slimvit.masks import Masks
 from slimvit.models.spec import Spec
 from slimvit.ops import BlockParts
-from slimvit.ops.modules import altered, only_drops
+from slimvit.ops.modules import altered, call_as, only_drops
 
 _OTHER_FAMILIES = {
     "SwinTransformer": "windowed attention needs every patch of a window",
@@ -22,6 +25,7 @@ _OTHER_FAMILIES = {
     "Beit": "relative position biases are not implemented",
     "PoolingVisionTransformer": "pooling between its stages needs the whole grid",
 }
+_Tokens = TypeVar("_Tokens")
 _TOKENWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 _POOLS = {
     "avg": "a mean over patches needs every patch in the last block",
@@ -42,7 +46,7 @@ def spec(model: nn.Module) -> Spec:
     check_supported(model)
     block = model.blocks[0]
     embedding = model.patch_embed
-    linears = [m for m in block.mlp.modules() if isinstance(m, nn.Linear)]
+    layers = [layer for part in block.mlp.children() for layer in _linears(part)[:1]]
     return Spec(
         name=model_name(model),
         image_size=tuple(embedding.img_size),
@@ -55,11 +59,16 @@ def spec(model: nn.Module) -> Spec:
         width=model.embed_dim,
         heads=block.attn.num_heads,
         head_dim=block.attn.head_dim,
-        hidden=linears[-1].in_features,
-        mlp_macs=sum(m.in_features * m.out_features for m in linears),
+        hidden=layers[-1].in_features,
+        mlp_macs=sum(layer.in_features * layer.out_features for layer in layers),
         gated=getattr(block.attn, "gate", None) is not None,
         num_classes=model.num_classes,
     )
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    """The linear layers of a module; of an adapter the one that it wraps comes first."""
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
 
 
 def check_supported(model: nn.Module) -> None:
@@ -135,6 +144,8 @@ def _check_block(where: str, block: nn.Module) -> None:
             f"{where} has {type(block.mlp).__name__}, which may mix tokens: "
             f"only {', '.join(mlp.__name__ for mlp in _TOKENWISE_MLPS)} are read"
         )
+    if not _linears(block.mlp):
+        raise UnsupportedModelError(f"{where} has an MLP without Linear layers")
     # Slimmed, these modules are not called: what hangs on their calls would be lost.
     for name, module in (("", block), (".attn", block.attn), (".attn.qkv", block.attn.qkv)):
         reason = altered(where + name, module, deep=False)
@@ -226,6 +237,23 @@ def parts(block: nn.Module) -> BlockParts:
     )
 
 
+def call_block(block: nn.Module, forward: Callable[[_Tokens], _Tokens], x: _Tokens) -> _Tokens:
+    """`forward` of the tokens in the place of the block's own; hooks on the block run around it.
+
+    Raises:
+        UnsupportedModelError: its attention, which is not called, has hooks, or either of them a
+            forward set on it.
+    """
+    for name, module in (("block", block), ("block.attn", block.attn)):
+        reason = altered(name, module, deep=False, hooks=module is not block)
+        if reason is not None:
+            raise UnsupportedModelError(
+                f"{reason}, which would not run in a slimmed model: hooks run on whole blocks, "
+                "their norms and their layers"
+            )
+    return call_as(block, forward, x)
+
+
 def check_shape(model: nn.Module, images: Tensor) -> None:
     """Refuse images that are not of the model's size.
 
@@ -242,6 +270,8 @@ def check_image_shape(images: Tensor, image_shape: tuple[int, ...]) -> None:
     Raises:
         SlimvitError: they are not.
     """
+    if isinstance(images, fx.Proxy):
+        raise SlimvitError("slimmed models cannot be traced symbolically: use torch.export")
     if images.dim() != 4 or images.shape[1:] != image_shape:
         sides = ", ".join(map(str, image_shape))
         raise SlimvitError(f"images must be [B, {sides}], got {list(images.shape)}")

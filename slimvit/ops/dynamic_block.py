@@ -95,6 +95,8 @@ class View:
     def top(self, scores: Tensor, n: int) -> Choice:
         """The prefix tokens and the highest scores [B, m]: n in all; among equals the earlier.
 
+        NaN counts as the lowest, as it does where an image itself is NaN.
+
         Raises:
             PlanError: the scores are of another shape.
         """
@@ -258,6 +260,8 @@ def _check_places(choice: Choice, m: int, prefix: int) -> None:
     index = choice.index
     if torch.compiler.is_compiling() or index.is_meta or isinstance(index, FakeTensor):
         return
+    if torch._C._functorch.is_functorch_wrapped_tensor(index):
+        return
     if index.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     found = f"got {index[0].tolist()} of {m} for the first image" if len(index) else ""
@@ -273,6 +277,9 @@ def _check_places(choice: Choice, m: int, prefix: int) -> None:
         raise PlanError(
             f"choose must give into, of each pruned token, from 0 to n - 1 = {index.shape[1] - 1}"
         )
+    if choice.weight is not None and (choice.weight <= 0).any():
+        least = choice.weight.min().item()
+        raise PlanError(f"choose must give weights above 0, got {least:g}")
 
 
 def _check(choice: Choice, batch: int, n: int | None, m: int) -> None:
@@ -280,8 +287,10 @@ def _check(choice: Choice, batch: int, n: int | None, m: int) -> None:
     if not isinstance(choice, Choice):
         raise PlanError(f"choose must give a Choice, got {_found(choice)}")
     index, into, weight = choice
-    if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        raise PlanError(f"choose must give index in int64, got {_found(index)}")
+    for name, places in (("index", index), ("into", into)):
+        optional = name == "into" and places is None
+        if not optional and not (isinstance(places, Tensor) and places.dtype == torch.int64):
+            raise PlanError(f"choose must give {name} in int64, got {_found(places)}")
     n = index.shape[-1:].numel() if n is None else n
     for name, of, shape in (
         ("index [B, n]", index, (batch, n)),

@@ -48,15 +48,20 @@ class ExtraKey(NamedTuple):
     bias: float
 
 
-def zero_key(block: BlockParts, rows: int) -> ExtraKey:
+def zero_key(block: BlockParts, rows: int, like: Tensor) -> ExtraKey:
     """What `rows` zero rows are as keys and values: LN1 makes them all one key, counted by a bias.
 
     Equal to attending to the rows themselves, since `rows` equal terms of a softmax are one term
     with log(rows) added to its logit.
 
+    Args:
+        block: the block's modules.
+        rows: how many zero rows there are.
+        like: a token of the model, [..., D], whose width, dtype and device the rows have.
+
     Source: Patch Slimming (Tang et al., CVPR 2022), footnote 1, where pruned tokens are zeros.
     """
-    y = block.norm1(block.proj.weight.new_zeros(1, 1, block.qkv.in_features))
+    y = block.norm1(like.new_zeros(1, 1, like.shape[-1]))
     return ExtraKey(*project_kv(block, y), math.log(rows))
 
 

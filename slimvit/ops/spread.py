@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from slimvit.ops.modules import activation_name, altered, layer_norm_of
+from slimvit.ops.modules import activation_name, altered, call_as, layer_norm_of
 
 _MLP = ("fc1", "act", "drop1", "norm", "fc2", "drop2")  # timm's
 
@@ -30,19 +30,22 @@ def spread_norm(norm: nn.Module, x: Tensor, spread: Tensor | None) -> Tensor:
         LN(x) = (x − mean) / sqrt(var(x) + spread + eps) · γ + β
 
     Args:
-        norm: a LayerNorm; another norm is applied as it is.
+        norm: a LayerNorm, called where it has hooks; another norm is applied as it is.
         x: [m, B, D].
         spread: [B, m], or None for none.
 
     Returns:
         [m, B, D].
     """
-    known = layer_norm_of(norm)
+    known = layer_norm_of(norm, hooks=True)
     if spread is None or known is None:
         return norm(x)
     weight, bias, eps = known
+    scale = (variance(x) + spread + eps).rsqrt().t().unsqueeze(-1)  # [m, B, 1]
+    if altered("norm", norm) is not None:
+        longer = scale * (variance(x) + eps).sqrt().t().unsqueeze(-1)
+        return torch.lerp(bias.to(scale.dtype), norm(x).to(scale.dtype), longer).to(x.dtype)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = (variance(x) + spread + eps).rsqrt().t().unsqueeze(-1)
     y = (wide - wide.mean(-1, keepdim=True)) * scale
     return torch.addcmul(bias.to(y.dtype), y, weight.to(y.dtype)).to(x.dtype)
 
@@ -53,11 +56,12 @@ def spread_mlp(mlp: nn.Module, norm: nn.Module, x: Tensor, spread: Tensor | None
         u = W1 LN(x) + b1,   s_j = spread / (var(x) + spread + eps) · Σ_c (W1_jc γ_c)²
         r = 1 / sqrt(1 + s),   z = u r,   hidden = (act(z) + (1 − r²) φ(z)) / r
 
-    That is the mean of GELU(u + √s ε) over ε ~ N(0, 1), and of the other activations as nearly as
-    they are GELU.
+    That is the mean of GELU(u + √s ε) over ε ~ N(0, 1), and of the others of its kind as nearly as
+    they are GELU; activations of other classes are averaged over three points of the Gaussian.
 
     Args:
-        mlp: two linear layers and a GELU between them; another MLP is applied as it is.
+        mlp: two linear layers, whatever their classes, and an activation between them; another MLP
+            is applied as it is.
         norm: the norm ahead of it.
         x: [m, B, D].
         spread: [B, m], or None for none.
@@ -66,36 +70,57 @@ def spread_mlp(mlp: nn.Module, norm: nn.Module, x: Tensor, spread: Tensor | None
         [m, B, D].
     """
     y = spread_norm(norm, x, spread)
-    layers, known = _layers(mlp), layer_norm_of(norm)
+    layers, known = _layers(mlp), layer_norm_of(norm, hooks=True)
     if spread is None or layers is None or known is None:
         return mlp(y)
     fc1, act, rest = layers
     weight, _, eps = known
     share = spread / (variance(x) + spread + eps)  # [B, m]
-    squares = (fc1.weight * weight).to(share.dtype).square().sum(1)  # [hidden]
-    s = (share.t().unsqueeze(-1) * squares).to(y.dtype)
-    hidden = spread_activation(act, fc1(y), s)
-    for module in rest:
-        hidden = module(hidden)
-    return hidden
+
+    def forward(y: Tensor) -> Tensor:
+        u = fc1(y)
+        squares = _scaled_weight(fc1, weight).to(share.dtype).square().sum(0)  # [hidden]
+        hidden = spread_activation(act, u, (share.t().unsqueeze(-1) * squares).to(u.dtype))
+        for module in rest:
+            hidden = module(hidden)
+        return hidden
+
+    return call_as(mlp, forward, y)
 
 
 def spread_activation(act: nn.Module, u: Tensor, s: Tensor) -> Tensor:
-    """The mean of `act` over a Gaussian of mean u and variance s; exact for GELU."""
+    """The mean of `act` over a Gaussian of mean u and variance s; exact for GELU.
+
+    Of an activation that is not known, by the Gauss–Hermite quadrature of three points.
+    """
+    if activation_name(act, hooks=True) is None:
+        far = (3 * s).sqrt()
+        return act(u) * (2 / 3) + (act(u + far) + act(u - far)) / 6
     r = (1 + s).rsqrt()
     z = u * r
     density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
     return (act(z) + s * r * r * density) / r
 
 
-def _layers(mlp: nn.Module) -> tuple[nn.Linear, nn.Module, list[nn.Module]] | None:
+def _scaled_weight(fc1: nn.Module, scale: Tensor) -> Tensor:
+    """(W diag(scale))ᵀ, [D, hidden], of a layer x Wᵀ + b that may be more than its weight.
+
+    Adapters, parametrizations and quantized layers are asked for it, row by row.
+    """
+    if type(fc1) is nn.Linear and "forward" not in vars(fc1):
+        return (fc1.weight * scale).t()
+    rows = torch.cat([scale.new_zeros(1, len(scale)), scale.diag()]).unsqueeze(1)
+    answers = fc1(rows).squeeze(1)  # [D + 1, hidden]
+    return answers[1:] - answers[:1]
+
+
+def _layers(mlp: nn.Module) -> tuple[nn.Module, nn.Module, list[nn.Module]] | None:
     """First layer, activation and what follows, where that is all there is."""
     parts = dict(mlp.named_children())
-    if altered("mlp", mlp, deep=False) is not None:
-        return None
     plain = isinstance(mlp, nn.Sequential) and len(parts) == 3
     if not plain and (type(mlp).__name__ != "Mlp" or tuple(parts) != _MLP):
         return None
+    if altered("mlp", mlp, deep=False, hooks=False) is not None:
+        return None
     fc1, act, *rest = parts.values()
-    known = type(fc1) is nn.Linear and activation_name(act) is not None
-    return (fc1, act, rest) if known else None
+    return fc1, act, rest

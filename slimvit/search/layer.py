@@ -65,7 +65,7 @@ class Layer:
         tokens, dead = len(self.order), len(self.order) - n
         extra = None
         if dead and self.semantics == "zero":
-            extra = zero_key(self.above, dead)
+            extra = zero_key(self.above, dead, x)
         if dead and self.semantics == "idle":
             idle = self.order[n:tokens].to(x.device)
             x = torch.cat([x, take(features.at(self.index - 1, batch), idle)])
