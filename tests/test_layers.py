@@ -26,7 +26,7 @@ LAYERS = (
     ("kernels", "_cpu", "_cuda", "_extensions"),
     ("data",),
     ("masks",),
-    ("files", "images"),
+    ("files", "images", "digests"),
     ("checks",),
     ("errors",),
 )

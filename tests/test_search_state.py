@@ -160,20 +160,34 @@ def test_broken_state_is_an_error(tiny_vit, state):
         quick(tiny_vit, None, tolerance=0.02, state=state)
 
 
-def test_a_score_that_was_edited_is_another_score(tiny_vit, batches, state, tmp_path, monkeypatch):
-    file = tmp_path / "score_of_mine.py"
-    monkeypatch.syspath_prepend(tmp_path)
-    code = """
+CODE = """
+import torch
 from slimvit.search.scores import eq6
 left = iter(range(4))
+SIGN = +1
+def scaled(rates):
+    return 1.0 * rates
+@torch.no_grad()
 def mine(view):
     if next(left, None) is None:
         raise InterruptedError
-    return {} * eq6(view)
+    return SIGN * scaled(eq6(view))
 """
 
-    def written(factor):
-        file.write_text(code.format(factor))
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("return SIGN", "return -SIGN"), ("SIGN = +1", "SIGN = -1"), ("1.0 * rates", "2.0 * rates")],
+    ids=["function", "constant", "helper"],
+)
+def test_a_score_that_was_edited_is_another_score(
+    tiny_vit, batches, state, tmp_path, monkeypatch, before, after
+):
+    file = tmp_path / "score_of_mine.py"
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def written(code):
+        file.write_text(code)
         linecache.clearcache()
         sys.modules.pop("score_of_mine", None)
         importlib.invalidate_caches()
@@ -181,8 +195,9 @@ def mine(view):
 
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     with pytest.raises(InterruptedError):
-        quick(tiny_vit, batches, tolerance=0.02, score=written("+1"), state=state)
+        quick(tiny_vit, batches, tolerance=0.02, score=written(CODE), state=state)
+    edited = written(CODE.replace(before, after))
     with pytest.raises(SlimvitError, match="another search: its code of the score is"):
-        quick(tiny_vit, batches, tolerance=0.02, score=written("-1"), state=state)
+        quick(tiny_vit, batches, tolerance=0.02, score=edited, state=state)
     with pytest.raises(InterruptedError):  # the same one goes on to where its calls end
-        quick(tiny_vit, batches, tolerance=0.02, score=written("+1"), state=state)
+        quick(tiny_vit, batches, tolerance=0.02, score=written(CODE), state=state)

@@ -110,7 +110,8 @@ def search(
         cache_bytes: memory for the images' features; beyond it they go to a temporary folder.
         cache_dir: where that folder is made.
         state: file that lets a killed search go on; removed at the end, and where the search
-            cannot end. It needs a score of a name, not a lambda or a partial.
+            cannot end. It needs a score of a name, not a lambda or a partial, and is of another
+            search once that score's file is edited.
         keep_state: leave `state` at the end, for callers that save the result first and remove it
             then: until they have, the same call ends soon.
         restart: begin anew even if `state` exists.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import operator
 import sys
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from slimvit import models
+from slimvit.digests import code_digest
 from slimvit.errors import UsageError
 from slimvit.masks import Masks
 from slimvit.runtime import accelerate
@@ -33,7 +33,8 @@ def of_settings(
     values = asdict(replace(settings, score=None)) | asdict(budget)
     values |= {"counts": settings.counts, "score": score_name(score)}
     if not isinstance(score, str):
-        values["code of the score"] = _code(score)
+        code = score if hasattr(score, "__code__") else type(score)
+        values["code of the score"] = code_digest(code)
     if budget.speedup is not None:
         values |= _machine(dense)
     named = {name: json.dumps(value) for name, value in values.items()}
@@ -67,15 +68,6 @@ def score_name(score: str | Score) -> str:
             f"module, got {score!r}"
         )
     return f"{module}.{name}"
-
-
-def _code(score: Score) -> str:
-    """A digest of the score's source, for one that was edited is another one; "" without source."""
-    try:
-        source = inspect.getsource(score if hasattr(score, "__code__") else type(score))
-    except (OSError, TypeError):
-        return ""
-    return hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
 
 
 def _machine(dense: nn.Module) -> dict[str, str | int]:
