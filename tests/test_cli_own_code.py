@@ -14,12 +14,31 @@ from slimvit.cli import main
 from slimvit.masks import Masks
 
 SCORE = """
+import functools
 import own_numbers  # a neighbour
 
 def of_inputs(view):
     return view.inputs.square().sum(-1) * own_numbers.FACTOR
 
 LARGE = 3
+
+def made(power):
+    def score(view):
+        return of_inputs(view) ** power
+    return score
+
+class Norms:
+    def __call__(self, view):
+        return of_inputs(view)
+
+    def score(view):
+        return of_inputs(view)
+
+squares = made(2)
+norms = Norms()
+bound = norms.__call__
+inputs = lambda view: of_inputs(view)
+part = functools.partial(made, 2)
 """
 PLANNER = """
 import slimvit
@@ -121,6 +140,49 @@ def test_a_planner_of_ones_own(command, capsys):
     assert "--import needs --masks" in capsys.readouterr().err
     quick = ["--rounds", "1", "--seconds", "0.001", "--threads", "1", "--against", "none"]
     assert main(["bench", *given, *quick, "--import", "own_planner.py"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("norms", "a Norms"),
+        ("bound", "a method"),
+        ("Norms", "a type"),
+        ("inputs", "<lambda>"),
+        ("squares", "made.<locals>.score"),
+        ("part", "a partial"),
+        ("Norms.score", None),
+    ],
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_score_is_a_plain_function(command, name, kind, dynamic):
+    status, _, err = command("--score", f"own_score.py:{name}", *["--dynamic"] * dynamic)
+    got = f", which is {kind}" if kind else ""
+    assert err == (
+        f"slimvit prune: error: --score own_score.py:{name}: own_score.py has no function {name}"
+        f"{got}: a score is a plain function, defined by def at the top of its file "
+        "(see slimvit prune --help)\n"
+    )
+    assert status == 2
+    assert not list(Path().glob("plan*"))
+
+
+def test_a_score_may_be_a_neighbours_and_decorated(command):
+    Path("own_other.py").write_text(
+        "import torch\nfrom own_score import of_inputs\n"
+        "@torch.no_grad()\ndef mine(view):\n    return of_inputs(view)\n"
+    )
+    for name in ("of_inputs", "mine"):
+        assert command("--score", f"own_other.py:{name}", "--counts", "17,12,9,7,5,1")[0] == 0
+
+
+def test_a_score_that_fails_leaves_no_state_behind(command):
+    """Or the corrected one would be that of another search."""
+    Path("own_wrong.py").write_text("def f(view):\n    return view.nothing\n")
+    status, _, err = command("--score", "own_wrong.py:f")
+    assert status == 1 and "has no attribute 'nothing'" in err
+    assert not list(Path().glob("plan*"))
+    assert command("--score", "own_score.py:of_inputs")[0] == 0
 
 
 @pytest.mark.parametrize(

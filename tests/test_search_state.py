@@ -43,7 +43,7 @@ def stopped(model, batches, calls, **options) -> None:
 @pytest.mark.parametrize("options", [{"tolerance": 0.02, "epochs": 1}, {"cut": 0.4}])
 def test_interrupted_search_ends_alike(tiny_vit, batches, state, options):
     whole = quick(tiny_vit, batches, **options)
-    for calls in (3, 9, 14):
+    for calls in (5, 9, 14):
         stopped(tiny_vit, batches, calls, state=state, **options)
         assert state.exists()
     resumed = quick(tiny_vit, batches, state=state, **options)
@@ -57,7 +57,7 @@ def test_interrupted_search_ends_alike(tiny_vit, batches, state, options):
 
 
 def test_state_of_another_search_is_refused(tiny_vit, batches, state):
-    stopped(tiny_vit, batches, 3, tolerance=0.02, state=state)
+    stopped(tiny_vit, batches, 5, tolerance=0.02, state=state)
     content = state.read_bytes()
     with pytest.raises(
         SlimvitError, match="another search: its tolerance is 0.02, here it is 0.03"
@@ -145,6 +145,14 @@ def test_a_search_that_would_fail_again_leaves_no_state(tiny_vit, batches, state
         quick(tiny_vit, batches, state=state, **options)
     assert not state.exists()
     quick(tiny_vit, batches, state=state, cut=0.2)
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0.02}, {"cut": 0.4}])
+def test_a_score_that_fails_at_once_leaves_no_state(tiny_vit, batches, state, options):
+    stopped(tiny_vit, batches, 0, state=state, **options)
+    assert not state.exists()
+    stopped(tiny_vit, batches, 6, state=state, **options)
+    assert state.exists()
 
 
 def test_a_state_that_could_not_be_written_is_refused_at_once(tiny_vit, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -65,7 +66,7 @@ def _of_file(path: Path) -> ModuleType:
 
 
 def read_score(text: str) -> str | Score:
-    """What --score says: a known name, or the function of FILE.py:FUNCTION.
+    """What --score says: a known name, or the plain function of FILE.py:FUNCTION.
 
     Raises:
         UsageError: it is neither.
@@ -79,6 +80,18 @@ def read_score(text: str) -> str | Score:
         known = ", ".join(SCORES)
         raise UsageError(f"--score must be one of {known}, or FILE.py:FUNCTION, got {text!r}")
     score = getattr(load("--score", where), name, None)
-    if not callable(score):
-        raise UsageError(f"--score {text}: {where} has no function {name}")
+    if not _is_plain(score):
+        kind = score.__qualname__ if inspect.isfunction(score) else f"a {type(score).__name__}"
+        got = "" if score is None else f", which is {kind}"
+        raise UsageError(
+            f"--score {text}: {where} has no function {name}{got}: a score is a plain function, "
+            "defined by def at the top of its file"
+        )
     return score
+
+
+def _is_plain(score: object) -> bool:
+    """Whether it is a function that its own name finds again, as that of no lambda does."""
+    if not inspect.isfunction(score):
+        return False
+    return getattr(sys.modules.get(score.__module__), score.__qualname__, None) is score

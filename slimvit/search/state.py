@@ -22,7 +22,8 @@ class State:
     """Blocks found so far, for every pass of a search, in one safetensors file.
 
     A search makes one pass, or several where a budget is met by trying tolerances. Rank 0 writes
-    after every block; the file is replaced as a whole, so a kill leaves the last finished block.
+    after every block but L; the file is replaced as a whole, so a kill leaves the last finished
+    block.
 
     Args:
         path: of the file; None keeps nothing.
@@ -77,8 +78,12 @@ class State:
         self.write()
 
     def write(self) -> None:
-        """Put everything on disk."""
-        if self._path is None or rank() != 0:
+        """Put everything on disk, once there is more than block L, which is known without a search.
+
+        So a search whose score fails at once leaves nothing behind that refuses the corrected one.
+        """
+        worth = self.notes or any(len(blocks) > 1 for blocks in self._passes.values())
+        if self._path is None or rank() != 0 or not worth:
             return
         tensors, records = {}, {}
         for name, blocks in self._passes.items():
