@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -13,12 +14,16 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from slimvit.errors import UsageError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _OWN = ("/dev/fd", "/proc/self/fd")
 _MOST_LINKS = 40  # as Linux follows
+_PREFIX = _ALIGNED = 8  # bytes of a safetensors header's length, and what its tensors begin at
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
@@ -53,6 +58,22 @@ def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
+
+
+def tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file of these tensors and strings, the same bytes whenever it is made.
+
+    safetensors writes the strings in an order that changes from call to call; here the header is
+    sorted, and padded with spaces so that the tensors begin at a multiple of 8 bytes.
+    """
+    from safetensors.torch import save
+
+    content = memoryview(save(tensors, metadata))
+    start = _PREFIX + int.from_bytes(content[:_PREFIX], "little")
+    header = json.loads(bytes(content[_PREFIX:start]))
+    text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNED)
+    return b"".join((len(text).to_bytes(_PREFIX, "little"), text, content[start:]))
 
 
 @contextlib.contextmanager

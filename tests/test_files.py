@@ -4,8 +4,12 @@ import errno
 import os
 import signal
 import stat
+import subprocess
+import sys
 
 import pytest
+import torch
+from safetensors import safe_open
 
 from slimvit.errors import UsageError
 from slimvit.files import (
@@ -14,6 +18,7 @@ from slimvit.files import (
     is_writable,
     put_in_place,
     refuse_unwritable,
+    tensor_bytes,
     written_together,
 )
 
@@ -180,3 +185,51 @@ def test_files_that_belong_together(number):
             done.append(times)
     assert done == [1]
     assert signal.getsignal(number) is signal.default_int_handler
+
+
+STRINGS = {f"näme {i}": '"{}" \n ü' * i for i in range(9)}
+TENSORS = {
+    "b": torch.arange(3, dtype=torch.uint8),
+    "a": torch.linspace(0, 1, 6, dtype=torch.float64).view(2, 3),
+    "none": torch.empty(0, 4),
+    "ü": torch.tensor(True),
+}
+FILES = f"""
+import sys, torch
+from slimvit import Absorb, Masks
+from slimvit.files import tensor_bytes
+from slimvit.finetune import save_weights
+
+torch.manual_seed(0)
+folder, strings = sys.argv[1], {STRINGS!r}
+open(f"{{folder}}/own", "wb").write(tensor_bytes({{"a": torch.ones(3)}}, strings))
+Masks.uniform(6, 0.5, (4, 4), model="x").save(f"{{folder}}/masks")
+Absorb(cut=0.3).save(f"{{folder}}/plan")
+save_weights(f"{{folder}}/weights", torch.nn.Linear(3, 2), {{"model": "x"}})
+"""
+
+
+def test_tensors_are_written_as_safetensors_reads_them(tmp_path):
+    for strings in (STRINGS, {"format": "pt"}):
+        content = tensor_bytes(TENSORS, strings)
+        (tmp_path / "t.safetensors").write_bytes(content)
+        with safe_open(tmp_path / "t.safetensors", framework="pt") as file:
+            assert file.metadata() == strings
+            assert set(file.keys()) == set(TENSORS)
+            for name, tensor in TENSORS.items():
+                got = file.get_tensor(name)
+                assert got.dtype == tensor.dtype and torch.equal(got, tensor), name
+        assert int.from_bytes(content[:8], "little") % 8 == 0
+        assert content == tensor_bytes(dict(reversed(TENSORS.items())), strings)
+
+
+def test_tensors_are_written_alike_in_every_process(tmp_path):
+    written = []
+    for seed in "1", "1", "2":
+        folder = tmp_path / str(len(written))
+        folder.mkdir()
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", FILES, folder], check=True, env=environment)
+        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert sorted(written[0]) == ["masks", "own", "plan", "weights"]
+    assert written[0] == written[1] == written[2]

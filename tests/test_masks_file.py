@@ -24,6 +24,13 @@ class TestFile:
         for name in ("keep", "scores", "errors"):
             assert torch.equal(getattr(loaded, name), getattr(masks, name))
 
+    def test_the_same_masks_are_the_same_bytes(self, tmp_path):
+        path, found = tmp_path / "m.safetensors", set()
+        for _ in range(9):
+            full().save(path)
+            found.add(path.read_bytes())
+        assert len(found) == 1
+
     @pytest.mark.parametrize("semantics", SEMANTICS)
     def test_round_trip_of_the_least(self, tmp_path, semantics):
         example(semantics=semantics).save(tmp_path / "m.safetensors")

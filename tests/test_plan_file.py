@@ -68,6 +68,15 @@ def test_what_is_saved_is_read_back(kind, tmp_path):
         assert torch.equal(apply_masks(model, path)(images), apply_masks(model, plan)(images))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_plan_is_the_same_bytes(kind, tmp_path):
+    plan, path, found = bound(kind), tmp_path / "p.safetensors", set()
+    for _ in range(9):
+        plan.save(path)
+        found.add(path.read_bytes())
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("kind", ["absorb", "absorb-cut", "dps", "spvit"])
 def test_a_plan_of_no_model_yet(kind, tmp_path):
     plan = all_plans(build("deit"))[kind]

@@ -9,11 +9,10 @@ from typing import Any
 
 import timm
 from safetensors import safe_open
-from safetensors.torch import save as to_bytes
 from torch import nn
 
 from slimvit.demo._digits import CANVAS, MEAN, STD
-from slimvit.files import atomic_write
+from slimvit.files import atomic_write, tensor_bytes
 from slimvit.models import load_checkpoint
 
 NAME = "slimvit_digits"
@@ -63,4 +62,4 @@ def save(model: nn.Module, path: str | Path, **metadata: object) -> None:
     """Write the weights as float16 safetensors, the metadata as JSON strings."""
     state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
     strings = {key: json.dumps(value) for key, value in metadata.items()}
-    atomic_write(path, to_bytes(state, {"format": "pt", **strings}))
+    atomic_write(path, tensor_bytes(state, {"format": "pt", **strings}))

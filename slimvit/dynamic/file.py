@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from slimvit.dynamic.planner import Planner
 from slimvit.errors import PlanError
-from slimvit.files import atomic_write
+from slimvit.files import atomic_write, tensor_bytes
 from slimvit.masks import Masks
 from slimvit.masks._file import FORMAT as MASKS_FORMAT
 from slimvit.models import Spec
@@ -43,7 +42,7 @@ def save(plan: Planner, path: str | os.PathLike[str]) -> None:
     if plan.spec is not None:
         metadata["spec"] = json.dumps(dataclasses.asdict(plan.spec))
         metadata["counts"] = json.dumps(plan.counts)
-    atomic_write(path, to_bytes({k: t.contiguous() for k, t in tensors.items()}, metadata))
+    atomic_write(path, tensor_bytes({k: t.contiguous() for k, t in tensors.items()}, metadata))
 
 
 def check_savable(plan: Planner) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from slimvit.errors import CheckpointError
-from slimvit.files import atomic_write
+from slimvit.files import atomic_write, tensor_bytes
 
 FORMAT = "slimvit-finetune"
 
@@ -43,7 +42,7 @@ def save_weights(output: str | Path, model: nn.Module, info: dict[str, Any]) -> 
     if plan is not None:
         plan.save(plan_path(output))
     metadata = {"format": "pt", "slimvit": json.dumps(info, default=str)}
-    atomic_write(output, to_bytes(_copy(timm_weights(model)), metadata))
+    atomic_write(output, tensor_bytes(_copy(timm_weights(model)), metadata))
 
 
 def timm_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -66,7 +65,7 @@ def save_resume(
     for index, moments in optimizer.state_dict()["state"].items():
         for key, value in moments.items():
             tensors[f"optimizer/{index}/{key}"] = torch.as_tensor(value).detach().cpu().clone()
-    atomic_write(path, to_bytes(tensors, {"format": FORMAT, "notes": json.dumps(notes)}))
+    atomic_write(path, tensor_bytes(tensors, {"format": FORMAT, "notes": json.dumps(notes)}))
 
 
 def load_resume(

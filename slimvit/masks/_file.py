@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 
 from slimvit.errors import MasksError
-from slimvit.files import atomic_write
+from slimvit.files import atomic_write, tensor_bytes
 from slimvit.masks._masks import Masks
 
 FORMAT = "slimvit-masks"
@@ -34,7 +33,7 @@ def save(masks: Masks, path: str | os.PathLike[str]) -> None:
         metadata["image_size"] = json.dumps(list(masks.image_size))
     if masks.tolerance is not None:
         metadata["tolerance"] = repr(float(masks.tolerance))
-    atomic_write(path, to_bytes(tensors, metadata))
+    atomic_write(path, tensor_bytes(tensors, metadata))
 
 
 def load(path: str | os.PathLike[str]) -> Masks:

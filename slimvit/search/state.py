@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 
 from slimvit.errors import SlimvitError
-from slimvit.files import atomic_write, refuse_unwritable
+from slimvit.files import atomic_write, refuse_unwritable, tensor_bytes
 from slimvit.search.algorithm1 import Found
 from slimvit.search.reduce import rank
 
@@ -102,7 +101,7 @@ class State:
             "passes": json.dumps(records),
             "notes": json.dumps(self.notes),
         }
-        atomic_write(self._path, to_bytes(tensors, metadata))
+        atomic_write(self._path, tensor_bytes(tensors, metadata))
 
     def remove(self) -> None:
         """The search has ended, or cannot end: the file is not needed any more."""
