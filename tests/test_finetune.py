@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tuning import QUICK, same, weights
 
 from slimvit import Masks, apply_masks, models
+from slimvit.cli import main
 from slimvit.errors import CheckpointError, SlimvitError
 from slimvit.finetune import Settings, _run, choose_amp, distillation_loss, finetune
 from slimvit.finetune import _state as state
@@ -196,6 +197,19 @@ def test_average_of_the_weights(pair, labelled):
     result = finetune(slim, dense, labelled, epochs=2, ema_decay=0.99, **QUICK)
     assert result.model is not slim and result.model.masks.counts == slim.masks.counts
     assert not same(weights(result.model), weights(slim))
+
+
+def test_the_decay_of_the_average_rises_to_what_was_asked(pair, labelled, capsys):
+    """The third update has at most 1 - 3^(-2/3) = 0.52."""
+    slim, dense = pair
+    for decay, alike in ((0.6, True), (0.5, False)):
+        found = [
+            finetune(deepcopy(slim), dense, labelled, epochs=1, ema_decay=of, **QUICK).model
+            for of in (decay, 0.99)
+        ]
+        assert same(weights(found[0]), weights(found[1])) == alike
+    assert main(["finetune", "--help"]) == 0
+    assert "with a decay that rises to this one" in " ".join(capsys.readouterr().out.split())
 
 
 def test_no_epochs_write_the_weights_as_they_are(pair, labelled, tmp_path):

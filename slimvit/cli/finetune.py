@@ -86,7 +86,11 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
     add("token_weight", number(least=0), "SPViT: weight of the dense model's tokens")
     add("frozen_epochs", whole_number(0), "SPViT: epochs in which selectors learn alone", "N")
     add("backbone_rate", number(least=0), "SPViT: the model's share of --lr after them")
-    add("ema_decay", number(above=0, below=1), "average the weights with this decay")
+    add(
+        "ema_decay",
+        number(above=0, below=1),
+        "average the weights with a decay that rises to this one by timm's warm-up",
+    )
     add("seed", whole_number(0), "seed of shuffling and augmentation", "N")
     group.add_argument(
         "--amp",

@@ -38,7 +38,8 @@ class Settings:
         alpha: weight of the labels, in [0, 1]; the dense model's answers have the rest.
         clip: largest norm of the gradient; 0 for no clipping.
         amp: mixed precision: "auto", "bfloat16", "float16" or "none".
-        ema_decay: average the weights with this decay and keep the average; None for no average.
+        ema_decay: average the weights and keep the average; None for no average. The decay rises
+            to this one by timm's warm-up: update t, from 1, has 1 - t^(-2/3) at most.
         seed: of shuffling, augmentation, drop path and drawn decisions, below 2³².
         keep_weight: for plans with selectors, weight of the average kept shares' distance from
             the plan's; with it the loss is SPViT's and `temperature` and `alpha` have no say.
