@@ -35,4 +35,6 @@ def convert(image: Image.Image, mode: str = "RGB") -> Image.Image:
             f"an image must have 8 or 16 bits a channel, got 32 (mode {image.mode}), "
             "of which nothing tells the range"
         )
+    elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning
     return image.convert(mode)

@@ -1,5 +1,7 @@
 """Images of any depth come out with 8 bits a channel, or not at all."""
 
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -38,6 +40,28 @@ def test_images_are_read_as_they_are_stored(tmp_path, kind):
     exif[0x0112] = 6  # a camera held upright
     image.save(tmp_path / "a.png", exif=exif)
     assert (read(kind, tmp_path / "a.png") == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize(
+    "transparency", [None, 3, bytes(range(0, 250, 5))], ids=["none", "index", "bytes"]
+)
+def test_palettes_with_transparency_keep_their_colours_without_a_warning(
+    tmp_path, mode, transparency
+):
+    noise = np.random.default_rng(0)
+    image = Image.fromarray(noise.integers(0, 256, (64, 64), np.uint8), "P")
+    image.putpalette(noise.integers(0, 256, 768, np.uint8).tobytes())
+    given = {} if transparency is None else {"transparency": transparency}
+    image.save(tmp_path / "a.png", **given)
+    with Image.open(tmp_path / "a.png") as file, warnings.catch_warnings():
+        assert (file.mode, file.info.get("transparency")) == ("P", transparency)
+        warnings.simplefilter("ignore")
+        wanted = np.asarray(file.convert(mode))  # as timm and torchvision do
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = read_image(tmp_path / "a.png", mode)
+    assert got.mode == mode and (np.asarray(got) == wanted).all()
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
