@@ -225,3 +225,13 @@ def test_the_command_refuses_bad_usage(tmp_path, capsys):
     assert "ONNX files only" in capsys.readouterr().err
     assert main([*model, str(tmp_path / "slim.pt2"), "--opset", "18"]) == 2
     assert "--opset is of ONNX files only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "name"), [("onnx", "slim.pt2"), ("pt2", "slim.onnx")])
+def test_the_command_refuses_a_suffix_of_the_other_format(tmp_path, capsys, kind, name):
+    output, other = tmp_path / name, name.rpartition(".")[2]
+    model = ["export", "--model", "test_vit", "--img-size", "64", "--num-classes", "10"]
+    assert main([*model, "--format", kind, "--output", str(output)]) == 2
+    error = f"--format {kind} writes no {other} file, got --output {output}"
+    assert error in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

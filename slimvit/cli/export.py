@@ -42,9 +42,12 @@ def run(args: argparse.Namespace) -> int:
     from slimvit.runtime import apply_masks
 
     common.check_outputs(args, {"--output": args.output})
-    kind = args.format or _FORMATS.get(args.output.suffix)
+    named = _FORMATS.get(args.output.suffix)
+    kind = args.format or named
     if kind is None:
         raise UsageError(f"--format is not given and {args.output} ends in neither .onnx nor .pt2")
+    if named not in (kind, None):
+        raise UsageError(f"--format {kind} writes no {named} file, got --output {args.output}")
     if kind == "pt2" and args.batch_size is not None:
         raise UsageError("--batch-size fixes the batch of ONNX files only, pt2 takes any batch")
     if kind == "pt2" and args.opset is not None:
