@@ -244,3 +244,46 @@ def test_a_planner_that_cannot_choose_says_so():
 
     with pytest.raises(PlanError, match="Idle has no choose, and block 1 is to keep 12 of 17"):
         apply_masks(model, Idle([12, 6, 1]))(random_images(model, 1))
+
+
+class NoModule(Planner):
+    kind = "test-no-module"
+    choose = by_class
+
+    def __init__(self, counts=None):
+        self.factor = 2
+
+
+class OwnCounts(NoModule):
+    kind = "test-own-counts"
+
+    def __init__(self, counts=None):
+        self.counts = tuple(COUNTS)
+
+
+class NoCounts(NoModule):
+    kind = "test-no-counts"
+
+    def __init__(self, counts=None):
+        torch.nn.Module.__init__(self)
+
+
+@pytest.mark.parametrize("own", [NoModule, OwnCounts, NoCounts])
+def test_a_planner_that_was_not_begun_says_so(own, tmp_path):
+    rule = rf"^{own.__name__}\.__init__ must begin with super\(\)\.__init__\(counts\)$"
+    for use in (apply_masks, accelerate):
+        with pytest.raises(PlanError, match=rule):
+            use(build("deit"), own(COUNTS))
+    with pytest.raises(PlanError, match=rule):
+        own(COUNTS).save(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize("given", [None, torch.zeros(3)])
+@pytest.mark.parametrize("use", [apply_masks, accelerate])
+def test_what_before_gives_is_checked(use, given):
+    model = build("deit")
+    changes = {"kind": "test-before", "choose": by_class, "before": lambda *_: given}
+    fast = use(model, type("Before", (Planner,), changes)(COUNTS))
+    for call in (fast, fast.kept_sets):
+        with pytest.raises(PlanError, match="before must give an Alive, got (NoneType|Tensor)$"):
+            call(random_images(model, 2))

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from slimvit.dynamic.planner import Planner
+from slimvit.dynamic.planner import Planner, check_begun
 from slimvit.errors import PlanError
 from slimvit.files import atomic_write, tensor_bytes
 from slimvit.masks import Masks
@@ -51,6 +51,7 @@ def check_savable(plan: Planner) -> None:
     Raises:
         PlanError: it has no kind of its own, or arguments that its `settings` do not name.
     """
+    check_begun(plan)
     name = type(plan).__name__
     if not plan.kind:
         raise PlanError(f"{name} has no kind: a plan without a name is not saved")

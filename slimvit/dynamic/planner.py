@@ -163,8 +163,10 @@ class Planner(nn.Module):
         A plan that is bound already may be bound again to a model with another number of classes.
 
         Raises:
-            PlanError: the plan is of another model, or the counts do not fit this one.
+            PlanError: the plan is of another model, the counts do not fit this one, or the class
+                has an `__init__` that leaves out Planner's.
         """
+        check_begun(self)
         if self.spec is not None:
             _check_model(self.spec, spec)
         bound = copy.deepcopy(self)
@@ -186,6 +188,16 @@ class Planner(nn.Module):
 
     def extra_repr(self) -> str:  # noqa: D102
         return "" if self.counts is None else "kept=" + ",".join(map(str, self.counts))
+
+
+def check_begun(plan: Planner) -> None:
+    """Refuse a plan whose `__init__` leaves out Planner's.
+
+    Raises:
+        PlanError: it does.
+    """
+    if "_modules" not in vars(plan) or not hasattr(plan, "counts"):
+        raise PlanError(f"{type(plan).__name__}.__init__ must begin with super().__init__(counts)")
 
 
 def overrides(plan: Planner, of: type[Planner], *names: str) -> bool:

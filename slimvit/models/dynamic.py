@@ -73,10 +73,12 @@ class _Dynamic(SlimCalls):
         return alive
 
     def _layer(self, alive: Alive, layer: int, module: nn.Module) -> Alive:
-        alive = self.plan.before(layer, alive)
-        left = self.block(layer, alive, module)
+        received = self.plan.before(layer, alive)
+        if not isinstance(received, Alive):
+            raise PlanError(f"before must give an Alive, got {type(received).__name__}")
+        left = self.block(layer, received, module)
         if not (self.training or self.plan.ragged or torch.jit.is_tracing()):
-            self._check_counts(layer, len(alive.x), len(left.x))
+            self._check_counts(layer, len(received.x), len(left.x))
         return left
 
     def _check_counts(self, layer: int, received: int, left: int) -> None:
