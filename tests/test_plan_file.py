@@ -319,6 +319,54 @@ def test_arguments_that_settings_forget_are_not_lost_in_a_file(tmp_path):
     assert load_plan(path).power == -1
 
 
+class Table(Planner):
+    """Keeps a tensor as it is told to."""
+
+    kind = "test-table"
+
+    def __init__(self, counts=None, table=(1.0, 2.0), keep="plain") -> None:
+        super().__init__(counts)
+        if keep == "buffer":
+            self.register_buffer("scale", torch.tensor([3.0]))
+        elif keep == "parameter":
+            self.scale = torch.nn.Parameter(torch.tensor([3.0]))
+        elif keep == "plain":
+            self.scale = torch.tensor([3.0])
+        self.table, self.keep = torch.tensor(table), keep
+
+    def settings(self):
+        return super().settings() | {"table": self.table.tolist(), "keep": self.keep}
+
+
+def test_a_tensor_that_a_file_would_lose_is_refused(tmp_path):
+    path = tmp_path / "p.safetensors"
+    rule = r"Table\.scale is a tensor .* lose: make it a buffer by register_buffer\('scale', …\)"
+    for plan in (Table(COUNTS), Table(COUNTS).bind(spec(build("deit")))):
+        with pytest.raises(PlanError, match=rule):
+            plan.save(path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("keep", ["buffer", "parameter", "none"])
+def test_tensors_that_a_file_brings_back_are_none_that_it_loses(tmp_path, keep):
+    path, plan = tmp_path / "p.safetensors", Table(COUNTS, (4.0, 5.0), keep)
+    plan.requires_grad_(False)
+    if keep != "none":
+        plan.scale += 1
+    plan.save(path)
+    again = load_plan(path)
+    assert again.table.tolist() == [4.0, 5.0]
+    assert keep == "none" or again.scale.tolist() == [4.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_that_has_run_is_saved(tmp_path, kind):
+    model = build("deit")
+    slim = apply_masks(model, bound(kind))
+    slim(random_images(model, 2))
+    slim.plan.save(tmp_path / "p.safetensors")
+
+
 def test_counts_may_be_of_any_whole_numbers():
     assert DPS(torch.tensor(COUNTS)).bind(spec(build("deit"))).counts == tuple(COUNTS)
     with pytest.raises(PlanError, match="each of counts must be a whole number, got 12.5"):

@@ -49,7 +49,8 @@ def check_savable(plan: Planner) -> None:
     """Refuse a plan that a file would not bring back as it is.
 
     Raises:
-        PlanError: it has no kind of its own, or arguments that its `settings` do not name.
+        PlanError: it has no kind of its own, tensors that are neither buffers nor parameters, or
+            arguments that its `settings` do not name.
     """
     check_begun(plan)
     name = type(plan).__name__
@@ -62,6 +63,13 @@ def check_savable(plan: Planner) -> None:
             f"{name} must have a kind of its own, or a file would bring back another plan: "
             f"{plan.kind!r} is {'of no class' if read is None else read.__name__}"
         )
+    settings = plan.settings()
+    for attribute, value in vars(plan).items():
+        if isinstance(value, Tensor) and attribute not in settings:
+            raise PlanError(
+                f"{name}.{attribute} is a tensor that a file would lose: make it a buffer by "
+                f"register_buffer({attribute!r}, …), or a parameter"
+            )
     classes = type(plan).__mro__
     made, told = (
         next(place for place, cls in enumerate(classes) if method in vars(cls))
@@ -70,7 +78,6 @@ def check_savable(plan: Planner) -> None:
     if made >= told:  # whoever wrote the settings knew the arguments
         return
     parameters = list(inspect.signature(classes[made].__init__).parameters.values())[1:]
-    settings = plan.settings()
     lost = [p.name for p in parameters if p.kind not in _REST and p.name not in settings]
     if lost:
         raise PlanError(
