@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from slimvit.data import ImageFolder, image_transform, loader, parse_subset
+from slimvit.data import ImageFolder, _folder, image_transform, loader, parse_subset
 from slimvit.errors import DataError, UsageError
 
 
@@ -112,6 +112,27 @@ def test_subset_and_samples(folder, subset, samples, expected):
 
 def test_labels_count_the_folders_of_the_whole_list(folder):
     assert ImageFolder(folder, subset="0:4", num_classes=3).labelled
+
+
+def test_contents_are_names_sizes_and_what_some_files_hold(folder, monkeypatch):
+    whole = ImageFolder(folder).contents()
+    assert ImageFolder(folder).contents() == whole
+    assert ImageFolder(folder, subset="1:").contents() != whole
+    last = folder / "cc" / "11.png"
+    content = last.read_bytes()
+    os.utime(last, (0, 0))  # as a copy on another disk has another time
+    assert ImageFolder(folder).contents() == whole
+    last.write_bytes(content[:-1] + b"x")
+    assert ImageFolder(folder).contents() != whole
+    monkeypatch.setattr(_folder, "_MOST_READ", 3)  # images 0, 4 and 8
+    some = ImageFolder(folder).contents()
+    last.write_bytes(content)
+    assert ImageFolder(folder).contents() == some != whole
+    last.write_bytes(content + b"x")
+    assert ImageFolder(folder).contents() != some
+    images = ImageFolder(folder)
+    last.unlink()
+    assert images.contents() != some
 
 
 def test_fingerprint_is_of_the_names(folder):

@@ -173,10 +173,17 @@ def stopped(pair, labelled, tmp_path):
 def test_a_run_with_other_settings_does_not_go_on(pair, labelled, stopped):
     slim, dense = pair
     options = {"output": stopped, **QUICK}
-    with pytest.raises(CheckpointError, match="run with other settings: delete it, or .*restart"):
+    with pytest.raises(CheckpointError, match="run with other epochs: delete it, or .*restart"):
         finetune(slim, dense, labelled, epochs=3, **options)
-    with pytest.raises(CheckpointError, match="other settings"):
-        finetune(slim, dense, labelled, epochs=2, info={"model": "x"}, **options)
+    with pytest.raises(CheckpointError, match="run with other clip, info's model: delete it"):
+        finetune(slim, dense, labelled, epochs=2, clip=2.0, info={"model": "x"}, **options)
+    with pytest.raises(CheckpointError, match="run with other masks: delete it"):
+        other = apply_masks(dense, Masks.from_counts([17, 9, 9, 9, 5, 1], (4, 4)))
+        finetune(other, dense, labelled, epochs=2, **options)
+    with pytest.raises(CheckpointError, match="run with other weights: delete it"):
+        changed = deepcopy(slim)
+        changed.head.bias.data[0] += 1
+        finetune(changed, dense, labelled, epochs=2, **options)
     result = finetune(slim, dense, labelled, epochs=3, restart=True, **options)
     assert result.report["resumed"] == 0 and len(result.report["epochs"]) == 3
 

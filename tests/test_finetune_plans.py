@@ -143,7 +143,7 @@ def test_another_plan_does_not_go_on(tiny_vit, labelled, tmp_path):
             **options,
         )
     other = apply_masks(tiny_vit, Absorb(counts=[17, 12, 9, 9, 6, 1]))
-    with pytest.raises(CheckpointError, match="other settings"):
+    with pytest.raises(CheckpointError, match="of a run with other plan: delete it"):
         finetune(other, tiny_vit, labelled, **options)
 
 

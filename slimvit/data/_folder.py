@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -17,6 +18,8 @@ from slimvit.data._labels import NO_LABEL, classes, find_images
 from slimvit.data._transform import Transform
 from slimvit.errors import DataError, UsageError
 from slimvit.images import read_image
+
+_MOST_READ = 1024  # files: a second or so, whatever the size of the data set
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,18 @@ class ImageFolder(Dataset):
         """How many images and a hash of their names: a masks file's note on its data."""
         names = "\n".join(self.names).encode(errors="surrogateescape")
         return f"{len(self)} images, names sha256 {hashlib.sha256(names).hexdigest()[:16]}"
+
+    def contents(self) -> str:
+        """A digest of the files: their names, their sizes, and what is in up to 1024 of them."""
+        digest = hashlib.blake2b(digest_size=8)
+        read = set(_pick(len(self), None, _MOST_READ))
+        for i, name in enumerate(self.names):
+            digest.update(name.encode(errors="surrogateescape") + b"\0")
+            with contextlib.suppress(OSError):  # it is skipped when it is its turn
+                path = self.root / name
+                digest.update(b"%d\0" % path.stat().st_size)
+                digest.update(path.read_bytes() if i in read else b"")
+        return digest.hexdigest()
 
     def skip(self, unreadable: Unreadable) -> bool:
         """Name an unreadable image on stderr, once; True when it is new."""

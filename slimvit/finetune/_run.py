@@ -22,12 +22,12 @@ from slimvit.dynamic.file import check_savable
 from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
 from slimvit.evaluate import evaluate, read_batch
 from slimvit.files import refuse_device, refuse_unwritable, written_together
+from slimvit.finetune._identity import data_digest, of_run
 from slimvit.finetune._objective import Objective
 from slimvit.finetune._optimizer import make_optimizer, make_schedule
 from slimvit.finetune._random import seed_generators
 from slimvit.finetune._settings import Settings, choose_amp
 from slimvit.finetune._state import (
-    fingerprint,
     load_resume,
     resume_path,
     save_resume,
@@ -86,10 +86,16 @@ class Run:
             raise UsageError("the loader of finetune must have a length") from None
         if self.steps == 0:
             raise DataError(f"too few images: {self.world} processes need a batch each")
-        plain = {**asdict(settings), "steps": self.steps, "world": self.world, "info": info}
         self.info = info
-        self.fingerprint = fingerprint(plain, slim, dense)
+        self.identity = {} if self.output is None else self._identity()
         self._build()
+
+    def _identity(self) -> dict[str, str]:
+        """What the file of an unfinished run has to be of."""
+        settings = asdict(self.settings) | {"steps": self.steps, "processes": self.world}
+        (data,) = self._sum(data_digest(self.loader))
+        found = of_run(settings, self.info, self.slim, self.dense)
+        return found | {"images or labels": f"{data:.0f}"}
 
     def _build(self) -> None:
         s, self.plan = self.settings, plan_of(self.slim)
@@ -143,7 +149,7 @@ class Run:
         done, log = 0, []
         if self.output and not restart and resume_path(self.output).exists():
             notes = load_resume(
-                resume_path(self.output), self.modules, self.optimizer, self.fingerprint
+                resume_path(self.output), self.modules, self.optimizer, self.identity
             )
             done, log = notes["done"], notes["log"]
             self.scaler.load_state_dict(notes["scaler"])
@@ -286,7 +292,7 @@ class Run:
         if self.output is None or not self.first:
             return
         save_weights(self.output, self.best, {**self.info, "epochs": done})
-        notes = {"fingerprint": self.fingerprint, "done": done, "log": log}
+        notes = {"identity": self.identity, "done": done, "log": log}
         notes["scaler"] = self.scaler.state_dict()
         save_resume(resume_path(self.output), self.modules, self.optimizer, notes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -72,12 +71,13 @@ def load_resume(
     path: Path,
     modules: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
-    fingerprint: str,
+    identity: dict[str, str],
 ) -> dict[str, Any]:
     """Put everything back and return the notes.
 
     Raises:
-        CheckpointError: not a file of such a run, damaged, or of a run with other settings.
+        CheckpointError: not a file of such a run, damaged, or of a run with other settings,
+            weights or data.
     """
     advice = "delete it, or start over with --restart"
     try:
@@ -87,8 +87,10 @@ def load_resume(
         if metadata.get("format") != FORMAT:
             raise CheckpointError(f"{path} is not the file of an unfinished run: {advice}")
         notes = json.loads(metadata["notes"])
-        if notes["fingerprint"] != fingerprint:
-            raise CheckpointError(f"{path} is of a run with other settings: {advice}")
+        theirs = notes["identity"]
+        keys = dict.fromkeys((*identity, *theirs))
+        if other := [key for key in keys if identity.get(key) != theirs.get(key)]:
+            raise CheckpointError(f"{path} is of a run with other {', '.join(other)}: {advice}")
         for name, module in modules.items():
             module.load_state_dict(_under(tensors, name))
         _load_optimizer(optimizer, _under(tensors, "optimizer"))
@@ -97,20 +99,6 @@ def load_resume(
             raise
         raise CheckpointError(f"{path} cannot be read ({error}): {advice}") from error
     return notes
-
-
-def fingerprint(settings: dict[str, Any], slim: nn.Module, dense: nn.Module) -> str:
-    """A hash of the settings, the masks or the plan, and the weights that the run starts from."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    masks = getattr(slim, "masks", None)
-    if masks is not None:
-        digest.update(masks.keep.numpy().tobytes() + masks.semantics.encode())
-    plan = getattr(slim, "plan", None)
-    if plan is not None:
-        digest.update(json.dumps([plan.kind, plan.settings(), plan.counts]).encode())
-    for value in [*slim.state_dict().values(), *dense.state_dict().values()]:
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

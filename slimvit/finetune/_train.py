@@ -43,7 +43,11 @@ def finetune(
         val_loader: images to evaluate on before the first and after every epoch.
         output: safetensors file for the weights, in timm's names, written whole after each epoch;
             `<stem>.resume.safetensors` beside it lets the same call go on after a kill, and
-            `<stem>.plan.safetensors` is the dynamic plan, if there is one, as it was trained.
+            `<stem>.plan.safetensors` is the dynamic plan, if there is one, as it was trained. A
+            call with other settings, weights, images or labels, or an edited file of a planner,
+            is refused. Known of the data is what takes no random draw: files of an ImageFolder,
+            tensors of a list of batches or of a TensorDataset, `targets` of any dataset; of other
+            data `info` may tell.
         restart: start over even where such a file is.
         info: plain values about model and data: kept in the output, and part of what tells one
             run from another.
@@ -57,6 +61,7 @@ def finetune(
             written, or a batch is not (images, targets) of these shapes or has labels, where they
             count, that are no classes of the models.
         PlanError: the plan has no kind to be saved under, and `output` is given.
+        CheckpointError: the unfinished run beside `output` is another one, or cannot be read.
         SlimvitError: a loss or gradient that is not finite; the last epoch's files remain.
     """
     check_modules(slim=slim, dense=dense)
