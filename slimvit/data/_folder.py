@@ -98,15 +98,12 @@ class ImageFolder(Dataset):
         return f"{len(self)} images, names sha256 {hashlib.sha256(names).hexdigest()[:16]}"
 
     def contents(self) -> str:
-        """A digest of the files: their names, their sizes, and what is in up to 1024 of them."""
-        digest = hashlib.blake2b(digest_size=8)
-        read = set(_pick(len(self), None, _MOST_READ))
-        for i, name in enumerate(self.names):
-            digest.update(name.encode(errors="surrogateescape") + b"\0")
+        """A digest of the files' names, and of what is in up to 1024 of them."""
+        digest = hashlib.blake2b(self.fingerprint.encode(), digest_size=8)
+        for i in _pick(len(self), None, _MOST_READ):
             with contextlib.suppress(OSError):  # it is skipped when it is its turn
-                path = self.root / name
-                digest.update(b"%d\0" % path.stat().st_size)
-                digest.update(path.read_bytes() if i in read else b"")
+                content = (self.root / self.names[i]).read_bytes()
+                digest.update(b"%d\0" % len(content) + content)
         return digest.hexdigest()
 
     def skip(self, unreadable: Unreadable) -> bool:
