@@ -15,21 +15,22 @@ class BlockOp {
     Parts shared_parts(shared), own_parts(own);
     const BlockShape& shape = call.pack->shape;
     const long rows = most(call.m, call.n);  // an index may name a row more than once
-    const bool chooses = call.chooser != nullptr;
-    shared_ = Shared<T>::make(shared_parts, rows, Panels<S, T>::columns(call.m + 1),
-                              chooses ? call.m : 0, shape);
+    Choices choices;
+    choices.add(call.chooser, call.m, call.n, call.prefix);
+    shared_ =
+        Shared<T>::make(shared_parts, rows, Panels<S, T>::columns(call.m + 1), choices, shape);
     for (Alive& alive : alive_)
-      if (chooses)
+      if (call.chooser != nullptr)
         alive = {shared_parts.take<std::int32_t>(call.m), shared_parts.take<float>(call.m),
                  shared_parts.take<float>(call.m), shared_parts.take<float>(call.m), call.m};
-    own_ = Own<S, T>::make(own_parts, call.m, chooses ? &shape : nullptr);
+    own_ = Own<S, T>::make(own_parts, call.m, choices, shape);
     used_ = shared_parts.used();
+    own_used_ = own_parts.used();
   }
 
-  // Bytes that a team needs.
-  static std::int64_t memory(const BlockCall& call) {
-    return BlockOp(call, Team{}, nullptr, nullptr).used_;
-  }
+  // Bytes that a team needs, and each of its workers.
+  std::int64_t memory() const { return used_; }
+  std::int64_t own_memory() const { return own_used_; }
 
   void run(long image) {
     const long width = call_.pack->shape.width;
@@ -91,12 +92,17 @@ class BlockOp {
   Shared<T> shared_;
   Alive alive_[2] = {};
   Own<S, T> own_;
-  std::int64_t used_ = 0;
+  std::int64_t used_, own_used_;
 };
 
 template <class S, typename T>
 std::int64_t block_memory(const BlockCall& call) {
-  return BlockOp<S, T>::memory(call);
+  return BlockOp<S, T>(call, Team{}, nullptr, nullptr).memory();
+}
+
+template <class S, typename T>
+std::int64_t block_own_memory(const BlockCall& call) {
+  return BlockOp<S, T>(call, Team{}, nullptr, nullptr).own_memory();
 }
 
 template <class S, typename T>
@@ -104,13 +110,6 @@ void block(const BlockCall& call, long first, long count, const Team& team, char
            char* own) {
   BlockOp<S, T> op(call, team, shared, own);
   for (long image = first; image < first + count; ++image) op.run(image);
-}
-
-template <class S, typename T>
-std::int64_t own_memory(long tokens, const BlockShape* choosing) {
-  Parts parts(nullptr);
-  Own<S, T>::make(parts, tokens, choosing);
-  return parts.used();
 }
 
 }  // namespace

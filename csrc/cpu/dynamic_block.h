@@ -98,12 +98,9 @@ class Chooser : protected BlockParts<S, T> {
     Gather<S, T, BlockPack>(of, pack_, own_.choice, into).run(first, last);
   }
 
-  // How many patches absorb looks at: slimvit/ops/choosers.py.
   long candidates() const {
-    const ChooserShape& how = kept_.choosing->pack->shape;
-    const long m = kept_.m, patches = m - kept_.choosing->prefix;
-    if (!how.ragged()) return least(patches, how.reach * (m - kept_.n));
-    return least(patches - 1, how.reach * (m - m * how.after / how.before));
+    const Choosing& choosing = *kept_.choosing;
+    return candidates_of(choosing.pack->shape, kept_.m, kept_.n, choosing.prefix);
   }
 
   // Candidates, their scores, and their cosines, once all workers are done.

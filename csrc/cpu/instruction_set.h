@@ -52,20 +52,11 @@ constexpr auto finish_of() -> void (*)() {
 
 template <class S, typename T>
 constexpr Kernels make_kernels() {
-  return {&pack_block<S, T>,
-          &pack_embedding<S, T>,
-          &pack_head<S, T>,
-          &pack_chooser<S, T>,
-          &pack_selector<S, T>,
-          &block_memory<S, T>,
-          &block<S, T>,
-          &network_memory<S, T>,
-          &network<S, T>,
-          &select_memory<S, T>,
-          &select_own_memory<S, T>,
-          &select<S, T>,
-          &own_memory<S, T>,
-          &peak<S, T>,
+  return {&pack_block<S, T>,         &pack_embedding<S, T>, &pack_head<S, T>,
+          &pack_chooser<S, T>,       &pack_selector<S, T>,  &block_memory<S, T>,
+          &block_own_memory<S, T>,   &block<S, T>,          &network_memory<S, T>,
+          &network_own_memory<S, T>, &network<S, T>,        &select_memory<S, T>,
+          &select_own_memory<S, T>,  &select<S, T>,         &peak<S, T>,
           finish_of<S, T>()};
 }
 

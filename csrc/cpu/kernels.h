@@ -90,15 +90,16 @@ struct Kernels {
   std::int64_t (*pack_chooser)(const ChooserShape&, const ChooserWeights&, void* out);
   std::int64_t (*pack_selector)(const SelectorShape&, const SelectorWeights&, void* out);
 
+  // Bytes that a team needs, and each of its workers for itself.
   std::int64_t (*block_memory)(const BlockCall&);
+  std::int64_t (*block_own_memory)(const BlockCall&);
   void (*block)(const BlockCall&, long first, long count, const Team&, char* shared, char* own);
   std::int64_t (*network_memory)(const NetworkCall&);
+  std::int64_t (*network_own_memory)(const NetworkCall&);
   void (*network)(const NetworkCall&, long first, long count, const Team&, char* shared, char* own);
   std::int64_t (*select_memory)(const SelectCall&);
   std::int64_t (*select_own_memory)(const SelectCall&);
   void (*select)(const SelectCall&, long first, long count, const Team&, char* shared, char* own);
-  // `choosing`: the blocks, if they choose among the tokens, else null.
-  std::int64_t (*own_memory)(long tokens, const BlockShape* choosing);
 
   double (*peak)(long rounds);  // floating-point operations of a run of nothing but products
   void (*finish)();             // after any of these, on the same thread

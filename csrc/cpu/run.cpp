@@ -100,20 +100,23 @@ void divide(const Call& call, int threads, std::int64_t own_bytes, std::int64_t 
   if (call.batch == 0) return;
   const std::size_t own = whole_lines(own_bytes), shared = whole_lines(shared_bytes);
   Lent workspace;
-  workspace->reserve((own + shared) * threads, threads);
+  workspace->reserve(own * threads + shared * std::min<std::int64_t>(threads, call.batch), threads);
   char* base = workspace->bytes.get();
   std::vector<Barrier>& barriers = workspace->barriers;
   const auto worker = [&](int rank, int size) {
-    char* mine = base + (own + shared) * rank;
-    renew(mine, own + shared);
+    char *mine = base + own * rank, *first_shared = base + own * threads;
+    renew(mine, own);
     const std::int64_t each = call.batch / size, left = call.batch % size;
-    if (each > 0) work(each * rank, each, Team{}, mine + own, mine);
+    if (each > 0) {
+      renew(first_shared + shared * rank, shared);
+      work(each * rank, each, Team{}, first_shared + shared * rank, mine);
+    }
     if (left == 0) return;
     const int team = static_cast<int>(rank * left / size);
     const int first = static_cast<int>((team * size + left - 1) / left);
     const int next = static_cast<int>(((team + 1) * size + left - 1) / left);
-    char* teams = base + (own + shared) * first + own;
-    renew(mine + own, shared);
+    char* teams = first_shared + shared * (each > 0 ? first : team);
+    if (rank == first) renew(teams, shared);
     const Team together{rank - first, next - first, &barriers[first]};
     together.sync();  // their memory is the first one's, who may still be at an image of its own
     work(each * size + team, 1, together, teams, mine);
@@ -140,8 +143,7 @@ void divide(const Call& call, int threads, std::int64_t own_bytes, std::int64_t 
 void run(const BlockCall& call, int threads) {
   const PackHead& head = call.pack->head;
   const Kernels& k = kernels(head.isa, head.dtype);
-  const BlockShape* choosing = call.chooser == nullptr ? nullptr : &call.pack->shape;
-  divide(call, threads, k.own_memory(call.m, choosing), k.block_memory(call),
+  divide(call, threads, k.block_own_memory(call), k.block_memory(call),
          [&](long first, long count, const Team& team, char* shared, char* own) {
            k.block(call, first, count, team, shared, own);
            k.finish();
@@ -162,9 +164,7 @@ void run(NetworkCall call, int threads) {
   call.chunk = std::clamp<long>(call.batch / threads, 1, kChunk);
   const PackHead& head = call.embedding->head;
   const Kernels& k = kernels(head.isa, head.dtype);
-  const BlockShape* choosing = call.choosers == nullptr ? nullptr : &call.blocks[0]->shape;
-  const std::int64_t own_bytes = k.own_memory(call.embedding->shape.tokens, choosing);
-  divide(call, threads, own_bytes, k.network_memory(call),
+  divide(call, threads, k.network_own_memory(call), k.network_memory(call),
          [&](long first, long count, const Team& team, char* shared, char* own) {
            k.network(call, first, count, team, shared, own);
            k.finish();

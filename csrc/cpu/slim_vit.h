@@ -16,15 +16,15 @@ class Network {
   Network(const NetworkCall& call, const Team& team, char* shared, char* own)
       : call_(call), team_(team), shape_(call.blocks[0]->shape), in_(call.embedding->shape) {
     Parts own_parts(own);
-    own_ = Own<S, T>::make(own_parts, in_.tokens, chooses() ? &shape_ : nullptr);
-    lay_out(shared);
+    const Choices choices = all_choices();
+    own_ = Own<S, T>::make(own_parts, in_.tokens, choices, shape_);
+    own_used_ = own_parts.used();
+    lay_out(shared, choices);
   }
 
-  // Bytes that a team needs.
-  static std::int64_t memory(const NetworkCall& call) {
-    Network network(call, Team{}, nullptr, nullptr);
-    return network.used_;
-  }
+  // Bytes that a team needs, and each of its workers.
+  std::int64_t memory() const { return used_; }
+  std::int64_t own_memory() const { return own_used_; }
 
   void run(long first, long count) {
     for (long done = 0; done < count; done += call_.chunk)
@@ -51,7 +51,17 @@ class Network {
     return most(1, least(count, kGroupRows / call_.counts[layer]));
   }
 
-  void lay_out(char* shared) {
+  Choices all_choices() const {
+    Choices choices;
+    for (long layer = 0; chooses() && layer < call_.depth; ++layer) {
+      const long m = alive(layer);
+      choices.add(call_.choosers[layer], m, call_.counts[layer], in_.prefix);
+      if (selector(layer) != nullptr) choices.selected = most(choices.selected, m);
+    }
+    return choices;
+  }
+
+  void lay_out(char* shared, const Choices& choices) {
     const long count = call_.chunk;
     Parts parts(shared);
     chunk_ = parts.take<float>(count * in_.tokens * width());
@@ -63,7 +73,7 @@ class Network {
       rows = most(rows, images * m);
       keys = most(keys, images * Panels<S, T>::columns(m + 1));
     }
-    shared_ = Shared<T>::make(parts, rows, keys, chooses() ? in_.tokens : 0, shape_);
+    shared_ = Shared<T>::make(parts, rows, keys, choices, shape_);
     for (Alive& alive : alive_)
       if (chooses())
         alive = {parts.take<std::int32_t>(count * in_.tokens),
@@ -278,12 +288,17 @@ class Network {
   Shared<T> shared_;
   Own<S, T> own_;
   long rows_ = 0;  // of each of the images that are going through a block
-  std::int64_t used_ = 0;
+  std::int64_t used_, own_used_;
 };
 
 template <class S, typename T>
 std::int64_t network_memory(const NetworkCall& call) {
-  return Network<S, T>::memory(call);
+  return Network<S, T>(call, Team{}, nullptr, nullptr).memory();
+}
+
+template <class S, typename T>
+std::int64_t network_own_memory(const NetworkCall& call) {
+  return Network<S, T>(call, Team{}, nullptr, nullptr).own_memory();
 }
 
 template <class S, typename T>

@@ -36,11 +36,20 @@ def module() -> ModuleType:
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of the module returns; raises SlimvitError for what it refuses."""
+    """What a function of the module returns.
+
+    Raises:
+        SlimvitError: what it refuses, and what it finds no memory for.
+    """
     try:
         return function(*arguments)
     except ValueError as error:
         raise SlimvitError(f"back end cpu: {error}") from error
+    except MemoryError as error:
+        raise SlimvitError(
+            "back end cpu: there is no memory for the workspace of so many tokens on "
+            f"{threads()} threads: fewer of either take less (torch.set_num_threads)"
+        ) from error
 
 
 def make_pack(
