@@ -9,14 +9,22 @@ import builds
 import pytest
 import torch
 from instruction_sets import DTYPES, isa  # noqa: F401
-from references import off
+from references import build, off, random_images
 from test_cpu_block import ACTIVATIONS, FLOOR, Case, cast, make_parts
 from torch import Tensor
 
+from slimvit import DPS, Absorb, Masks, SPViT
 from slimvit.ops import BlockParts, FoldedBlock, pack_block, slim_block
+from slimvit.runtime import accelerate, apply_masks
 
 CSRC = Path(__file__).parent.parent / "csrc"
 FAR = [-1e30, -1e6, -3000, -100, -30, -6, -5.6, -5.4, -4.6, -4.4, 4.4, 4.6, 5.6, 100, 1e6, 1e30]
+PLANS = {
+    "masks": lambda: Masks.dense(3, (4, 4), 1),
+    "attention": lambda: Absorb(counts=[12, 7, 1]),
+    "predictors": lambda: DPS([12, 7, 1]),
+    "selectors": lambda: SPViT((0.5,), stages=(1,)),
+}
 
 
 @torch.no_grad()
@@ -77,6 +85,22 @@ def test_where_every_key_is_masked_all_weigh_the_same(dtype, n, bias):
         exact.qkv.bias[: len(exact.qkv.weight) // 3] = 0
         wanted = slim_block(x.double(), exact, n)
     assert off(got, wanted) <= 2 * FLOOR[dtype]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("plan", PLANS)
+def test_rows_of_hardly_any_variance(plan):
+    """Of 1e-40, which one divided by is more than float32 holds; its root is not."""
+    model = build("deit")
+    for block in model.blocks:
+        block.norm1.eps = block.norm2.eps = 0.0
+    for start in (model.cls_token, model.pos_embed, *model.patch_embed.parameters()):
+        start.data *= 1e-20
+    images = random_images(model, 3)
+    got = accelerate(model, PLANS[plan](), backend="cpu", precision="float32")(images)
+    with torch.no_grad():
+        wanted = apply_masks(model.double(), PLANS[plan]()).eval()(images.double())
+    assert off(got, wanted) < 1e-3  # float32 holds 1e-40 itself to 1e-5
 
 
 def test_no_function_is_shared_between_instruction_sets(tmp_path):

@@ -25,9 +25,9 @@ struct SpreadScale {
   float operator()(long row, float variance) const {
     const long image = (first + row) / per_image, token = (first + row) % per_image;
     const float spread = alive.of(image).spread[token];
-    const float inverse = 1.0f / (variance + spread + eps);
-    if (share != nullptr) share[row] = spread * inverse;
-    return __builtin_sqrtf(inverse);
+    const float root = 1.0f / __builtin_sqrtf(variance + spread + eps);
+    if (share != nullptr) share[row] = spread * root * root;  // root² alone may overflow
+    return root;
   }
 };
 
