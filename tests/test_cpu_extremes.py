@@ -11,6 +11,7 @@ import torch
 from instruction_sets import DTYPES, isa  # noqa: F401
 from references import build, off, random_images
 from test_cpu_block import ACTIVATIONS, FLOOR, Case, cast, make_parts
+from test_cpu_vit import PRECISIONS
 from torch import Tensor
 
 from slimvit import DPS, Absorb, Masks, SPViT
@@ -101,6 +102,25 @@ def test_rows_of_hardly_any_variance(plan):
     with torch.no_grad():
         wanted = apply_masks(model.double(), PLANS[plan]()).eval()(images.double())
     assert off(got, wanted) < 1e-3  # float32 holds 1e-40 itself to 1e-5
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("level", [1e20, -1e30])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_image_too_large_for_a_variance_is_nan(dtype, plan, level):
+    """Not an answer that all such images share; and the others of its batch have their own."""
+    model = build("deit")
+    fast = accelerate(model, PLANS[plan](), backend="cpu", precision=PRECISIONS[dtype])
+    images = random_images(model, 5)
+    features, logits = fast.forward_features(images), fast(images)
+    images[3] *= level
+    got = fast.forward_features(images), fast(images)
+    others = [0, 1, 2, 4]
+    assert got[0][3].isnan().any()
+    assert got[1][3].isnan().all()
+    assert torch.equal(got[0][others], features[others])
+    assert torch.equal(got[1][others], logits[others])
 
 
 def test_no_function_is_shared_between_instruction_sets(tmp_path):

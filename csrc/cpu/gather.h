@@ -32,7 +32,7 @@ struct MergedScale {
   float operator()(long row, float variance) const {
     const float more = moment[row * step] - variance;
     spread[row * step] = more > 0.0f ? more : 0.0f;
-    return 1.0f / __builtin_sqrtf(variance + spread[row * step] + eps);
+    return norm_scale(variance + spread[row * step] + eps);
   }
 };
 

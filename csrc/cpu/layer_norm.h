@@ -6,11 +6,15 @@
 namespace slimvit {
 namespace {
 
+// 1 / sqrt(square), or NaN where that has overflowed: 0 would make every such row the norm's bias,
+// and the answer the same finite one whatever the image.
+inline float norm_scale(float square) { return 1.0f / __builtin_sqrtf(square) + 0.0f * square; }
+
 // A row's variance to what the norm scales it by.
 struct Scale {
   float eps;
 
-  float operator()(long, float variance) const { return 1.0f / __builtin_sqrtf(variance + eps); }
+  float operator()(long, float variance) const { return norm_scale(variance + eps); }
 };
 
 // Of rows that may stand for several tokens: `spread` is the mean squared deviation of these from
@@ -25,7 +29,7 @@ struct SpreadScale {
   float operator()(long row, float variance) const {
     const long image = (first + row) / per_image, token = (first + row) % per_image;
     const float spread = alive.of(image).spread[token];
-    const float root = 1.0f / __builtin_sqrtf(variance + spread + eps);
+    const float root = norm_scale(variance + spread + eps);
     if (share != nullptr) share[row] = spread * root * root;  // root² alone may overflow
     return root;
   }
