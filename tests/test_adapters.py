@@ -1,6 +1,7 @@
 """Slimmed models whose layers are wrapped, watched or parametrized answer for their weights."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from adapters import Adapted, AdaptedLinear, adapt
 from references import bent, build, off, random_images, random_masks
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
 
 from slimvit import DPS, Absorb, Planner, SPViT, accelerate, apply_masks
@@ -119,37 +121,102 @@ def test_an_activation_of_another_class_is_averaged_over_a_spread():
         assert off(slim(images), wanted) < off(without(images), wanted) / 20
 
 
+def hooks(module: nn.Module, seen: list) -> None:
+    """One of each kind, which tell the module that they are given."""
+    module.register_forward_pre_hook(lambda module, given: seen.append(("before", module)))
+    module.register_forward_hook(lambda module, given, made: seen.append(("after", module)))
+    module.register_full_backward_pre_hook(lambda module, made: seen.append(("down", module)))
+    module.register_full_backward_hook(lambda module, given, made: seen.append(("up", module)))
+
+
 @every_plan
-def test_blocks_are_hooked(plan):
-    """Both what is before and what is after them may be changed."""
+@pytest.mark.parametrize("name", ["", "norm1", "norm2", "mlp", "mlp.fc1", "attn.proj"])
+def test_hooks_run_with_the_module_itself(plan, name):
+    model = build("deit")
+    slim, images = apply_masks(model, plan(model)).eval(), random_images(model, 2)
+    before = slim(images)
+    seen: list = []
+    for block in slim.blocks:
+        hooks(block.get_submodule(name), seen)
+    after = slim(images)
+    assert off(after, before) < NEAR
+    after.sum().backward()
+    for block in slim.blocks:
+        mine = [kind for kind, module in seen if module is block.get_submodule(name)]
+        assert set(mine) == {"before", "after", "down", "up"}
+        assert len(mine) == 4 or name in ("norm1", "mlp.fc1")  # called for more than the tokens
+
+
+@every_plan
+def test_hooks_of_blocks_change_what_they_are_given_and_make(plan):
     model = build("deit")
     slim, images = apply_masks(model, plan(model)).eval(), random_images(model, 2)
     with torch.no_grad():
         before = slim(images)
-        handle = slim.blocks[1].register_forward_pre_hook(lambda *_: seen.append("before"))
-        seen: list[str] = []
-        slim.blocks[1].register_forward_hook(lambda *_: seen.append("after"))
-        assert torch.equal(slim(images), before)
-        assert seen == ["before", "after"]
-        handle.remove()
-    if plan in (random_masks, PLANS["zero"]):
-        slim.blocks[1].register_forward_hook(bent)
-        with torch.no_grad():
-            assert off(slim(images), before) > 1e-3
+        slim.blocks[1].register_forward_hook(lambda module, given, made: made * 1.5)
+        made = slim(images)
+        assert off(made, before) > 1e-3
+        slim.blocks[1].register_forward_pre_hook(lambda module, given: given[0] * 1.5)
+        assert off(slim(images), made) > 1e-3
 
 
 @every_plan
 def test_what_is_not_called_takes_no_hooks(plan):
     model = build("deit")
     slim, images = apply_masks(model, plan(model)).eval(), random_images(model, 2)
-    handle = slim.blocks[1].attn.register_forward_hook(bent)
-    with pytest.raises(UnsupportedModelError, match=r"block\.attn has forward hooks, which"):
+    attn = slim.blocks[1].attn
+    for name, hook in (
+        ("blocks", slim.blocks.register_forward_hook),
+        ("block.attn", attn.register_forward_hook),
+        ("block.attn", attn.register_full_backward_hook),
+    ):
+        handle = hook(bent)
+        with pytest.raises(UnsupportedModelError, match=rf"{name} has .*ward hooks, which would n"):
+            slim(images)
+        handle.remove()
+    attn.fused_attn = False
+    handle = attn.attn_drop.register_forward_hook(bent)
+    with pytest.raises(UnsupportedModelError, match=r"attn\.attn_drop has forward hooks, which wo"):
         slim(images)
     handle.remove()
     slim(images)
     slim.blocks[1].forward = lambda x: x
     with pytest.raises(UnsupportedModelError, match="block has a forward set on it, which would n"):
         slim(images)
+    slim.blocks[1] = model.blocks[1]
+    with pytest.raises(UnsupportedModelError, match="the blocks that it was made with, got Block"):
+        slim(images)
+
+
+@every_plan
+@pytest.mark.parametrize("name", ["blocks.1", "blocks.1.mlp", "blocks.1.norm1", "blocks.1.norm2"])
+def test_checkpointed_parts_answer_alike(plan, name):
+    """By torch's wrapper, which a name in place of a class cannot be told from."""
+    model = build("deit")
+    slim, images = apply_masks(model, plan(model)), random_images(model, 2)
+    wrapped = copy.deepcopy(slim)
+    path, _, last = name.rpartition(".")
+    inner = wrapped.get_submodule(name)
+    setattr(wrapped.get_submodule(path), last, checkpoint_wrapper(inner))
+    calls: list = []
+    inner.register_forward_pre_hook(lambda *_: calls.append(1))
+    got, wanted = wrapped.eval()(images), slim.eval()(images)
+    assert off(got, wanted) < NEAR
+    for answer in (got, wanted):
+        answer.square().sum().backward()
+    if name == "blocks.1":
+        assert len(calls) == 2  # the second by the backward pass
+    gradients = [s.patch_embed.proj.weight.grad.flatten(1) for s in (wrapped, slim)]
+    assert off(*gradients) < NEAR
+
+
+def test_blocks_go_back_to_their_own_classes():
+    model = build("deit")
+    for plan in PLANS.values():
+        slim = apply_masks(model, plan(model))
+        for again in (slim, copy.deepcopy(slim), pickle.loads(pickle.dumps(slim))):
+            got = [type(module) for module in again.dense().modules()]
+            assert got == [type(module) for module in model.modules()]
 
 
 @every_plan
@@ -162,9 +229,12 @@ def test_quantized_layers_count(plan):
         assert 1e-6 < off(quantized(images), slim(images)) < 0.1
 
 
-@pytest.mark.parametrize("plan", ["drop", "zero", "absorb", "dps"])
-def test_blocks_are_sharded(plan, run_from, tmp_path):
-    """Each by itself, as FSDP's own examples do: parameters are whole only while a block runs."""
+@pytest.mark.parametrize(
+    ("plan", "part"),
+    [("drop", ""), ("zero", ""), ("absorb", ""), ("dps", ""), ("absorb", ".mlp"), ("zero", ".mlp")],
+)
+def test_parts_are_sharded(plan, part, run_from, tmp_path):
+    """Each by itself, as FSDP's own examples do: parameters are whole only while it runs."""
     tests = Path(__file__).parent
     lines = run_from(
         tests.parent,
@@ -180,7 +250,8 @@ def test_blocks_are_sharded(plan, run_from, tmp_path):
         "model = build('deit')\n"
         f"slim = apply_masks(model, PLANS[{plan!r}](model)).train()\n"
         "sharded, images = copy.deepcopy(slim), random_images(model, 2)\n"
-        "for part in (*sharded.blocks, sharded): fully_shard(part, mesh=mesh)\n"
+        f"for block in sharded.blocks: fully_shard(block{part}, mesh=mesh)\n"
+        "fully_shard(sharded, mesh=mesh)\n"
         "for run in (slim, sharded): run(images).square().sum().backward()\n"
         "got, wanted = (s.blocks[0].mlp.fc1.weight.grad for s in (sharded, slim))\n"
         "print(off(got.full_tensor(), wanted) < 1e-5)\n",

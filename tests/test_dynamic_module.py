@@ -176,6 +176,12 @@ class TestTracing:
         check_compiled(slim, images)
 
     @pytest.mark.usefixtures("fresh_compiler")
+    def test_compile_of_selectors(self):
+        model = build("deit")
+        slim = apply_masks(model, SPViT((0.7, 0.5), stages=(0, 1))).eval()
+        check_compiled(slim, random_images(model, 2))
+
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_inductor(self):
         model, slim = pair("absorb", dtype=torch.float32)
         images = random_images(model, 2)

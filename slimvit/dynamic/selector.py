@@ -56,7 +56,7 @@ class Selector(nn.Module):
         by_head = (
             x.view(p, batch, self.heads, width // self.heads).permute(2, 1, 0, 3).flatten(1, 2)
         )
-        y = F.layer_norm(by_head, by_head.shape[-1:], eps=self.eps)
+        y = F.layer_norm(by_head, self.norm_weight.shape[-1:], eps=self.eps)
         y = F.gelu(self.embed(y * self.norm_weight + self.norm_bias))
         local = (y.shape[-1] + 1) // 2
         shared = y.view(self.heads, batch, p, y.shape[-1])[..., local:]

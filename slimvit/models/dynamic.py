@@ -14,15 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from slimvit.errors import PlanError, UnsupportedModelError
 from slimvit.models.slim import SlimCalls, base_of
-from slimvit.models.vision_transformer import call_block, check_shape, embed, parts
-from slimvit.ops import Alive, dynamic_block, scatter_tokens
+from slimvit.models.vision_transformer import call_block, check_shape, embed, slim_blocks
+from slimvit.ops import Alive, BlockParts, dynamic_block, scatter_tokens
+from slimvit.ops.modules import through
 
 
 class _Dynamic(SlimCalls):
     """What a dynamically slimmed model does differently from the timm class it is mixed into."""
 
     plan: nn.Module
-    _taken = ("plan",)
+    _taken = ("plan", "_told")
 
     def set_plan(self, plan: nn.Module) -> None:
         """Take a bound planner; its weights are part of this model from now on, as `plan`.
@@ -32,6 +33,11 @@ class _Dynamic(SlimCalls):
         """
         if not plan.learns:
             plan.requires_grad_(False)
+        # Of each block what it receives and keeps: not all properties can be read by torch.compile.
+        self._told = list(zip(plan.alive, plan.counts, strict=True))
+        for block in self.blocks:
+            for module in (block, block.norm1, block.norm2, block.mlp):
+                through(module)
         self.plan = plan.to(self.cls_token.device, self.cls_token.dtype).train(self.training)
 
     def _slim_tokens(self, images: Tensor) -> Alive:
@@ -63,7 +69,7 @@ class _Dynamic(SlimCalls):
         x = embed(self, images).transpose(0, 1)  # [N, B, D]
         place = torch.arange(x.shape[0], device=x.device).expand(x.shape[1], -1)
         alive = Alive(x, place)
-        for layer, module in enumerate(self.blocks):
+        for layer, module in enumerate(slim_blocks(self)):
             if self.grad_checkpointing and self.training:
                 alive = checkpoint(self._layer, alive, layer, module, use_reentrant=False)
             else:
@@ -83,7 +89,7 @@ class _Dynamic(SlimCalls):
 
     def _check_counts(self, layer: int, received: int, left: int) -> None:
         """Refuse a plan that does other work than it says: MACs are counted by what it says."""
-        alive, counts = self.plan.alive[layer], self.plan.counts[layer]
+        alive, counts = self._told[layer]
         if (received, left) != (alive, counts):
             raise PlanError(
                 f"{self.plan.kind}: block {layer + 1} must make {counts} tokens of {alive}, as "
@@ -99,19 +105,25 @@ class _Dynamic(SlimCalls):
         module = self.blocks[layer] if module is None else module
         n = self.plan.count(layer, received)
 
-        def forward(alive: Alive) -> Alive:
-            return dynamic_block(
-                alive,
-                parts(module),
-                n,
-                partial(self.plan.choose, layer),
-                prefix=self.plan.prefix,
-                head_tokens=self.plan.spec.head_tokens,
-                # slimvit's own planners choose rightly by construction
-                check_places=not type(self.plan).choose.__module__.startswith("slimvit."),
-            )
+        left: list[Alive] = []
 
-        return call_block(module, forward, alive)
+        def compute(block: BlockParts, x: Tensor) -> Tensor:
+            left[:] = [
+                dynamic_block(
+                    alive._replace(x=x),
+                    block,
+                    n,
+                    partial(self.plan.choose, layer),
+                    prefix=self.plan.prefix,
+                    head_tokens=self.plan.spec.head_tokens,
+                    # slimvit's own planners choose rightly by construction
+                    check_places=not type(self.plan).choose.__module__.startswith("slimvit."),
+                )
+            ]
+            return left[0].x
+
+        x = call_block(module, compute, alive.x)
+        return left[0]._replace(x=x)
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False

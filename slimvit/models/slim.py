@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from slimvit.backends.packed_linear import PatchLinear
 from slimvit.errors import UnsupportedModelError
 from slimvit.masks import Masks
-from slimvit.models.vision_transformer import call_block, embed, parts
+from slimvit.models.vision_transformer import call_block, embed, parts, slim_blocks
 from slimvit.ops import (
     BlockParts,
     ExtraKey,
@@ -27,7 +27,13 @@ from slimvit.ops import (
     slim_block,
     zero_key,
 )
-from slimvit.ops.modules import altered, only_drops
+from slimvit.ops.modules import (
+    Through,
+    altered,
+    only_drops,
+    through,
+    without_through,
+)
 
 
 class SlimCalls:
@@ -65,6 +71,9 @@ class SlimCalls:
         for name in self._taken:
             delattr(model, name)
         model.__class__ = base_of(type(self))
+        for module in model.modules():
+            if isinstance(module, Through):
+                module.__class__ = without_through(type(module))
         return model
 
     get_intermediate_layers = forward_intermediates
@@ -97,11 +106,13 @@ class _Slim(SlimCalls):
         device = self.cls_token.device
         self._folded = False
         self.register_buffer("_order", masks.order.to(device), persistent=False)
+        for block in self.blocks:
+            through(block)
 
     def _slim_tokens(self, images: Tensor) -> Tensor:
         """Tokens after the final norm in lifetime order, [n_L, B, D] ([N, B, D] where idle)."""
         x = embed(self, images).transpose(0, 1).index_select(0, self._order)  # [N, B, D]
-        for layer, module in enumerate(self.blocks):
+        for layer, module in enumerate(slim_blocks(self)):
             if self.grad_checkpointing and self.training:
                 x = checkpoint(self._slim_layer, x, layer, module, use_reentrant=False)
             else:
@@ -113,11 +124,10 @@ class _Slim(SlimCalls):
         if isinstance(module, FoldedBlock):
             out = module(x, n, self._extra_key(layer))
         else:
-            out = call_block(module, partial(self._slim_block, layer, module), x)
+            out = call_block(module, partial(self._slim_block, layer), x)
         return torch.cat([out, x[n:]]) if self._idle and n < x.shape[0] else out
 
-    def _slim_block(self, layer: int, module: nn.Module, x: Tensor) -> Tensor:
-        block = parts(module)
+    def _slim_block(self, layer: int, block: BlockParts, x: Tensor) -> Tensor:
         return slim_block(x, block, self._counts[layer], extra_key=self._extra_key(layer, block))
 
     def _extra_key(self, layer: int, block: BlockParts | None = None) -> ExtraKey | None:
@@ -273,7 +283,11 @@ def _without_scale(block: nn.Module) -> nn.Module:
         block.attn = _shallow(block.attn)
         block.attn.proj, block.ls1 = _scaled(block.attn.proj, block.ls1), nn.Identity()
     mlp = block.mlp
-    plain = type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity) and altered("mlp", mlp) is None
+    plain = (
+        without_through(type(mlp)) is Mlp
+        and isinstance(mlp.norm, nn.Identity)
+        and altered("mlp", mlp) is None
+    )
     if plain and only_drops(mlp.drop1) and only_drops(mlp.drop2):
         fc2 = mlp.fc2
         if _scales(block.ls2, fc2):

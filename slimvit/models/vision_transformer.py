@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
 
 from timm.layers import GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
@@ -14,7 +14,7 @@ from slimvit.errors import MasksError, SlimvitError, UnsupportedModelError
 from slimvit.masks import Masks
 from slimvit.models.spec import Spec
 from slimvit.ops import BlockParts
-from slimvit.ops.modules import altered, call_as, only_drops
+from slimvit.ops.modules import Through, altered, only_drops, unwrapped
 
 _OTHER_FAMILIES = {
     "SwinTransformer": "windowed attention needs every patch of a window",
@@ -25,7 +25,6 @@ _OTHER_FAMILIES = {
     "Beit": "relative position biases are not implemented",
     "PoolingVisionTransformer": "pooling between its stages needs the whole grid",
 }
-_Tokens = TypeVar("_Tokens")
 _TOKENWISE_MLPS = (Mlp, GluMlp, SwiGLU)
 _POOLS = {
     "avg": "a mean over patches needs every patch in the last block",
@@ -237,21 +236,52 @@ def parts(block: nn.Module) -> BlockParts:
     )
 
 
-def call_block(block: nn.Module, forward: Callable[[_Tokens], _Tokens], x: _Tokens) -> _Tokens:
-    """`forward` of the tokens in the place of the block's own; hooks on the block run around it.
+def slim_blocks(model: nn.Module) -> nn.Module:
+    """The blocks of a slimmed model, which are called one by one.
 
     Raises:
-        UnsupportedModelError: its attention, which is not called, has hooks, or either of them a
-            forward set on it.
+        UnsupportedModelError: hooks of the container would not run.
     """
-    for name, module in (("block", block), ("block.attn", block.attn)):
-        reason = altered(name, module, deep=False, hooks=module is not block)
-        if reason is not None:
-            raise UnsupportedModelError(
-                f"{reason}, which would not run in a slimmed model: hooks run on whole blocks, "
-                "their norms and their layers"
-            )
-    return call_as(block, forward, x)
+    _refuse_lost("blocks", model.blocks)
+    return model.blocks
+
+
+def call_block(
+    block: nn.Module, compute: Callable[[BlockParts, Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """`compute` of a block's parts and tokens x [m, B, D], in the place of the block's own.
+
+    What hangs on calls of the block, hooks, FSDP or checkpointing, works as ever.
+
+    Raises:
+        UnsupportedModelError: the block was replaced or has a forward set on it, or its attention,
+            which is not called, has hooks or a forward.
+    """
+    if not isinstance(unwrapped(block), Through):
+        raise UnsupportedModelError(
+            f"a slimmed model computes the blocks that it was made with, got {type(block).__name__}"
+        )
+    if "forward" in vars(block):
+        raise UnsupportedModelError("a block has a forward set on it, which would not run")
+    return block(x, compute=partial(_with_parts, compute))
+
+
+def _with_parts(
+    compute: Callable[[BlockParts, Tensor], Tensor], block: nn.Module, x: Tensor
+) -> Tensor:
+    _refuse_lost("block.attn", block.attn)
+    if not block.attn.fused_attn:
+        _refuse_lost("block.attn.attn_drop", block.attn.attn_drop)
+    return compute(parts(block), x)
+
+
+def _refuse_lost(name: str, module: nn.Module) -> None:
+    reason = altered(name, module, deep=False)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{reason}, which would not run in a slimmed model: blocks, their norms and their "
+            "layers are called"
+        )
 
 
 def check_shape(model: nn.Module, images: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from slimvit.errors import PlanError
 from slimvit.ops.slim_block import BlockParts, attend, mlp_branch, project_kv, project_q, take
@@ -260,7 +261,7 @@ def _check_places(choice: Choice, m: int, prefix: int) -> None:
     index = choice.index
     if torch.compiler.is_compiling() or index.is_meta or isinstance(index, FakeTensor):
         return
-    if torch._C._functorch.is_functorch_wrapped_tensor(index):
+    if torch._C._functorch.is_functorch_wrapped_tensor(index) or get_proxy_mode() is not None:
         return
     if index.is_cuda and torch.cuda.is_current_stream_capturing():
         return

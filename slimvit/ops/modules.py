@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_Tokens = TypeVar("_Tokens")
 # By the class whose forward is called: a subclass may have one of its own. timm is for
 # slimvit.models.
 _LAYER_NORMS = {
@@ -30,7 +30,7 @@ _DROPOUTS = {
 
 def only_drops(module: nn.Module) -> bool:
     """Whether a module is nothing but dropout or drop path, which inference does without."""
-    return _forward_of(module) in _DROPOUTS and altered("dropout", module) is None
+    return forward_of(module) in _DROPOUTS and altered("dropout", module) is None
 
 
 def layer_norm_of(norm: nn.Module, hooks: bool = False) -> tuple[Tensor, Tensor, float] | None:
@@ -42,7 +42,7 @@ def layer_norm_of(norm: nn.Module, hooks: bool = False) -> tuple[Tensor, Tensor,
     """
     if not isinstance(norm, nn.LayerNorm) or not norm.elementwise_affine:
         return None
-    if _forward_of(norm) not in _LAYER_NORMS or altered("norm", norm, hooks=not hooks) is not None:
+    if forward_of(norm) not in _LAYER_NORMS or altered("norm", norm, hooks=not hooks) is not None:
         return None
     bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
     return norm.weight, bias, norm.eps
@@ -59,7 +59,7 @@ def activation_name(module: nn.Module, hooks: bool = False) -> str | None:
         return None
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return _ACTIVATIONS.get(_forward_of(module))
+    return _ACTIVATIONS.get(forward_of(module))
 
 
 def altered(name: str, module: nn.Module, deep: bool = True, hooks: bool = True) -> str | None:
@@ -75,23 +75,81 @@ def altered(name: str, module: nn.Module, deep: bool = True, hooks: bool = True)
         where = f"{name}.{path}" if path else name
         if hooks and (part._forward_hooks or part._forward_pre_hooks):
             return f"{where} has forward hooks"
+        if hooks and (part._backward_hooks or part._backward_pre_hooks):
+            return f"{where} has backward hooks"
         if "forward" in vars(part):
             return f"{where} has a forward set on it"
     return None
 
 
-def call_as(module: nn.Module, forward: Callable[[_Tokens], _Tokens], x: _Tokens) -> _Tokens:
-    """`forward(x)` in the place of what a module computes, and the module's hooks around it."""
-    if not (module._forward_hooks or module._forward_pre_hooks):
-        return forward(x)
-    # Not copy.copy: classes that torch.distributed makes of a module's cannot be made anew.
-    twin = object.__new__(type(module))
-    vars(twin).update(vars(module), forward=forward)
-    return twin(x)
+class Through:
+    """Mixed into a module's class by `through`: calls compute something else in its place.
+
+    So hooks, wrappers and what else hangs on calls of the module work as ever.
+    """
+
+    def forward(self, *args: Any, compute: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        """`compute` of the module and what it is given, or what the class computes."""
+        if compute is None:
+            return super().forward(*args, **kwargs)
+        return compute(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _rebuild, (without_through(type(self)),), self.__getstate__()
 
 
-def _forward_of(module: nn.Module) -> tuple[str, str]:
+def through(module: nn.Module) -> None:
+    """Let a module be called for what something else computes, by `module(x, compute=…)`."""
+    if not isinstance(module, Through):
+        module.__class__ = _through(type(module))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module that torch's checkpoint_wrapper or compile wraps, or the module itself."""
+    for name in ("_checkpoint_wrapped_module", "_orig_mod"):
+        module = getattr(module, name, module)
+    return module
+
+
+def call_through(
+    module: nn.Module, compute: Callable[[nn.Module, Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """`compute` of a module and x in the place of what the module computes, hooks around it.
+
+    Args:
+        module: any module without a forward set on it, or what torch wraps around one.
+        compute: called with the module itself, once its hooks have run.
+        x: what the module is called with.
+    """
+    inner = unwrapped(module)
+    if (
+        inner is module
+        and not isinstance(inner, Through)
+        and altered("", inner, deep=False) is None
+    ):
+        return compute(inner, x)
+    through(inner)
+    return module(x, compute=compute)
+
+
+def without_through(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that `through` was mixed into."""
+    return cls.__mro__[cls.__mro__.index(Through) + 1] if issubclass(cls, Through) else cls
+
+
+@functools.cache
+def _through(base: type[nn.Module]) -> type[nn.Module]:
+    return type(base.__name__, (Through, base), {"__module__": __name__})
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = _through(base)
+    return cls.__new__(cls)
+
+
+def forward_of(module: nn.Module) -> tuple[str, str]:
     """Where the forward that is called was written, and the class that has it."""
     # Not its __qualname__: torch.compile of torch 2.10 tells another one.
-    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-    return type(module).forward.__module__, owner.__qualname__
+    classes = without_through(type(module)).__mro__
+    owner = next(cls for cls in classes if "forward" in vars(cls))
+    return owner.forward.__module__, owner.__qualname__

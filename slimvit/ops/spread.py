@@ -13,8 +13,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from slimvit.ops.modules import activation_name, altered, call_as, layer_norm_of
+from slimvit.ops.modules import (
+    activation_name,
+    altered,
+    call_through,
+    forward_of,
+    layer_norm_of,
+    unwrapped,
+)
 
+_MLP_CLASS = ("timm.layers.mlp", "Mlp")
 _MLP = ("fc1", "act", "drop1", "norm", "fc2", "drop2")  # timm's
 
 
@@ -30,24 +38,24 @@ def spread_norm(norm: nn.Module, x: Tensor, spread: Tensor | None) -> Tensor:
         LN(x) = (x − mean) / sqrt(var(x) + spread + eps) · γ + β
 
     Args:
-        norm: a LayerNorm, called where it has hooks; another norm is applied as it is.
+        norm: a LayerNorm, with its hooks; another norm is applied as it is.
         x: [m, B, D].
         spread: [B, m], or None for none.
 
     Returns:
         [m, B, D].
     """
-    known = layer_norm_of(norm, hooks=True)
-    if spread is None or known is None:
+    if spread is None or layer_norm_of(unwrapped(norm), hooks=True) is None:
         return norm(x)
-    weight, bias, eps = known
-    scale = (variance(x) + spread + eps).rsqrt().t().unsqueeze(-1)  # [m, B, 1]
-    if altered("norm", norm) is not None:
-        longer = scale * (variance(x) + eps).sqrt().t().unsqueeze(-1)
-        return torch.lerp(bias.to(scale.dtype), norm(x).to(scale.dtype), longer).to(x.dtype)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    y = (wide - wide.mean(-1, keepdim=True)) * scale
-    return torch.addcmul(bias.to(y.dtype), y, weight.to(y.dtype)).to(x.dtype)
+
+    def compute(norm: nn.Module, x: Tensor) -> Tensor:
+        weight, bias, eps = layer_norm_of(norm, hooks=True)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = (variance(x) + spread + eps).rsqrt().t().unsqueeze(-1)
+        y = (wide - wide.mean(-1, keepdim=True)) * scale
+        return torch.addcmul(bias.to(y.dtype), y, weight.to(y.dtype)).to(x.dtype)
+
+    return call_through(norm, compute, x)
 
 
 def spread_mlp(mlp: nn.Module, norm: nn.Module, x: Tensor, spread: Tensor | None) -> Tensor:
@@ -69,15 +77,14 @@ def spread_mlp(mlp: nn.Module, norm: nn.Module, x: Tensor, spread: Tensor | None
     Returns:
         [m, B, D].
     """
-    y = spread_norm(norm, x, spread)
-    layers, known = _layers(mlp), layer_norm_of(norm, hooks=True)
-    if spread is None or layers is None or known is None:
+    y, known = spread_norm(norm, x, spread), layer_norm_of(unwrapped(norm), hooks=True)
+    if spread is None or known is None or _layers(unwrapped(mlp)) is None:
         return mlp(y)
-    fc1, act, rest = layers
     weight, _, eps = known
     share = spread / (variance(x) + spread + eps)  # [B, m]
 
-    def forward(y: Tensor) -> Tensor:
+    def compute(mlp: nn.Module, y: Tensor) -> Tensor:
+        fc1, act, rest = _layers(mlp)
         u = fc1(y)
         squares = _scaled_weight(fc1, weight).to(share.dtype).square().sum(0)  # [hidden]
         hidden = spread_activation(act, u, (share.t().unsqueeze(-1) * squares).to(u.dtype))
@@ -85,7 +92,7 @@ def spread_mlp(mlp: nn.Module, norm: nn.Module, x: Tensor, spread: Tensor | None
             hidden = module(hidden)
         return hidden
 
-    return call_as(mlp, forward, y)
+    return call_through(mlp, compute, y)
 
 
 def spread_activation(act: nn.Module, u: Tensor, s: Tensor) -> Tensor:
@@ -105,9 +112,9 @@ def spread_activation(act: nn.Module, u: Tensor, s: Tensor) -> Tensor:
 def _scaled_weight(fc1: nn.Module, scale: Tensor) -> Tensor:
     """(W diag(scale))ᵀ, [D, hidden], of a layer x Wᵀ + b that may be more than its weight.
 
-    Adapters, parametrizations and quantized layers are asked for it, row by row.
+    Adapters, parametrizations, hooks and quantized layers are asked for it, row by row.
     """
-    if type(fc1) is nn.Linear and "forward" not in vars(fc1):
+    if type(fc1) is nn.Linear and altered("fc1", fc1) is None:
         return (fc1.weight * scale).t()
     rows = torch.cat([scale.new_zeros(1, len(scale)), scale.diag()]).unsqueeze(1)
     answers = fc1(rows).squeeze(1)  # [D + 1, hidden]
@@ -118,7 +125,7 @@ def _layers(mlp: nn.Module) -> tuple[nn.Module, nn.Module, list[nn.Module]] | No
     """First layer, activation and what follows, where that is all there is."""
     parts = dict(mlp.named_children())
     plain = isinstance(mlp, nn.Sequential) and len(parts) == 3
-    if not plain and (type(mlp).__name__ != "Mlp" or tuple(parts) != _MLP):
+    if not plain and (forward_of(mlp) != _MLP_CLASS or tuple(parts) != _MLP):
         return None
     if altered("mlp", mlp, deep=False, hooks=False) is not None:
         return None
