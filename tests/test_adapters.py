@@ -119,6 +119,8 @@ def test_an_activation_of_another_class_is_averaged_over_a_spread():
         for block in without.blocks:
             block.mlp.forward = lambda y, mlp=block.mlp: mlp.fc2(mlp.act(mlp.fc1(y)))
         assert off(slim(images), wanted) < off(without(images), wanted) / 20
+    slim(images).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in slim.parameters())
 
 
 def hooks(module: nn.Module, seen: list) -> None:

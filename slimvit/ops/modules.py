@@ -122,12 +122,9 @@ def call_through(
         x: what the module is called with.
     """
     inner = unwrapped(module)
-    if (
-        inner is module
-        and not isinstance(inner, Through)
-        and altered("", inner, deep=False) is None
-    ):
-        return compute(inner, x)
+    called = inner is not module or altered("module", module, deep=False) is not None
+    if not called and not isinstance(module, Through):
+        return compute(module, x)
     through(inner)
     return module(x, compute=compute)
 

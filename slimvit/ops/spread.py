@@ -101,7 +101,7 @@ def spread_activation(act: nn.Module, u: Tensor, s: Tensor) -> Tensor:
     Of an activation that is not known, by the Gauss–Hermite quadrature of three points.
     """
     if activation_name(act, hooks=True) is None:
-        far = (3 * s).sqrt()
+        far = (3 * s).clamp(min=torch.finfo(s.dtype).tiny).sqrt()  # whose slope is infinite at 0
         return act(u) * (2 / 3) + (act(u + far) + act(u - far)) / 6
     r = (1 + s).rsqrt()
     z = u * r
