@@ -19,6 +19,7 @@ from slimvit.errors import SlimvitError
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ALIGNMENT = 64
 _copies = WeakTensorKeyDictionary()  # by packs that lie elsewhere
+_held = threading.local()  # what this thread may compute from, whatever others copy meanwhile
 _copying = threading.Lock()
 # A process that is forked while another thread copies would find the lock held, for ever.
 os.register_at_fork(
@@ -105,7 +106,10 @@ def _aligned(pack: Tensor) -> Tensor:
         copy = _copies.get(pack)
         if copy is None or copy[0] != state:
             copy = _copies[pack] = (state, pack.clone())
-        return copy[1]
+    if not hasattr(_held, "copies"):
+        _held.copies = WeakTensorKeyDictionary()
+    _held.copies[pack] = copy
+    return copy[1]
 
 
 def on_cpu(tensor: Tensor) -> bool:
