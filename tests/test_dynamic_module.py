@@ -210,3 +210,19 @@ class TestTracing:
             torch.func.vmap(lambda image: slim(image[None])[0])(images)
         with pytest.raises(Exception, match=r"torch\.export would take the numbers"):
             torch.export.export(slim, (images,), strict=False)
+
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+    def test_selectors_are_exported_by_tracing(self):
+        """As torch.onnx did before it had torch.export; sizes are tensors there."""
+        model = build("deit")
+        slim = apply_masks(model, SPViT((0.7, 0.5), stages=(0, 1))).eval()
+        file, axes = io.BytesIO(), {"images": {0: "batch"}}
+        torch.onnx.export(
+            slim,
+            (random_images(model, 3),),
+            file,
+            dynamo=False,
+            input_names=["images"],
+            dynamic_axes=axes,
+        )
+        assert file.tell() > 0

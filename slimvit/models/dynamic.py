@@ -104,8 +104,7 @@ class _Dynamic(SlimCalls):
             received = int(received)
         module = self.blocks[layer] if module is None else module
         n = self.plan.count(layer, received)
-
-        left: list[Alive] = []
+        left: list[Alive] = []  # beside the tokens, which the block is called with
 
         def compute(block: BlockParts, x: Tensor) -> Tensor:
             left[:] = [

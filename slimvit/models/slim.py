@@ -27,13 +27,7 @@ from slimvit.ops import (
     slim_block,
     zero_key,
 )
-from slimvit.ops.modules import (
-    Through,
-    altered,
-    only_drops,
-    through,
-    without_through,
-)
+from slimvit.ops.modules import Through, altered, only_drops, through, without_through
 
 
 class SlimCalls:
