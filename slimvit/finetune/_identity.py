@@ -35,7 +35,7 @@ def of_run(
     return named | {"weights": _digest(weights)}
 
 
-def data_digest(loader: Iterable) -> int:
+def data_digest(loader: Iterable[Any]) -> int:
     """A digest below 2⁴⁰ of what can be told of this process's data without a random draw.
 
     That is the files of an ImageFolder, the tensors of a list of batches or of a TensorDataset,
@@ -49,7 +49,7 @@ def data_digest(loader: Iterable) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _tensors(loader: Iterable, dataset: object) -> Iterator[Tensor]:
+def _tensors(loader: Iterable[Any], dataset: object) -> Iterator[Tensor]:
     if isinstance(loader, (list, tuple)):
         batches = (batch for batch in loader if isinstance(batch, (list, tuple)))
         yield from (part for batch in batches for part in batch if isinstance(part, Tensor))

@@ -137,6 +137,11 @@ class Masks:
 
         return load(path)
 
+    def places(self, images: Tensor) -> list[Tensor]:
+        """Places of the tokens that each block keeps of images [B, …]: L of [B, n], int64."""
+        rows = [row.nonzero()[:, 0].to(images.device) for row in self.keep]
+        return [row.expand(images.shape[0], -1) for row in rows]
+
     def plot(self, image: object = None) -> Figure:
         """Draw the kept patches block by block over an image (array [H, W, 3], PIL or tensor)."""
         from slimvit.masks._plot import plot_layers

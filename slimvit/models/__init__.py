@@ -3,7 +3,7 @@
 from slimvit.models.create import create, load_checkpoint
 from slimvit.models.dynamic import dynamic_class
 from slimvit.models.mode import evaluating
-from slimvit.models.slim import slim_class
+from slimvit.models.slim import SlimmedViT, slim_class
 from slimvit.models.spec import Spec
 from slimvit.models.vision_transformer import (
     block_module,
@@ -14,6 +14,7 @@ from slimvit.models.vision_transformer import (
 )
 
 __all__ = [
+    "SlimmedViT",
     "Spec",
     "block_module",
     "block_parts",

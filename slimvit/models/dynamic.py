@@ -13,16 +13,17 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from slimvit.errors import PlanError, UnsupportedModelError
-from slimvit.models.slim import SlimCalls, base_of
+from slimvit.models.slim import SlimmedViT, base_of
 from slimvit.models.vision_transformer import call_block, check_shape, embed, slim_blocks
 from slimvit.ops import Alive, BlockParts, dynamic_block, scatter_tokens
 from slimvit.ops.modules import through
 
 
-class _Dynamic(SlimCalls):
+class _Dynamic(SlimmedViT):
     """What a dynamically slimmed model does differently from the timm class it is mixed into."""
 
     plan: nn.Module
+    masks = None
     _taken = ("plan", "_told")
 
     def set_plan(self, plan: nn.Module) -> None:
@@ -46,11 +47,7 @@ class _Dynamic(SlimCalls):
         return alive._replace(x=self.norm(alive.x))
 
     def kept_sets(self, images: Tensor) -> list[Tensor]:
-        """Places of the tokens that each block keeps of images [B, C, H, W]: L of [B, n], int64.
-
-        Prefix tokens come first; N and more are package tokens, which stand nowhere. Where each
-        image keeps a number of its own, -1 fills up those of fewer.
-        """
+        """Places of the tokens that each block keeps of each image: L of [B, n]."""
         if self._goes_one_by_one(images):
             alone = [self.kept_sets(image) for image in images.split(1)]
             sets = [[places[0] for places in block] for block in zip(*alone, strict=True)]

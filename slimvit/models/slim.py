@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from slimvit.backends.packed_linear import PatchLinear
 from slimvit.errors import UnsupportedModelError
 from slimvit.masks import Masks
-from slimvit.models.vision_transformer import call_block, embed, parts, slim_blocks
+from slimvit.models.vision_transformer import call_block, check_shape, embed, parts, slim_blocks
 from slimvit.ops import (
     BlockParts,
     ExtraKey,
@@ -30,8 +30,17 @@ from slimvit.ops import (
 from slimvit.ops.modules import Through, altered, only_drops, through, without_through
 
 
-class SlimCalls:
-    """What any slimmed model does differently from the timm class that it is mixed into."""
+class SlimmedViT(nn.Module):
+    """A slimmed model: timm's class with another forward, mixed into it by `apply_masks`.
+
+    Attributes:
+        masks: the kept sets, or None where a dynamic plan chooses them.
+        plan: the dynamic plan, with the weights that it learns, or None.
+    """
+
+    masks: Masks | None
+    plan: Any
+    _taken: tuple[str, ...]
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: kept tokens make no full grid of features."""
@@ -52,7 +61,15 @@ class SlimCalls:
     @property
     def kept(self) -> Any:
         """What it keeps: its masks, or its plan."""
-        return self.masks if hasattr(self, "masks") else self.plan
+        return self.plan if self.masks is None else self.masks
+
+    def kept_sets(self, images: Tensor) -> list[Tensor]:
+        """Places of the tokens that each block keeps of images [B, C, H, W]: L of [B, n], int64.
+
+        Prefix tokens come first; N and more are package tokens, which stand nowhere. Where each
+        image keeps a number of its own, -1 fills up those of fewer.
+        """
+        raise NotImplementedError
 
     def dense(self) -> nn.Module:
         """A copy of this model as timm has it, in the class that it was slimmed from.
@@ -85,10 +102,11 @@ class SlimCalls:
             raise UnsupportedModelError("a slimmed model takes no attn_mask and is not causal")
 
 
-class _Slim(SlimCalls):
+class _Slim(SlimmedViT):
     """The forward with static masks."""
 
     masks: Masks
+    plan = None
     _order: Tensor
     _taken = ("masks", "_counts", "_idle", "_dead", "_folded", "_order")
 
@@ -228,6 +246,11 @@ class _Slim(SlimCalls):
         for name in [name for name, _ in self.named_buffers() if name.startswith("_zero_")]:
             delattr(self, name)
 
+    def kept_sets(self, images: Tensor) -> list[Tensor]:
+        """Places of the tokens that each block keeps, the same for all images: L of [B, n]."""
+        check_shape(self, images)
+        return self.masks.places(images)
+
     def scatter(self, x: Tensor) -> Tensor:
         """Tokens in lifetime order, [B, n, D], back in their places: [B, N, D], zero elsewhere."""
         return scatter_tokens(x, self._order[: x.shape[1]], self.masks.tokens)
@@ -256,7 +279,7 @@ class _Slim(SlimCalls):
 def base_of(slimmed: type[nn.Module]) -> type[nn.Module]:
     """timm's class that a slimmed forward was mixed into."""
     mro = slimmed.__mro__
-    return mro[mro.index(SlimCalls) + 1]
+    return mro[mro.index(SlimmedViT) + 1]
 
 
 @functools.cache

@@ -93,14 +93,16 @@ class View:
             logits = logits.masked_fill(self.alive.policy[:, None, None, :] == 0, -torch.inf)
         return logits.softmax(-1)
 
-    def top(self, scores: Tensor, n: int) -> Choice:
+    def top(self, scores: Tensor, n: int | None) -> Choice:
         """The prefix tokens and the highest scores [B, m]: n in all; among equals the earlier.
 
         NaN counts as the lowest, as it does where an image itself is NaN.
 
         Raises:
-            PlanError: the scores are of another shape.
+            PlanError: the scores are of another shape, or the plan's `count` gave no number.
         """
+        if n is None:
+            raise PlanError("top needs the number of tokens to keep, but `count` gave None")
         shape = self.alive.place.shape
         if not isinstance(scores, Tensor) or scores.shape != shape:
             raise PlanError(f"scores must be [B, m] = {list(shape)}, got {_found(scores)}")

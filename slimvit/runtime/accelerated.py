@@ -107,8 +107,7 @@ class AcceleratedViT(nn.Module):
         if self.masks is None:
             return self.network.kept_sets(self._cast(images))
         check_image_shape(images, self.image_shape)
-        places = [row.nonzero()[:, 0].to(images.device) for row in self.masks.keep]
-        return [place.expand(images.shape[0], -1) for place in places]
+        return self.masks.places(images)
 
     @property
     def precision(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class Trial(NamedTuple):
 
 def fit_absorb(
     model: nn.Module,
-    loader: Iterable | None = None,
+    loader: Iterable[Any] | None = None,
     *,
     cut: float | None = None,
     speedup: float | None = None,
@@ -116,7 +116,7 @@ def fit_absorb(
 def divergences(
     model: nn.Module,
     plans: list[Absorb],
-    loader: Iterable,
+    loader: Iterable[Any],
     *,
     beside: int = 0,
     progress: bool = True,

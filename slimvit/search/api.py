@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from slimvit.search import identity
 from slimvit.search.algorithm1 import Found, Settings, run
 from slimvit.search.budget import bisect, measure_speedup, uniform_counts
 from slimvit.search.features import Features, Peeked
-from slimvit.search.options import Budget, read_budget, read_settings
+from slimvit.search.options import Budget, options_of, read_budget, read_settings
 from slimvit.search.reduce import rank
 from slimvit.search.scores import Score
 from slimvit.search.state import State
@@ -52,14 +53,9 @@ class Result:
     cut: float
 
 
-def prune(model: nn.Module, loader: Iterable, **options: object) -> Masks:
-    """Search for masks by Algorithm 1; `search` without the report. See there for the options."""
-    return search(model, loader, **options).masks  # type: ignore[arg-type]
-
-
 def search(
     model: nn.Module,
-    loader: Iterable,
+    loader: Iterable[Any],
     *,
     tolerance: float | None = None,
     cut: float | None = None,
@@ -167,6 +163,12 @@ def search(
     if not keep_state:
         saved.remove()
     return result
+
+
+@options_of(search)
+def prune(*args: Any, **options: Any) -> Masks:
+    """Search for masks by Algorithm 1; `search` without the report. See there for the options."""
+    return search(*args, **options).masks
 
 
 class _Session:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Hashable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ class Features:
     def __init__(
         self,
         model: nn.Module,
-        loader: Iterable,
+        loader: Iterable[Any],
         *,
         cache_bytes: int,
         directory: str | None = None,
@@ -161,7 +162,7 @@ class Features:
 class Peeked:
     """A loader's images, once over, of which the first batch may be looked at beforehand."""
 
-    def __init__(self, loader: Iterable) -> None:
+    def __init__(self, loader: Iterable[Any]) -> None:
         self._rest = images_of(loader)
 
     @cached_property
@@ -175,7 +176,7 @@ class Peeked:
         yield from self._rest
 
 
-def images_of(loader: Iterable) -> Iterator[Tensor]:
+def images_of(loader: Iterable[Any]) -> Iterator[Tensor]:
     """The images [b, C, H, W] of batches, which are images or begin with them.
 
     Raises:

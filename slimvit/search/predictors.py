@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from slimvit.masks import Masks
 from slimvit.models import Spec
 from slimvit.search.features import Features, images_of
 from slimvit.search.image_scores import block_scores
-from slimvit.search.options import read_score, read_seed
+from slimvit.search.options import options_of, read_score, read_seed
 from slimvit.search.reduce import ExactMean, own_batches, rank
 from slimvit.search.scores import SCORES, Score
 from slimvit.search.spread import spread_pattern
@@ -59,14 +59,9 @@ class _Settings(NamedTuple):
     views: int
 
 
-def train_dps(model: nn.Module, loader: Iterable, masks: Masks, **options: object) -> DPS:
-    """Train a `DPS`; `fit_dps` without the report. See there for the options."""
-    return fit_dps(model, loader, masks, **options)[0]  # type: ignore[arg-type]
-
-
 def fit_dps(
     model: nn.Module,
-    loader: Iterable,
+    loader: Iterable[Any],
     masks: Masks | Sequence[int],
     *,
     score: str | Score = "eq6",
@@ -144,6 +139,12 @@ def fit_dps(
     finally:
         features.close()
     return plan.requires_grad_(True), tuple(reversed(reports))
+
+
+@options_of(fit_dps)
+def train_dps(*args: Any, **options: Any) -> DPS:
+    """Train a `DPS`; `fit_dps` without the report. See there for the options."""
+    return fit_dps(*args, **options)[0]
 
 
 def _blocks(
@@ -262,7 +263,7 @@ def _standardised(values: Tensor) -> Tensor:
     return (values / values.std(1, keepdim=True, correction=0).clamp(min=1e-6)).float()
 
 
-def _mirrored(loader: Iterable) -> Iterator[Tensor]:
+def _mirrored(loader: Iterable[Any]) -> Iterator[Tensor]:
     """Every batch of images, then the same from left to right."""
     for images in images_of(loader):
         yield images

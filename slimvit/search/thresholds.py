@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ _HALVINGS = 40
 
 @torch.inference_mode()
 def fit_thresholds(
-    model: nn.Module, plan: Absorb, loader: Iterable, *, progress: bool = True
+    model: nn.Module, plan: Absorb, loader: Iterable[Any], *, progress: bool = True
 ) -> Absorb:
     """Thresholds with which the images cost, on average, what a plan's counts do.
 
@@ -67,7 +68,7 @@ def fit_thresholds(
     return plan
 
 
-def _enter(slim: nn.Module, loader: Iterable) -> list[Alive]:
+def _enter(slim: nn.Module, loader: Iterable[Any]) -> list[Alive]:
     """Each image's tokens ahead of the first block."""
     parameter, found = next(slim.parameters()), []
     for batch in images_of(loader):

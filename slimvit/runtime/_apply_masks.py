@@ -13,7 +13,9 @@ from slimvit.errors import UsageError
 from slimvit.masks import Masks
 
 
-def apply_masks(model: nn.Module, masks: Masks | Planner | str | os.PathLike[str]) -> nn.Module:
+def apply_masks(
+    model: nn.Module, masks: Masks | Planner | str | os.PathLike[str]
+) -> models.SlimmedViT:
     """A copy of `model` that computes only the kept tokens; the given model is not changed.
 
     The copy is an instance of the model's own class with the same state dict, so weights move
@@ -27,8 +29,8 @@ def apply_masks(model: nn.Module, masks: Masks | Planner | str | os.PathLike[str
 
     Returns:
         A model with timm's calls: `forward`, `forward_features` (kept tokens in their places,
-        zero elsewhere), `forward_head`. What it keeps is in `.masks` or `.plan`; with a plan
-        `kept_sets(images)` tells each image's.
+        zero elsewhere), `forward_head`. What it keeps is in `.masks` or `.plan`, and of given
+        images in `.kept_sets(images)`; `.dense()` gives timm's model back.
 
     Raises:
         UsageError: `masks` are neither masks nor a plan nor a file's name.

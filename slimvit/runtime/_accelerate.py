@@ -16,11 +16,11 @@ from slimvit.checks import one_of, wholes
 from slimvit.dynamic import Planner
 from slimvit.errors import UsageError
 from slimvit.masks import Masks
-from slimvit.models.slim import SlimCalls
+from slimvit.models import SlimmedViT
 from slimvit.ops import NetworkParts, why_not_fused, why_not_packed
 from slimvit.ops.modules import altered
+from slimvit.runtime._apply_masks import apply_masks
 from slimvit.runtime.accelerated import AcceleratedViT, check_graph, dtype_name
-from slimvit.runtime.apply_masks import apply_masks
 from slimvit.runtime.choosers import choosers_of
 from slimvit.runtime.fused import FusedViT
 from slimvit.runtime.fused_dynamic import FusedDynamicViT
@@ -101,7 +101,7 @@ def accelerate(
 
 def _apart(slim: nn.Module) -> tuple[nn.Module, Masks | Planner]:
     """A slimmed model's dense model and its masks or plan."""
-    if not isinstance(slim, SlimCalls):
+    if not isinstance(slim, SlimmedViT):
         raise UsageError(f"masks must be given with a dense model, got {type(slim).__name__} alone")
     return slim.dense(), slim.kept
 
