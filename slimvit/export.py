@@ -7,7 +7,6 @@ read back and has answered like the model.
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import io
 import logging
@@ -25,6 +24,7 @@ from slimvit.checks import whole
 from slimvit.dynamic import Planner
 from slimvit.errors import ExportError, MismatchError, SlimvitError
 from slimvit.files import atomic_write, is_device, put_in_place
+from slimvit.models import copied
 
 TOLERANCE = 1e-4
 """Largest relative error of a file's float32 logits; 1e-6 is usual."""
@@ -186,7 +186,7 @@ def _plain(model: nn.Module) -> nn.Module:
     reason = why_not_file(getattr(model, "plan", None))
     if reason is not None:
         raise ExportError(reason)
-    return copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
+    return copied(model).to("cpu", torch.float32).eval().requires_grad_(False)
 
 
 def _compare(

@@ -10,6 +10,7 @@ import torch
 from references import build, random_images, random_masks
 from torch import Tensor, nn
 
+import slimvit
 from slimvit import Absorb, Masks
 from slimvit.backends import NAMES, choose, select, triton, why_not
 from slimvit.backends.fused_checks import tf32_allowed
@@ -202,7 +203,7 @@ def test_a_forked_process_computes_on_one_thread(run_from, backend):
     if (reason := why_not(backend, "cpu", torch.float32)) is not None:
         pytest.skip(reason)
     lines = run_from(
-        Path(__file__).parent.parent,
+        Path(slimvit.__file__).parent.parent,
         "import os, signal, timm, torch, slimvit\n"
         "torch.set_num_threads(2)\n"
         "model = timm.create_model('vit_tiny_patch16_224').eval()\n"
@@ -235,7 +236,7 @@ def forking(run_from) -> Callable[[str], list[str]]:
         "def compute():\n"
         "    return torch.ops.slimvit.slim_block(torch.zeros(5, 2, 64), pack, 3)\n"
     )
-    return lambda code: run_from(tests.parent, given + code)
+    return lambda code: run_from(Path(slimvit.__file__).parent.parent, given + code)
 
 
 def test_a_forked_process_may_be_the_first_to_call_an_operator(forking):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import time
@@ -32,7 +31,7 @@ from slimvit.errors import MismatchError, SlimvitError, UsageError
 from slimvit.export import sample_images
 from slimvit.macs import gmacs, mean_gmacs
 from slimvit.masks import Masks
-from slimvit.models import spec
+from slimvit.models import copied, spec
 from slimvit.runtime import PRECISIONS, apply_masks
 
 _log = logging.getLogger("slimvit")
@@ -92,7 +91,7 @@ def bench(
     against = None if against is None else some_of("against", against, RUNTIMES)
     shape, device = spec(model), next(model.parameters()).device
     setting = Setting(device, batch, precision, timing.threads, backend)
-    model = copy.deepcopy(model).float().eval()
+    model = copied(model).float().eval()
     masks = apply_masks(model, masks).kept
     sample = sample_images((shape.in_chans, *shape.image_size), batch).to(device)
     batches = [sample] if images is None else _batches(images, sample, timing.rounds)
@@ -155,6 +154,9 @@ def _prepare(
     tell: Callable[[str], object],
 ) -> tuple[list[_Group], dict[str, str]]:
     """Every row that works here, ready and verified, by runtime; and why the others do not."""
+    for name in against or ():
+        if (reason := RUNTIMES[name].why_not(setting)) is not None:
+            raise SlimvitError(f"runtime {name}: {reason}")
     referee = Referee(work)
 
     def row(kind: type[Runtime], pruned: bool) -> _Ready:

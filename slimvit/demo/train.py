@@ -26,7 +26,7 @@ from slimvit.errors import SlimvitError
 def parser() -> argparse.ArgumentParser:
     """The arguments of this script."""
     result = argparse.ArgumentParser(
-        prog="python -m slimvit.demo.train", description=__doc__.splitlines()[0]
+        prog="python -m slimvit.demo.train", description="Train the digits model of the demo."
     )
     result.add_argument(
         "--output", type=Path, default=Path(_model.WEIGHTS), help="weights to write, safetensors"

@@ -1,5 +1,6 @@
 """Foreign models: the only place that knows timm's classes."""
 
+from slimvit.models.copying import copied
 from slimvit.models.create import create, load_checkpoint
 from slimvit.models.dynamic import dynamic_class
 from slimvit.models.mode import evaluating
@@ -19,6 +20,7 @@ __all__ = [
     "block_module",
     "block_parts",
     "check_masks",
+    "copied",
     "create",
     "dynamic_class",
     "embed",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from slimvit.backends.packed_linear import PatchLinear
 from slimvit.errors import UnsupportedModelError
 from slimvit.masks import Masks
+from slimvit.models.copying import copied
 from slimvit.models.vision_transformer import call_block, check_shape, embed, parts, slim_blocks
 from slimvit.ops import (
     BlockParts,
@@ -78,7 +80,7 @@ class SlimmedViT(nn.Module):
         """
         if getattr(self, "_folded", False):
             raise UnsupportedModelError("an accelerated model is folded: no dense one is left")
-        model = copy.deepcopy(self)
+        model = copied(self)
         for name in self._taken:
             delattr(model, name)
         model.__class__ = base_of(type(self))
@@ -106,20 +108,38 @@ class _Slim(SlimmedViT):
     """The forward with static masks."""
 
     masks: Masks
-    plan = None
     _order: Tensor
-    _taken = ("masks", "_counts", "_idle", "_dead", "_folded", "_order")
+    _taken = ("masks", "plan", "_counts", "_idle", "_dead", "_folded", "_order")
 
     def set_masks(self, masks: Masks) -> None:
+        self.plan = None
         self.masks = masks.replace()  # a copy, whose tensors nobody else writes to
         self._counts = masks.counts
         self._idle = masks.semantics == "idle"
         self._dead = [masks.tokens - m if masks.semantics == "zero" else 0 for m in masks.alive]
-        device = self.cls_token.device
         self._folded = False
-        self.register_buffer("_order", masks.order.to(device), persistent=False)
+        order = masks.order.to(self.cls_token.device)
+        self.register_buffer("_order", order, persistent=False)
         for block in self.blocks:
             through(block)
+
+    def _restore_order(self) -> None:
+        """Put the order beside the weights again, where those were made anew without it."""
+        order, device = self.masks.order, self.cls_token.device
+        if self._order.device != device:
+            self._order = order.to(device)
+        else:  # in its place, which may be shared
+            with torch.inference_mode():
+                self._order.copy_(order)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Slim:
+        super()._apply(fn, recurse)
+        self._restore_order()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._restore_order()
 
     def _slim_tokens(self, images: Tensor) -> Tensor:
         """Tokens after the final norm in lifetime order, [n_L, B, D] ([N, B, D] where idle)."""
@@ -253,7 +273,8 @@ class _Slim(SlimmedViT):
 
     def scatter(self, x: Tensor) -> Tensor:
         """Tokens in lifetime order, [B, n, D], back in their places: [B, N, D], zero elsewhere."""
-        return scatter_tokens(x, self._order[: x.shape[1]], self.masks.tokens)
+        order = self._order[: x.shape[1]].to(x.device)
+        return scatter_tokens(x, order, self.masks.tokens)
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -315,9 +336,9 @@ def _without_scale(block: nn.Module) -> nn.Module:
 
 def _shallow(module: nn.Module) -> nn.Module:
     """The same parts and parameters in a module of their own."""
-    copied = copy.copy(module)
-    copied._modules, copied._parameters = dict(module._modules), dict(module._parameters)
-    return copied
+    same = copy.copy(module)
+    same._modules, same._parameters = dict(module._modules), dict(module._parameters)
+    return same
 
 
 def _scales(scale: nn.Module, linear: nn.Module) -> bool:

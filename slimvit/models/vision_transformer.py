@@ -300,11 +300,20 @@ def check_image_shape(images: Tensor, image_shape: tuple[int, ...]) -> None:
     Raises:
         SlimvitError: they are not.
     """
-    if isinstance(images, fx.Proxy):
-        raise SlimvitError("slimmed models cannot be traced symbolically: use torch.export")
+    refuse_symbols(images)
     if images.dim() != 4 or images.shape[1:] != image_shape:
         sides = ", ".join(map(str, image_shape))
         raise SlimvitError(f"images must be [B, {sides}], got {list(images.shape)}")
+
+
+def refuse_symbols(images: object) -> None:
+    """Refuse torch.fx's stand-ins for images.
+
+    Raises:
+        SlimvitError: they are.
+    """
+    if isinstance(images, fx.Proxy):
+        raise SlimvitError("slimmed models cannot be traced symbolically: use torch.export")
 
 
 def embed(model: nn.Module, images: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def accelerate(
 
     Returns:
         A module with timm's calls (`forward`, `forward_features`, `forward_head`,
-        `num_classes`) that answers like `apply_masks(model, masks).eval()`.
+        `get_classifier`, `num_classes`, `num_features`) that answers like
+        `apply_masks(model, masks).eval()`.
 
     Raises:
         UsageError: `masks` are nothing of these, None with a dense model, or an option is unknown.
@@ -85,6 +86,8 @@ def accelerate(
     spec = models.spec(model)
     # Kernels read a dynamic model as one whose masks keep everything in the model's own order.
     folded = slim if plan is None else apply_masks(model, _dense(spec))
+    if torch.finfo(folded.cls_token.dtype).bits < 16:  # which nothing computes in
+        folded.to(dtype)
     folded.fold()
     parts = folded.network_parts()
     backend = choose(backend, device, dtype, partial(_why_not, parts, plan))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
 
+import torch
 from torch import nn
 
 from slimvit import models
@@ -13,6 +13,7 @@ from slimvit.errors import UsageError
 from slimvit.masks import Masks
 
 
+@torch.inference_mode(False)  # what it returns can be trained
 def apply_masks(
     model: nn.Module, masks: Masks | Planner | str | os.PathLike[str]
 ) -> models.SlimmedViT:
@@ -47,12 +48,12 @@ def apply_masks(
     spec = models.spec(model)
     if isinstance(kept, Planner):
         kept = kept.bind(spec)
-        slim = copy.deepcopy(model)
+        slim = models.copied(model)
         slim.__class__ = models.dynamic_class(type(model))
         slim.set_plan(kept)
         return slim
     models.check_masks(kept, spec)
-    slim = copy.deepcopy(model)
+    slim = models.copied(model)
     slim.__class__ = models.slim_class(type(model))
     slim.set_masks(kept)
     return slim

@@ -13,7 +13,8 @@ from slimvit.checks import whole
 from slimvit.dynamic import Planner
 from slimvit.errors import SlimvitError, UsageError
 from slimvit.masks import Masks
-from slimvit.models.vision_transformer import check_image_shape
+from slimvit.models import SlimmedViT
+from slimvit.models.vision_transformer import check_image_shape, refuse_symbols
 from slimvit.runtime.graphs import Graph
 
 
@@ -97,6 +98,25 @@ class AcceleratedViT(nn.Module):
         """The dynamic plan, or None where masks are the same for all images."""
         return getattr(self.network, "plan", None)
 
+    @property
+    def num_features(self) -> int:
+        """Width of the features, D; timm's `embed_dim` and `head_hidden_size` are the same."""
+        return self.network.num_features
+
+    embed_dim = head_hidden_size = num_features
+
+    @property
+    def global_pool(self) -> str:
+        """What the head reads, by timm's name."""
+        return self.network.global_pool
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """The head; of a distilled model both."""
+        return self.network.get_classifier()
+
+    forward_intermediates = get_intermediate_layers = SlimmedViT.forward_intermediates
+    set_input_size = SlimmedViT.set_input_size
+
     def kept_sets(self, images: Tensor) -> list[Tensor]:
         """Places of the tokens that each block keeps of images [B, C, H, W]: L of [B, n], int64.
 
@@ -144,6 +164,7 @@ def check_graph(plan: Planner | None, device: torch.device) -> None:
 
 def check_floating(images: Tensor) -> None:
     """Refuse images of integers, which have not been normalised, and such as are not dense."""
+    refuse_symbols(images)
     if not isinstance(images, Tensor):
         raise SlimvitError(f"images must be a tensor, got {type(images).__name__}")
     if images.layout is not torch.strided or images.is_nested:
