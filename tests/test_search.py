@@ -45,6 +45,25 @@ def test_errors_are_what_the_definition_says(tiny_vit, batches):
         torch.testing.assert_close(masks.errors[layer - 1], expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("score", ["eq6", "attention"])
+def test_errors_of_features_whose_squares_are_beyond_float16(tiny_vit, batches, dtype, score):
+    """Of a residual with a channel of 300, as DINOv2 and CLIP have them."""
+    with torch.no_grad():
+        tiny_vit.pos_embed[..., 7] += 300
+    options = {"counts": (9, 9, 9, 9, 9, 1), "score": score}
+    wanted = quick(tiny_vit, batches, **options).masks.errors
+    got = quick(tiny_vit.to(dtype), batches, **options).masks.errors
+    torch.testing.assert_close(got[:-1].log10(), wanted[:-1].log10(), rtol=0, atol=0.5)
+
+
+def test_errors_of_features_whose_squares_overflow_are_refused(tiny_vit, batches):
+    with torch.no_grad():
+        tiny_vit.pos_embed[..., 7] += 1e20
+    with pytest.raises(SearchError, match="error of block 6 must be a number, got NaN"):
+        quick(tiny_vit, batches, tolerance=0.1, score="attention")
+
+
 def test_every_block_is_within_the_tolerance_and_one_token_less_is_not(tiny_vit, batches):
     result = quick(tiny_vit, batches, tolerance=0.02)
     assert (result.masks.errors <= 0.02).all()

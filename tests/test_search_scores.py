@@ -104,3 +104,15 @@ def test_scores_are_per_image_and_positive(name):
     score = SCORES[name](view())
     assert score.shape == (2, 5)
     assert (score > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("score", [eq6, attention])
+def test_squares_beyond_float16(dtype, score):
+    """A channel of 300, as DINOv2 and CLIP have them."""
+    given = view()
+    low = [part.to(dtype) for part in (given.attention, 300 + given.inputs, given.paths)]
+    got = score(given._replace(attention=low[0], inputs=low[1], paths=low[2]))
+    wide = [part.double() for part in low]
+    wanted = score(given._replace(attention=wide[0], inputs=wide[1], paths=wide[2]))
+    torch.testing.assert_close(got.double(), wanted, rtol=0.02, atol=0)

@@ -19,7 +19,7 @@ from slimvit.ops import (
 from slimvit.search.features import Features
 from slimvit.search.paths import last_moment, step_moment
 from slimvit.search.reduce import ExactMean
-from slimvit.search.scores import LayerView, Score
+from slimvit.search.scores import LayerView, Score, squares
 
 
 @dataclass
@@ -59,6 +59,8 @@ class Layer:
     def relative_error(self, features: Features, batch: int, n: int) -> Tensor:
         """‖diag(m)(Ẑ_{t+1} − Z_{t+1})‖²_F / ‖diag(m) Z_{t+1}‖²_F for S_t = order[:n], [b].
 
+        Of features whose squares overflow it is NaN.
+
         Source: Patch Slimming (Tang et al., CVPR 2022), Eq. 4, relative to the features' size.
         """
         x = self.output(features, batch, n)
@@ -72,7 +74,8 @@ class Layer:
         y = slim_block(x, self.above, self.above_count, extra_key=extra)
         kept = self.order[: self.above_count].to(x.device)
         target = take(features.at(self.index + 1, batch), kept)
-        return (y - target).square().sum((0, 2)) / target.square().sum((0, 2))
+        size = squares(target, (0, 2))
+        return squares(y - target, (0, 2)) / size.masked_fill(size.isinf(), torch.nan)
 
     @torch.no_grad()
     def error(self, features: Features, n: int) -> float:

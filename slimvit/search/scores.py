@@ -38,19 +38,24 @@ def eq6(view: LayerView) -> Tensor:
     Source: Patch Slimming (Tang et al., CVPR 2022), Eq. 6.
     """
     u = view.attention @ view.inputs.abs().unsqueeze(1)  # [b, H, N, D]
-    return view.paths * u.square().sum(dim=(1, 3))
+    return view.paths * squares(u, (1, 3))
 
 
 def attention(view: LayerView) -> Tensor:
     """Σ_h ‖P_t^h[:, i]‖², the columns of the current block's attention (ablation of the paper)."""
-    return view.attention.square().sum(dim=(1, 2))
+    return squares(view.attention, (1, 2))
 
 
 def random(view: LayerView) -> Tensor:
     """The same random ranking for every image and block (ablation of the paper)."""
     generator = torch.Generator().manual_seed(view.seed)
-    values = torch.rand(view.paths.shape[1], generator=generator)
+    values = torch.rand(view.paths.shape[1], generator=generator, dtype=torch.float32)
     return values.to(view.paths).expand_as(view.paths)
+
+
+def squares(x: Tensor, dim: tuple[int, int]) -> Tensor:
+    """Σ x² over two dimensions, in float32 or better: in float16 the square of 256 is infinite."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(dim)
 
 
 Score = Callable[[LayerView], Tensor]
