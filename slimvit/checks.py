@@ -109,6 +109,17 @@ def some_of(name: str, values: Any, known: Iterable[str]) -> tuple[str, ...]:
     return tuple(one_of(f"each of {name}", value, known) for value in found)
 
 
+def iterable(name: str, value: Any) -> Any:
+    """`value`, which gives batches one after another; none is taken here.
+
+    Raises:
+        UsageError: it gives nothing, as None or a model.
+    """
+    if not any(hasattr(type(value), method) for method in ("__iter__", "__getitem__")):
+        raise UsageError(f"{name} must give batches one by one, got {type(value).__name__}")
+    return value
+
+
 def _each(name: str, values: Any, what: str, error: type[SlimvitError]) -> Iterator[Any]:
     """What a sequence other than text holds."""
     try:

@@ -7,6 +7,10 @@ import hashlib
 import inspect
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def code_digest(*things: object) -> str:
@@ -19,6 +23,14 @@ def code_digest(*things: object) -> str:
     if not any(sources):
         return ""
     return hashlib.blake2b(b"\0".join(sources), digest_size=8).hexdigest()
+
+
+def content(value: Tensor) -> memoryview:
+    """The numbers of a dense tensor in their order, as bytes, wherever and however it is held."""
+    import torch
+
+    plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return plain.view(-1).view(torch.uint8).numpy().data
 
 
 def is_own(thing: object) -> bool:

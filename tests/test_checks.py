@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimvit.checks import number, numbers, one_of, whole, wholes
+from slimvit.checks import iterable, number, numbers, one_of, whole, wholes
 from slimvit.errors import PlanError, UsageError
 
 
@@ -90,3 +90,11 @@ def test_one_of_names():
         with pytest.raises(UsageError, match="kind must be one of a, b, got ") as caught:
             one_of("kind", value, ("a", "b"))
         assert repr(value) in str(caught.value)
+
+
+def test_what_gives_no_batches_is_refused():
+    for loader in ([], (), "text", torch.zeros(2), iter([1]), range(3)):
+        assert iterable("loader", loader) is loader
+    for loader, kind in ((None, "NoneType"), (5, "int"), (torch.nn.Linear(1, 1), "Linear")):
+        with pytest.raises(UsageError, match=f"^loader must give batches one by .*, got {kind}$"):
+            iterable("loader", loader)

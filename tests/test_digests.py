@@ -3,10 +3,12 @@
 import functools
 import importlib
 import linecache
+import struct
 
 import pytest
+import torch
 
-from slimvit.digests import code_digest
+from slimvit.digests import code_digest, content
 from slimvit.search import scores
 
 CODE = """
@@ -81,3 +83,18 @@ def test_slimvits_own_count_by_themselves():
 
 def test_what_has_no_source_has_no_digest():
     assert code_digest(len) == code_digest(int) == code_digest() == ""
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch._neg_view(torch.tensor([-1.5, 2.0])),
+        torch.tensor([1.5, 0, -2.0, 0])[::2],
+        torch.tensor([[1.5], [-2.0]]).t(),
+        torch.complex(torch.tensor(1.5), torch.tensor(2.0)).conj(),
+        torch.tensor([1.5, -2.0]).requires_grad_(),
+    ],
+    ids=["negative", "strided", "transposed", "conjugate", "gradient"],
+)
+def test_content_is_what_the_numbers_are(value):
+    assert content(value).tobytes() == struct.pack("2f", 1.5, -2.0)

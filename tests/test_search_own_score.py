@@ -67,3 +67,29 @@ def test_scores_of_any_finite_size(tiny_vit, batches, scale):
     got = quick(tiny_vit, batches, tolerance=0.05, score=lambda v: spreads(v) * scale).masks
     assert torch.equal(got.keep, wanted.keep)
     torch.testing.assert_close(got.scores, wanted.scores)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda values: values.to_sparse(), "sparse_coo"),
+        (lambda values: torch.nested.as_nested_tensor(list(values)), "nested"),
+        (lambda values: values.to("meta"), "meta"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_scores_that_are_no_plain_numbers(tiny_vit, batches, change, kind):
+    with pytest.raises(SearchError, match=f"a dense tensor with values, got a {kind} one"):
+        quick(tiny_vit, batches, tolerance=0.1, score=lambda view: change(view.paths))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16, torch.bool, torch.float16])
+def test_scores_of_any_dtype(tiny_vit, batches, dtype):
+    options = {"counts": (12, 12, 9, 9, 5, 1)}
+
+    def steps(view):
+        return (view.inputs.norm(dim=-1).argsort(1) % 4).float()
+
+    wanted = quick(tiny_vit, batches, score=lambda v: steps(v).to(dtype).float(), **options).masks
+    got = quick(tiny_vit, batches, score=lambda v: steps(v).to(dtype), **options).masks
+    assert torch.equal(got.keep, wanted.keep) and torch.equal(got.scores, wanted.scores)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from slimvit.data import ImageFolder
-from slimvit.digests import code_digest, is_own
+from slimvit.digests import code_digest, content, is_own
 from slimvit.dynamic import Planner
 from slimvit.finetune._student import plan_of
 
@@ -71,5 +71,5 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     for value in tensors:
         digest.update(f"{value.dtype} {list(value.shape)}".encode())
         if value.layout is torch.strided:
-            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(content(value))
     return digest.hexdigest()

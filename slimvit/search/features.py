@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimvit import models
-from slimvit.checks import whole
+from slimvit.checks import iterable, whole
+from slimvit.digests import content
 from slimvit.errors import DataError, SlimvitError, UsageError
 from slimvit.ops import slim_block
 from slimvit.runtime.accelerated import check_floating
@@ -180,9 +181,13 @@ def images_of(loader: Iterable[Any]) -> Iterator[Tensor]:
     """The images [b, C, H, W] of batches, which are images or begin with them.
 
     Raises:
-        UsageError: a batch is something else, as a dict is.
+        UsageError: the loader cannot be gone through, or a batch is something else, as a dict is.
         SlimvitError: they are integers, which have not been normalised.
     """
+    return _images_of(iterable("loader", loader))
+
+
+def _images_of(loader: Iterable[Any]) -> Iterator[Tensor]:
     for batch in loader:
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(images, Tensor):
@@ -197,5 +202,4 @@ def images_of(loader: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _hash(image: Tensor) -> int:
-    content = image.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(content(image), digest_size=7).digest(), "little")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from slimvit import models
-from slimvit.digests import code_digest
+from slimvit.digests import code_digest, content
 from slimvit.errors import UsageError
 from slimvit.masks import Masks
 from slimvit.runtime import accelerate
@@ -85,5 +85,5 @@ def _weights(dense: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, value in dense.state_dict().items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(content(value))
     return digest.hexdigest()

@@ -181,15 +181,27 @@ def score_batch(
 
 
 def _normalised(values: object, images: int, tokens: int, index: int) -> Tensor:
-    """Scores of sum 1 for each image, in float32 or better."""
+    """Scores of sum 1 for each image, in float32 or float64."""
+    if isinstance(values, Tensor) and (kind := _odd_kind(values)):
+        raise SearchError(f"a score must be a dense tensor with values, got a {kind} one")
     if not isinstance(values, Tensor) or tuple(values.shape) != (images, tokens):
         got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise SearchError(f"a score must be a tensor [b, N] = [{images}, {tokens}], got {got}")
     if values.is_complex():
         raise SearchError(f"a score must be of real numbers, got {values.dtype}")
-    sums = values.sum(1, keepdim=True, dtype=torch.float64)  # in float32 great ones overflow
-    if not torch.isfinite(sums).all() or (values < 0).any() or (sums <= 0).any():
+    wide = values.double()  # in float32 sums of great ones overflow
+    sums = wide.sum(1, keepdim=True)
+    if not torch.isfinite(sums).all() or (wide < 0).any() or (sums <= 0).any():
         raise SearchError(
             f"scores must be finite, not negative and not all zero, those of block {index} are not"
         )
-    return (values / sums).to(torch.promote_types(values.dtype, torch.float32))
+    return (wide / sums).to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+
+
+def _odd_kind(values: Tensor) -> str | None:
+    """What keeps a tensor from being plain numbers in memory, if anything does."""
+    if values.is_nested:
+        return "nested"
+    if values.layout is not torch.strided:
+        return str(values.layout).removeprefix("torch.")
+    return "meta" if values.is_meta else None
