@@ -76,7 +76,7 @@ class Objective:
             loss = s.class_weight * feature_loss(logits, teacher)
         else:
             loss = class_loss(logits, teacher, targets, s.class_weight)
-        wanted = torch.tensor(self._wanted, device=logits.device)
+        wanted = torch.tensor(self._wanted, dtype=torch.float32, device=logits.device)
         loss = loss + s.keep_weight * keep_loss(student.shares, wanted)
         if tokens is not None:
             loss = loss + s.token_weight * token_loss(student.tokens, tokens, student.policy)

@@ -20,8 +20,9 @@ def spread_pattern(grid: tuple[int, int]) -> Tensor:
     # The grid is taken as a ring in both directions, so that its border is like its middle.
     near_rows, near_columns = _nearness(grid[0]), _nearness(grid[1])
     count = grid[0] * grid[1]
-    crowd = torch.rand(count, generator=torch.Generator().manual_seed(0)) * 1e-3  # breaks ties
-    rank = torch.empty(count)
+    generator = torch.Generator().manual_seed(0)
+    crowd = torch.rand(count, generator=generator, dtype=torch.float32) * 1e-3  # breaks ties
+    rank = torch.empty(count, dtype=torch.float32)
     for i in range(count):
         chosen = int(crowd.argmin())
         rank[chosen] = i
@@ -33,6 +34,6 @@ def spread_pattern(grid: tuple[int, int]) -> Tensor:
 
 def _nearness(size: int) -> Tensor:
     """exp(-d² / 2) of every two places on a ring, [size, size]."""
-    place = torch.arange(float(size))
+    place = torch.arange(size, dtype=torch.float32)
     distance = (place[:, None] - place).abs()
     return (-torch.minimum(distance, size - distance).square() / 2).exp()
