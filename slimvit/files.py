@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -45,7 +46,8 @@ def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
     target = Path(os.path.realpath(path))
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        prefix = f".{target.name}.{os.getpid()}."
+        handle, temporary = tempfile.mkstemp(prefix=prefix, dir=target.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -58,6 +60,27 @@ def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove what `atomic_write` left beside `path` in processes that were killed meanwhile."""
+    target = Path(os.path.realpath(path))
+    unfinished = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.[a-z0-9_]{{8}}")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(target.parent):
+            found = unfinished.fullmatch(name)
+            if found and not _runs(int(found[1])):
+                os.unlink(target.parent / name)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True  # another user's
+    return process != os.getpid()  # one with this number, before: this one is not writing
 
 
 def tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

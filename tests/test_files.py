@@ -18,6 +18,7 @@ from slimvit.files import (
     is_writable,
     put_in_place,
     refuse_unwritable,
+    remove_leftovers,
     tensor_bytes,
     written_together,
 )
@@ -233,3 +234,21 @@ def test_tensors_are_written_alike_in_every_process(tmp_path):
         written.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert sorted(written[0]) == ["masks", "own", "plan", "weights"]
     assert written[0] == written[1] == written[2]
+
+
+def test_leftovers_of_killed_processes(tmp_path):
+    code = """if True:
+        import os, sys
+        from slimvit.files import atomic_write
+        os.fsync = lambda handle: os.kill(os.getpid(), 9)
+        atomic_write(sys.argv[1], b"new")
+    """
+    path = tmp_path / "a.bin"
+    subprocess.run([sys.executable, "-c", code, path], env=os.environ)
+    (left,) = os.listdir(tmp_path)
+    others = {".a.bin.old", ".a.bin.1.abcdefgh", ".b" + left[2:], left + ".txt", "a.bin"}
+    for name in others:
+        (tmp_path / name).write_bytes(b"")
+    remove_leftovers(path)
+    assert set(os.listdir(tmp_path)) == others
+    remove_leftovers(tmp_path / "missing" / "a.bin")

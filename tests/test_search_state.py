@@ -3,6 +3,7 @@
 import functools
 import importlib
 import linecache
+import subprocess
 import sys
 
 import pytest
@@ -209,3 +210,11 @@ def test_a_score_that_was_edited_is_another_score(
         quick(tiny_vit, batches, tolerance=0.02, score=edited, state=state)
     with pytest.raises(InterruptedError):  # the same one goes on to where its calls end
         quick(tiny_vit, batches, tolerance=0.02, score=written(CODE), state=state)
+
+
+def test_leftovers_of_a_killed_search_go(tiny_vit, batches, state):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    state.with_name(f".{state.name}.{dead.pid}.abcd_012").write_bytes(b"half")
+    quick(tiny_vit, batches[:1], counts=(12, 12, 9, 9, 5, 1), state=state)
+    assert list(state.parent.iterdir()) == []

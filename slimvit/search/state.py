@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from slimvit.errors import SlimvitError
-from slimvit.files import atomic_write, refuse_unwritable, tensor_bytes
+from slimvit.files import atomic_write, refuse_unwritable, remove_leftovers, tensor_bytes
 from slimvit.search.algorithm1 import Found
 from slimvit.search.reduce import rank
 
@@ -44,6 +44,8 @@ class State:
         self.notes: dict[str, float] = {}
         if self._path is not None:
             refuse_unwritable("state", self._path)
+            if rank() == 0:
+                remove_leftovers(self._path)
         if self._path is not None and self._path.exists() and not restart:
             self._read()
         self.check(identity)
