@@ -12,7 +12,9 @@ from timm.utils import accuracy
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from slimvit.checks import iterable
 from slimvit.errors import DataError, SlimvitError, UsageError
+from slimvit.models import evaluating
 from slimvit.runtime.accelerated import AcceleratedViT
 
 
@@ -57,6 +59,9 @@ def evaluate(
 ) -> Evaluation:
     """Run both models on the same images and compare their answers.
 
+    Both are in evaluation mode for the call, in which they draw no random numbers; then each of
+    their modules is in the mode in which it was.
+
     Args:
         dense: the reference, in any floating dtype.
         slim: the slimmed model, same call, in any floating dtype.
@@ -68,24 +73,26 @@ def evaluate(
 
     Raises:
         DataError: the loader gives no image.
-        UsageError: a model is no module, a batch is not (images, targets) of these shapes, a label
-            is no class of the models, or their answers differ in shape.
+        UsageError: a model is no module, the loader cannot be gone through, a batch is not (images,
+            targets) of these shapes, a label is no class of the models, or their answers differ in
+            shape.
         SlimvitError: an output is NaN or infinite.
     """
     check_modules(dense=dense, slim=slim)
+    loader = iterable("loader", loader)
     device = torch.device(device) if device else next(dense.parameters()).device
     classes = getattr(dense, "num_classes", 1) > 0
     shape, sums = image_shape(slim) or image_shape(dense), torch.zeros(9, dtype=torch.float64)
-    for batch in tqdm(
-        loader, "evaluate", unit="batch", disable=None if progress else True, leave=False
-    ):
-        images, targets = read_batch(batch, shape)
-        if not len(targets):
-            continue
-        answers = _answers(dense, slim, images.to(device, non_blocking=True))
-        if classes:
-            check_labels(targets, answers["dense"].shape[1])
-        sums += _count(**answers, targets=targets.to(device), classes=classes).cpu()
+    bar = tqdm(loader, "evaluate", unit="batch", disable=None if progress else True, leave=False)
+    with evaluating(dense), evaluating(slim):
+        for batch in bar:
+            images, targets = read_batch(batch, shape)
+            if not len(targets):
+                continue
+            answers = _answers(dense, slim, images.to(device, non_blocking=True))
+            if classes:
+                check_labels(targets, answers["dense"].shape[1])
+            sums += _count(**answers, targets=targets.to(device), classes=classes).cpu()
     if reduce and dist.is_initialized():
         sums = _sum_over_processes(sums, device)
     return _percentages(sums.tolist(), classes)

@@ -9,6 +9,7 @@ import torch
 from planners import FLOAT32, KINDS, pair, plans
 from references import build, off, random_images, randomise
 from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
 from torch import Tensor
 from tracing import check_compiled, check_exported
 
@@ -226,3 +227,17 @@ class TestTracing:
             dynamic_axes=axes,
         )
         assert file.tell() > 0
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+def test_timms_optimizers_decay_no_norms_and_biases_of_selectors(tiny_vit, layer_decay):
+    """Which are [H, 1, c]: timm leaves out vectors."""
+    slim = apply_masks(tiny_vit, SPViT())
+    optimizer = create_optimizer_v2(slim, "adamw", weight_decay=0.05, layer_decay=layer_decay)
+    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    wanted = {name: p.ndim > 1 and name.endswith(".weight") for name, p in of_plan(slim)}
+    assert {name: id(p) in decayed for name, p in of_plan(slim)} == wanted
+
+
+def of_plan(slim):
+    return slim.plan.named_parameters(prefix="plan")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimvit import Masks, accelerate, apply_masks, models
+from slimvit import Masks, SPViT, accelerate, apply_masks, models
 from slimvit.data import ImageFolder, image_transform, loader
 from slimvit.errors import DataError, SlimvitError, UsageError
 from slimvit.evaluate import evaluate
@@ -218,3 +218,30 @@ def test_real_top1(real):
     assert found.images == found.labelled == 24
     assert found.agreement == 100.0  # a last block of only the class token loses nothing
     assert found.dense_top1 == found.top1 and 60 <= found.top1 <= 95
+
+
+def test_models_are_evaluated_in_evaluation_mode(tiny_vit, labelled):
+    """In training selectors draw what they keep; one block is left in evaluation mode."""
+    slim = apply_masks(tiny_vit, SPViT([0.6, 0.3]))
+    wanted = evaluate(tiny_vit, slim, labelled)
+    for model in (tiny_vit, slim):
+        model.train().blocks[2].eval()
+    modes = [module.training for model in (tiny_vit, slim) for module in model.modules()]
+    state = torch.get_rng_state()
+    assert evaluate(tiny_vit, slim, labelled) == wanted
+    assert torch.equal(torch.get_rng_state(), state)
+    assert modes == [module.training for model in (tiny_vit, slim) for module in model.modules()]
+
+
+def test_in_inference_mode_and_compiled(tiny_vit, labelled):
+    wanted = evaluate(tiny_vit, tiny_vit, labelled)
+    compiled = torch.compile(tiny_vit.train(), backend="eager")
+    with torch.inference_mode():
+        assert evaluate(compiled, tiny_vit, labelled) == wanted
+    assert compiled.training and tiny_vit.training
+
+
+def test_what_is_no_loader(tiny_vit):
+    for wrong in (None, tiny_vit):
+        with pytest.raises(UsageError, match="loader must give batches one by one, got "):
+            evaluate(tiny_vit, tiny_vit, wrong)

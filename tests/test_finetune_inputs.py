@@ -1,5 +1,6 @@
 """What fine-tuning takes, and what it refuses."""
 
+import subprocess
 from copy import deepcopy
 
 import pytest
@@ -51,6 +52,51 @@ def test_loader_is_checked(pair, labelled):
         finetune(*pair, iter(labelled), **QUICK)
     with pytest.raises(DataError, match="too few images"):
         finetune(*pair, [], **QUICK)
+
+
+@pytest.mark.parametrize("name", ["loader", "val_loader"])
+def test_what_is_no_loader(pair, labelled, name):
+    loaders = {"loader": labelled, "val_loader": labelled, name: pair[1]}
+    rule = f"^{name} must give batches one by one, got VisionTransformer"
+    with pytest.raises(UsageError, match=rule):
+        finetune(*pair, loaders["loader"], val_loader=loaders["val_loader"], epochs=1, **QUICK)
+
+
+@pytest.mark.parametrize("plan", [None, SPViT([0.5])], ids=str)
+def test_inference_mode_is_refused(pair, labelled, plan):
+    slim = pair[0] if plan is None else apply_masks(pair[1], plan)
+    rule = r"finetune trains: call it outside torch\.inference_mode"
+    with torch.inference_mode(), pytest.raises(UsageError, match=rule):
+        finetune(slim, pair[1], labelled, epochs=1, **QUICK)
+
+
+@pytest.mark.parametrize("options", [{}, {"amp": "float16"}, {"ema_decay": 0.5}], ids=str)
+def test_batches_without_any_image(pair, labelled, tmp_path, options):
+    before, empty = weights(pair[0]), [(images[:0], targets[:0]) for images, targets in labelled]
+    output = tmp_path / "slim.safetensors"
+    with pytest.raises(DataError, match="there is no image to train on: epoch 1 has none"):
+        finetune(*pair, empty, epochs=2, output=output, **QUICK | options)
+    assert same(weights(pair[0]), before) and list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_run_go(pair, labelled, tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    output = tmp_path / "slim.safetensors"
+    for path in (output, resume_path(output), plan_path(output)):
+        path.with_name(f".{path.name}.{dead.pid}.abcd_012").write_bytes(b"half")
+    finetune(*pair, labelled, epochs=1, output=output, **QUICK)
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("amp", ["none", "bfloat16"])
+def test_autocast_around_the_call_has_no_say(pair, labelled, amp):
+    slim, dense = pair
+    other, options = deepcopy(slim), QUICK | {"epochs": 1, "amp": amp}
+    finetune(slim, dense, labelled, val_loader=labelled, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        finetune(other, dense, labelled, val_loader=labelled, **options)
+    assert same(weights(other), weights(slim))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])

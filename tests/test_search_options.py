@@ -5,7 +5,10 @@ import pytest
 import torch
 from test_search import quick
 
+import slimvit
 from slimvit.errors import SlimvitError, UnsupportedModelError, UsageError
+from slimvit.models import spec
+from slimvit.search import fit_absorb, fit_dps, fit_thresholds
 
 
 @pytest.fixture
@@ -101,3 +104,80 @@ def test_images_of_integers_have_not_been_normalised(tiny_vit):
     images = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
     with pytest.raises(SlimvitError, match="images must be floating point, got uint8"):
         quick(tiny_vit, [images], tolerance=0.1)
+
+
+CALLS = {
+    "prune": lambda model, loader: slimvit.prune(model, loader, tolerance=0.1, progress=False),
+    "fit_dps": lambda model, loader: fit_dps(
+        model, loader, (12, 12, 9, 9, 5, 1), epochs=1, progress=False
+    ),
+    "fit_absorb": lambda model, loader: fit_absorb(model, loader, cut=0.3, progress=False),
+    "fit_thresholds": lambda model, loader: fit_thresholds(
+        model, slimvit.Absorb(cut=0.3), loader, progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_no_loader(tiny_vit, call):
+    for loader in (tiny_vit, None):
+        if loader is None and call == "fit_absorb":
+            continue  # which needs none
+        with pytest.raises(UsageError, match="loader must give batches one by one, got "):
+            CALLS[call](tiny_vit, loader)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_images_with_the_negative_bit(tiny_vit, batches, call):
+    CALLS[call](tiny_vit, [torch._neg_view(batches[0])])
+
+
+@pytest.mark.parametrize("call", [name for name in CALLS if name != "fit_dps"])
+def test_what_trains_nothing_works_in_inference_mode(tiny_vit, batches, call):
+    with torch.inference_mode():
+        CALLS[call](tiny_vit, batches[:1])
+
+
+@pytest.mark.parametrize("call", ["search", "fit_dps"])
+def test_what_trains_is_refused_in_inference_mode(tiny_vit, call):
+    with torch.inference_mode(), pytest.raises(UsageError, match="outside torch.inference_mode"):
+        if call == "search":
+            quick(tiny_vit, None, tolerance=0.1, epochs=1)
+        else:
+            CALLS[call](tiny_vit, None)
+
+
+def text_of(found):
+    """Every number of masks, or of a plan and its report."""
+    if isinstance(found, slimvit.Masks):
+        return f"{found.errors.tolist()} {found.scores.tolist()}"
+    plan, report = found if isinstance(found, tuple) else (found, ())
+    return f"{plan.settings()} {[value.tolist() for value in plan.parameters()]} {report}"
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_computes_in_the_models_precision(tiny_vit, batches, call):
+    wanted = text_of(CALLS[call](tiny_vit, batches))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert text_of(CALLS[call](tiny_vit, batches)) == wanted
+
+
+@pytest.fixture
+def double_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_the_default_dtype_has_no_say(tiny_vit, batches, request):
+    shape, options = spec(tiny_vit), {"counts": (12, 12, 9, 9, 5, 1), "score": "random"}
+
+    def found():
+        plans = [slimvit.DPS(options["counts"]).bind(shape), slimvit.SPViT().bind(shape)]
+        plans.append(CALLS["fit_dps"](tiny_vit, batches)[0])
+        weights = [value for plan in plans for value in plan.state_dict().values()]
+        return [*weights, quick(tiny_vit, batches, **options).masks.scores]
+
+    wanted = found()
+    request.getfixturevalue("double_by_default")
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found(), wanted))

@@ -32,11 +32,9 @@ def make_optimizer(slim: nn.Module, learns: bool, settings: Settings) -> torch.o
     options = {"opt": "adamw", "lr": settings.lr, "weight_decay": settings.weight_decay}
     if not learns:
         return create_optimizer_v2(slim, **options)
-    own = dict(slim.plan.named_parameters(prefix="plan"))
-    skip = {*slim.no_weight_decay(), *(name for name in own if "norm" in name)}
-    mine = set(map(id, own.values()))
+    mine = set(map(id, slim.plan.parameters()))
     groups = []
-    for group in param_groups_weight_decay(slim, settings.weight_decay, skip):
+    for group in param_groups_weight_decay(slim, settings.weight_decay, slim.no_weight_decay()):
         for planned in (True, False):
             chosen = [p for p in group["params"] if (id(p) in mine) is planned]
             scale = 1.0 if planned else settings.backbone_rate

@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from slimvit.checks import iterable
 from slimvit.dynamic.file import check_savable
 from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
 from slimvit.evaluate import evaluate, read_batch
-from slimvit.files import refuse_device, refuse_unwritable, written_together
+from slimvit.files import refuse_device, refuse_unwritable, remove_leftovers, written_together
 from slimvit.finetune._identity import data_digest, of_run
 from slimvit.finetune._objective import Objective
 from slimvit.finetune._optimizer import make_optimizer, make_schedule
@@ -29,6 +30,7 @@ from slimvit.finetune._random import seed_generators
 from slimvit.finetune._settings import Settings, choose_amp
 from slimvit.finetune._state import (
     load_resume,
+    plan_path,
     resume_path,
     save_resume,
     save_weights,
@@ -79,9 +81,12 @@ class Run:
         self.device = next(slim.parameters()).device
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.first = not dist.is_initialized() or dist.get_rank() == 0
+        if self.output is not None and self.first:
+            for path in (self.output, resume_path(self.output), plan_path(self.output)):
+                remove_leftovers(path)
         self.amp = choose_amp(settings.amp, self.device)
         try:
-            self.steps = len(loader)  # type: ignore[arg-type]
+            self.steps = len(iterable("loader", loader))
         except TypeError:
             raise UsageError("the loader of finetune must have a length") from None
         if self.steps == 0:
@@ -212,9 +217,11 @@ class Run:
                 self.ema.update(self.slim, step=update + 1)
             bar.set_postfix(loss=f"{loss:.4f}")
         total, count = self._sum(total, count)
+        if not count:
+            raise DataError(f"there is no image to train on: epoch {epoch + 1} has none")
         seconds = time.perf_counter() - start
         rate = self.optimizer.param_groups[0]["lr"]
-        entry = {"epoch": epoch + 1, "loss": total / max(count, 1), "lr": rate, "seconds": seconds}
+        entry = {"epoch": epoch + 1, "loss": total / count, "lr": rate, "seconds": seconds}
         if self._shares:
             means = torch.stack(self._shares).mean(0).tolist()
             entry["shares"] = [value / self.world for value in self._sum(*means)]
@@ -247,7 +254,7 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         limit = self.settings.clip or float("inf")
         length = nn.utils.clip_grad_norm_(self.slim.parameters(), limit)
-        value, norm = self._sum(loss.item(), length.item())
+        value, norm, images_of_all = self._sum(loss.item(), length.item(), weight * len(images))
         # With float16 an infinite gradient is a scale too high, which the scaler steps over.
         bad_norm = not math.isfinite(norm) and not self.scaler.is_enabled()
         if bad_norm or not math.isfinite(value):
@@ -256,14 +263,18 @@ class Run:
                 f"the {what} is not finite in {where}: try a lower learning rate or amp none; "
                 "the files of the last epoch are as they were"
             )
-        self.scaler.step(self.optimizer)
+        if images_of_all:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.item()
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.amp is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.amp)
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        try:
+            with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+                yield
+        finally:  # inside another autocast copies of the weights would outlive their update
+            torch.clear_autocast_cache()
 
     def _blank(self) -> Tensor:
         return torch.zeros(1, *self._image_shape)

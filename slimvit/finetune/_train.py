@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from slimvit.checks import iterable
 from slimvit.evaluate import check_modules
 from slimvit.finetune._random import generators_kept
 from slimvit.finetune._run import Loader, Result, Run
 from slimvit.finetune._settings import Settings
-from slimvit.models import evaluating
+from slimvit.models import evaluating, own_precision, refuse_inference_mode
 
 
 def finetune(
@@ -33,7 +34,7 @@ def finetune(
     A dynamic plan stays as it is, but for one that learns: SPViT's selectors are trained with the
     model by SPViT's losses, at first alone. Under torch.distributed every process trains on its
     own shard, with averaged gradients. The generators of random numbers are seeded for the run and
-    then as they were.
+    then as they were. Only `amp` says where autocast is on, not the code around the call.
 
     Args:
         slim: what `apply_masks` returns, in float32; trained in place.
@@ -56,16 +57,22 @@ def finetune(
         settings: the fields of `Settings`: epochs, lr, temperature, alpha, amp, ema_decay, …
 
     Raises:
-        UsageError: a setting out of range, a model that is no module, not in float32 or frozen as
-            a whole, the models differ in classes or image size, `output` is a device or cannot be
-            written, or a batch is not (images, targets) of these shapes or has labels, where they
+        UsageError: torch.inference_mode is on, a setting out of range, a model that is no module,
+            not in float32 or frozen as a whole, the models differ in classes or image size,
+            `output` is a device or cannot be written, a loader cannot be gone through or has no
+            length, or a batch is not (images, targets) of these shapes or has labels, where they
             count, that are no classes of the models.
+        DataError: there is no image to train on.
         PlanError: the plan has no kind to be saved under, and `output` is given.
         CheckpointError: the unfinished run beside `output` is another one, or cannot be read.
         SlimvitError: a loss or gradient that is not finite; the last epoch's files remain.
     """
     check_modules(slim=slim, dense=dense)
-    with evaluating(dense), generators_kept(next(slim.parameters()).device):
+    refuse_inference_mode("finetune")
+    if val_loader is not None:
+        iterable("val_loader", val_loader)
+    device = next(slim.parameters()).device
+    with evaluating(dense), generators_kept(device), own_precision():
         run = Run(slim, dense, loader, Settings(**settings), output, info or {})
         run.val_loader, run.progress, run.on_epoch = val_loader, progress, on_epoch
         return run.train(restart)

@@ -3,7 +3,7 @@
 from slimvit.models.copying import copied
 from slimvit.models.create import create, load_checkpoint
 from slimvit.models.dynamic import dynamic_class
-from slimvit.models.mode import evaluating
+from slimvit.models.mode import evaluating, own_precision, refuse_inference_mode
 from slimvit.models.slim import SlimmedViT, slim_class
 from slimvit.models.spec import Spec
 from slimvit.models.vision_transformer import (
@@ -26,6 +26,8 @@ __all__ = [
     "embed",
     "evaluating",
     "load_checkpoint",
+    "own_precision",
+    "refuse_inference_mode",
     "slim_class",
     "spec",
 ]

@@ -46,8 +46,19 @@ class _Dynamic(SlimmedViT):
         alive = self._blocks(images)
         return alive._replace(x=self.norm(alive.x))
 
+    def no_weight_decay(self) -> set[str]:
+        """What timm names of the model, and norms and biases of the plan, whatever their shape."""
+        own = (name for name, _ in self.plan.named_parameters(prefix="plan"))
+        return {
+            *super().no_weight_decay(),
+            *(name for name in own if "norm" in name or name.endswith("bias")),
+        }
+
     def kept_sets(self, images: Tensor) -> list[Tensor]:
-        """Places of the tokens that each block keeps of each image: L of [B, n]."""
+        """Places of the tokens that each block keeps of each image: L of [B, n].
+
+        In training, what `SPViT` prunes stays a row, and its place is among them.
+        """
         if self._goes_one_by_one(images):
             alone = [self.kept_sets(image) for image in images.split(1)]
             sets = [[places[0] for places in block] for block in zip(*alone, strict=True)]

@@ -1,11 +1,14 @@
-"""Evaluation mode for a while."""
+"""In which modes models compute: evaluation mode, autocast, inference mode."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
+
+from slimvit.errors import UsageError
 
 
 @contextlib.contextmanager
@@ -18,3 +21,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextlib.contextmanager
+def own_precision() -> Iterator[None]:
+    """Models compute in their own precision, be autocast on around the call or not."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def refuse_inference_mode(what: str) -> None:
+    """Refuse to train where no gradient can be had.
+
+    Raises:
+        UsageError: torch.inference_mode is on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise UsageError(f"{what} trains: call it outside torch.inference_mode()")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from slimvit.checks import number
 from slimvit.dynamic import Absorb, Shape, counts_for_cut
 from slimvit.errors import DataError, PlanError, SearchError, SlimvitError, UsageError
-from slimvit.models import Spec, evaluating, spec
+from slimvit.models import Spec, evaluating, own_precision, spec
 from slimvit.runtime import apply_masks
 from slimvit.search.budget import measure_speedup
 from slimvit.search.features import Peeked, images_of
@@ -45,6 +45,7 @@ class Trial(NamedTuple):
     error: float | None
 
 
+@own_precision()
 def fit_absorb(
     model: nn.Module,
     loader: Iterable[Any] | None = None,

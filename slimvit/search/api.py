@@ -53,6 +53,7 @@ class Result:
     cut: float
 
 
+@models.own_precision()
 def search(
     model: nn.Module,
     loader: Iterable[Any],
@@ -84,7 +85,7 @@ def search(
     without fine-tuning; block fine-tuning then runs once with the counts found.
 
     Under torch.distributed each process passes its own share of the batches and all get the
-    same result.
+    same result. All is computed in the model's precision, autocast or not.
 
     Args:
         model: a dense timm VisionTransformer; it is not changed.
@@ -117,8 +118,8 @@ def search(
         Masks, fine-tuned model and report.
 
     Raises:
-        UsageError: an option is out of range, not exactly one budget is given, or a batch is
-            neither images nor a tuple that begins with them.
+        UsageError: an option is out of range, not exactly one budget is given, `epochs` are wanted
+            in torch.inference_mode, or a batch is neither images nor a tuple that begins with them.
         UnsupportedModelError: the model cannot be slimmed.
         SearchError: the budget is out of reach, or scores, errors or losses are not finite.
         SlimvitError: images are integers, features not finite, or `state` is of another search.
@@ -138,6 +139,8 @@ def search(
         semantics=semantics,
         seed=seed,
     )
+    if settings.epochs > 0:
+        models.refuse_inference_mode("a search with epochs")
     if settings.epochs > 0 and next(model.parameters()).dtype == torch.float16:
         raise UsageError("block fine-tuning needs a float32 or bfloat16 model, got float16")
     if uniform:

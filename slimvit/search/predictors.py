@@ -59,6 +59,7 @@ class _Settings(NamedTuple):
     views: int
 
 
+@models.own_precision()
 def fit_dps(
     model: nn.Module,
     loader: Iterable[Any],
@@ -111,13 +112,14 @@ def fit_dps(
 
     Raises:
         MasksError, PlanError: the masks or counts are wrong or do not fit the model.
-        UsageError: an option is out of range.
+        UsageError: an option is out of range, or torch.inference_mode is on.
         UnsupportedModelError: the model cannot be slimmed.
         DataError: the loader has no images.
         SlimvitError: features or the loss are not finite.
 
     Source: Patch Slimming (Tang et al., CVPR 2022), section 4.4.
     """
+    models.refuse_inference_mode("fit_dps")
     spec = models.spec(model)
     settings = _Settings(
         epochs=whole("epochs", epochs, 1),

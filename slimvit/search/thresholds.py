@@ -12,7 +12,7 @@ from tqdm import tqdm
 from slimvit.dynamic import Absorb
 from slimvit.errors import DataError, SlimvitError, UsageError
 from slimvit.macs import block_macs
-from slimvit.models import block_parts, embed, spec
+from slimvit.models import block_parts, embed, own_precision, spec
 from slimvit.ops import Alive, View
 from slimvit.ops.spread import spread_norm
 from slimvit.runtime import apply_masks
@@ -23,6 +23,7 @@ _HIGHEST = 2.0  # a score is at most sqrt(1) · (1 - (-1))
 _HALVINGS = 40
 
 
+@own_precision()
 @torch.inference_mode()
 def fit_thresholds(
     model: nn.Module, plan: Absorb, loader: Iterable[Any], *, progress: bool = True
