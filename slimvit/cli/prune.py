@@ -102,7 +102,8 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
         type=whole_number(0),
         default=0,
         metavar="E",
-        help="of block fine-tuning per step (default 0: the weights stay)",
+        help="of block fine-tuning per step (default 0: the weights stay); for predictors there is "
+        "--predictor-epochs",
     )
     group.add_argument(
         "--lr",
