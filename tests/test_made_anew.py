@@ -12,7 +12,9 @@ from torch import nn
 from slimvit.dynamic import Absorb
 from slimvit.errors import SlimvitError, UnsupportedModelError
 from slimvit.masks import SEMANTICS, Masks
+from slimvit.models import copied
 from slimvit.runtime import accelerate, apply_masks
+from slimvit.search import prune
 
 MASKS = Masks.from_counts((9, 5, 5, 3, 2, 1), (4, 4))
 KEPT = [MASKS, Absorb(counts=(12, 9, 6, 4, 3, 1))]
@@ -79,11 +81,10 @@ class TestComputedWeights:
 
 def _plain(pruned: nn.Module) -> nn.Module:
     """The pruned model with the hooks' weights as parameters."""
-    for block in pruned.blocks:
-        block.mlp.fc1.weight = block.mlp.fc1.weight.detach()
-    plain = copy.deepcopy(pruned)
-    for block in plain.blocks:
-        torch.nn.utils.prune.remove(block.mlp.fc1, "weight")
+    plain = copied(pruned)
+    for module in plain.modules():
+        if hasattr(module, "weight_orig"):
+            torch.nn.utils.prune.remove(module, "weight")
     return plain
 
 
@@ -128,3 +129,9 @@ def test_what_retrieval_reads_of_a_model(tiny_vit, kept, backend):
             getattr(fast, name)(IMAGES)
     with pytest.raises(SlimvitError, match="traced symbolically: use torch.export"):
         torch.fx.symbolic_trace(fast)
+
+
+def test_computed_weights_are_searched(tiny_vit):
+    torch.nn.utils.prune.l1_unstructured(tiny_vit.blocks[0].mlp.fc1, "weight", 0.5)
+    masks = prune(tiny_vit, [IMAGES], counts=MASKS.counts, progress=False)
+    assert masks == prune(_plain(tiny_vit), [IMAGES], counts=MASKS.counts, progress=False)

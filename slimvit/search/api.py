@@ -145,7 +145,7 @@ def search(
         raise UsageError("block fine-tuning needs a float32 or bfloat16 model, got float16")
     if uniform:
         settings = replace(settings, counts=uniform_counts(spec, budget.cut, semantics))
-    dense = copy.deepcopy(model).eval().requires_grad_(False)
+    dense = models.copied(model).eval().requires_grad_(False)
     known = {} if state is None else identity.of_settings(dense, settings, budget, score)
     saved = State(state, known, restart)
     progress = progress and rank() == 0

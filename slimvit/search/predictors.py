@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -130,7 +129,7 @@ def fit_dps(
     )
     score = read_score(score, (name for name in SCORES if name != "random"))
     plan = DPS(_counts(masks, spec), hidden=hidden).bind(spec)
-    dense = copy.deepcopy(model).eval().requires_grad_(False)
+    dense = models.copied(model).eval().requires_grad_(False)
     progress = progress and rank() == 0
     images = _mirrored(loader) if flip else loader
     features = Features(
