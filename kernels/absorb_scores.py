@@ -21,6 +21,7 @@ from .common import architecture, mean_rstd, power_of_two
 from .configs import Config, lookup
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_LEAST_READ: tl.constexpr = tl.constexpr(2.4e-38)  # attention below it is none
 _TINY: tl.constexpr = tl.constexpr(1e-12)  # the least norm, as of torch's normalize
 
 
@@ -93,6 +94,7 @@ def _absorb_importance(
         if TOKENS > 1:
             s = _logits(keys, q1, bias, start, m, stride, D, BIAS, BLOCK_N)
             attention = (attention + tl.exp2(s - top1) / total1) * 0.5
+        attention = tl.where(attention < _LEAST_READ, 0.0, attention)
         key = start + tl.arange(0, BLOCK_N)
         at = values + tl.minimum(key, m - 1)[:, None] * stride + d[None, :]
         v = tl.load(at, mask=(d < D)[None, :], other=0.0).to(tl.float32)

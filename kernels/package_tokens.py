@@ -1,6 +1,6 @@
 """Which patches a selector keeps, and the tokens after it: the others go into one package.
 
-    score_i = Σ_h weight_i^h verdict_i^h / Σ_h weight_i^h
+    score_i = Σ_h w_i^h verdict_i^h / Σ_h w_i^h,  w_i = sigmoid(weight_i)
     package = Σ_pruned P_i x_i / Σ_pruned P_i,  P_i = sigmoid(score_i)
 
 No program writes what another does, and sums are in the order of the tokens.
@@ -20,21 +20,29 @@ from .top_tokens import chosen
 @triton.jit
 def _score(verdict, weight, i, p, HEADS: tl.constexpr):
     """Scores of patches i, the weighted means of the heads' verdicts."""
+    i = tl.minimum(i, p - 1)
     score = tl.zeros((i.shape[0],), tl.float32)
     total = tl.zeros((i.shape[0],), tl.float32)
+    top = tl.full((i.shape[0],), float("-inf"), tl.float32)
     for head in range(HEADS):
-        at = head * p + tl.minimum(i, p - 1)
-        w = tl.load(weight + at)
-        score += w * tl.load(verdict + at)
+        top = tl.maximum(top, tl.load(weight + head * p + i))
+    for head in range(HEADS):
+        w = tl.exp(_chance(tl.load(weight + head * p + i)) - _chance(top))
+        score += w * tl.load(verdict + head * p + i)
         total += w
     return score / total
 
 
 @triton.jit
+def _chance(score):
+    """The log of sigmoid(score), which may be too small to hold."""
+    return tl.minimum(score, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(score)))
+
+
+@triton.jit
 def _shares(score, pruned):
-    """Of each pruned patch in the package, by the log of P, which may be too small to hold."""
-    chance = tl.minimum(score, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(score)))
-    chance = tl.where(pruned, chance, float("-inf"))
+    """Of each pruned patch in the package."""
+    chance = tl.where(pruned, _chance(score), float("-inf"))
     share = tl.exp(chance - tl.max(chance, axis=0))
     share = tl.where(pruned, share, 0.0)
     return share / tl.sum(share, axis=0)
@@ -77,7 +85,7 @@ def selector_choose(
 
     Args:
         verdict: of each head on each patch, [B, H, p], float32; see `selector_judge`.
-        weight: how much it counts, [B, H, p], float32.
+        weight: the logit of how much it counts, [B, H, p], float32.
         n: patches to keep, 0 < n < p.
         prefix: tokens ahead of the patches.
         packages: tokens after them.

@@ -2,7 +2,7 @@
 
     local_i, other_i = the halves of GELU(LN(x_i^h) E + e)
     verdict_i        = GELU(GELU([local_i, mean_j other_j] J1 + b1) J2 + b2) · j3 + b3
-    weight_i         = sigmoid(W2 GELU(W1 (mean of each head's channels of x_i) + c1) + c2)_h
+    weight_i         = (W2 GELU(W1 (mean of each head's channels of x_i) + c1) + c2)_h
 
 Two launches, a program for a tile of patches, a head and an image: the mean is over all patches, so
 it comes between them. Its sums are taken tile by tile, in order: an image's verdicts are the same
@@ -103,7 +103,7 @@ def _weight(
     HIDDEN: tl.constexpr,
     HIDDEN_PADDED: tl.constexpr,
 ):
-    """How much the head counts, of whose row `weigh2` and `bias2` are, at some patches."""
+    """How much the head counts, a logit, of whose row `weigh2` and `bias2` are, at some patches."""
     j = tl.arange(0, HIDDEN_PADDED)
     inside = j < HIDDEN
     hidden = tl.zeros((patch.shape[0], HIDDEN_PADDED), tl.float32)
@@ -115,7 +115,7 @@ def _weight(
         )
     last = tl.load(weigh2 + j, mask=inside, other=0.0)
     y = tl.sum(activate(hidden, "gelu", True) * last[None, :], axis=1)
-    return tl.sigmoid(y + tl.load(bias2))
+    return y + tl.load(bias2)
 
 
 @triton.jit(do_not_specialize=["p", "tiles"])
@@ -226,7 +226,7 @@ def selector_judge(
         precision: of float32 products, "ieee" or "tf32".
 
     Returns:
-        Verdicts and weights, [B, H, p], float32.
+        Verdicts, and logits of weights, [B, H, p], float32.
     """
     (batch, m, _), (heads, c, half) = x.shape, judge1.shape
     p, quarter, local = m - prefix - packages, judge2.shape[2], (c + 1) // 2

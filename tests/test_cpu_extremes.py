@@ -105,6 +105,21 @@ def test_rows_of_hardly_any_variance(plan):
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("sharpness", [100, 300, 1000])
+def test_patches_that_nothing_reads_go_by_position(sharpness):
+    model = build("deit")
+    for block in model.blocks:
+        block.attn.qkv.weight.data[:48] *= sharpness  # queries
+    images = random_images(model, 8)
+    plan = Absorb(counts=[12, 7, 1])
+    got, wanted = (
+        accelerate(model, plan, backend=backend, precision="float32").kept_sets(images)
+        for backend in ("cpu", "torch")
+    )
+    assert all(map(torch.equal, got, wanted))
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("level", [1e20, -1e30])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -122,6 +122,23 @@ class TestAlone:
         assert torch.equal(out[:-1], wanted[:-1])
         assert out.isfinite().all()
 
+    @pytest.mark.parametrize("shift", [-90.0, -1000.0])
+    def test_heads_that_all_count_for_next_to_nothing(self, dtype, shift):
+        """They count by how they compare, as those do whose weights float32 holds."""
+        case = CASES[1]
+        parts = SelectorParts(copy.deepcopy(selector_of(case, dtype)), case.patches, case.packages)
+        packs = []
+        for bias in (-30.0, shift - 30.0):
+            with torch.no_grad():
+                parts.selector.weigh2.bias += bias
+            packs.append(pack_chooser(parts, case.width, dtype))
+        (wanted, places), (out, place) = (
+            torch.ops.slimvit.select_tokens(input_of(case, dtype), pack, 18, case.prefix)
+            for pack in packs
+        )
+        assert torch.equal(place, places)
+        assert off(out, wanted) <= 1e-4  # of biases as rounded
+
     def test_any_strides(self, dtype):
         case = CASES[2]
         x, wanted = input_of(case, dtype), call(case, dtype)

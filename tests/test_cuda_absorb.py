@@ -74,6 +74,13 @@ class TestScores:
         check_scores(case, use(HALF))
 
     @devices
+    def test_what_is_hardly_read_does_not_matter_at_all(self, device):
+        case = Case(63, 64, 1, 64, sharpness=40.0)
+        importance, _, _ = scored(case, *inputs(case, use(device)))
+        assert (importance == 0).any() and (importance > 0).sum() > 9
+        assert (importance[importance > 0] > 2.4e-38).all()  # values are longer than one
+
+    @devices
     def test_every_image_by_itself_and_among_many(self, device):
         """The tiles differ, the answers do not."""
         case = Case(63, 64, 1, 64, 40, 2, 2, True)

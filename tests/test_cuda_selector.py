@@ -30,6 +30,11 @@ def test_scores_err_no_more_than_torch(device, case):
     check_scores(kernels, case, use(device))
 
 
+@devices
+def test_scores_where_all_heads_count_for_next_to_nothing(device):
+    check_scores(kernels, CASES[1], use(device), -128.0)
+
+
 @all_devices
 @pytest.mark.parametrize("case", [Case(33, 9, 2, 24, 2), Case(40, 9, 1, 128)], ids=str)
 def test_tokens_on_all_devices(device, case):

@@ -9,6 +9,7 @@ import torch
 from slimvit import Absorb, apply_masks, export
 from slimvit.bench import openvino_core
 from slimvit.dynamic import DPS, SPViT
+from slimvit.dynamic.selector import Selector
 from slimvit.errors import MismatchError
 from slimvit.export import export_onnx, export_program, image_errors, sample_images
 
@@ -42,6 +43,9 @@ def test_onnx_matches_in_any_batch(vit, tmp_path, kind):
     onnx = pytest.importorskip("onnx")
     ort = pytest.importorskip("onnxruntime")
     slim, path = apply_masks(vit, PLANS[kind]), tmp_path / "slim.onnx"
+    for module in slim.modules():
+        if isinstance(module, Selector):  # whose heads all count for what float32 cannot hold
+            module.weigh2.bias.data -= 200
     export_onnx(slim, path)
     assert os.listdir(tmp_path) == ["slim.onnx"]
     graph = onnx.load(path).graph

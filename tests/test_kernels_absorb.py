@@ -53,6 +53,13 @@ class TestScores:
         check_scored(case, given, scored(case, *given))
 
     @dtypes
+    def test_what_is_hardly_read_does_not_matter_at_all(self, dtype):
+        case = Case(63, 64, 1, 64, sharpness=40.0)
+        importance, _, _ = scored(case, *inputs(case, dtype))
+        assert (importance == 0).any() and (importance > 0).sum() > 9
+        assert (importance[importance > 0] > 2.4e-38).all()  # values are longer than one
+
+    @dtypes
     def test_every_image_by_itself(self, dtype):
         case = Case(63, 64, 1, 64, 3, 2, 2, True)
         given = inputs(case, dtype)

@@ -72,9 +72,10 @@ def exact_scores(case: Case, x: Tensor, selector: Selector, dtype: torch.dtype) 
     return logits[..., 0] - logits[..., 1]
 
 
-def check_scores(kernels, case: Case, dtype: torch.dtype) -> None:
-    """A back end's scores against the reference's."""
+def check_scores(kernels, case: Case, dtype: torch.dtype, shift: float = 0.0) -> None:
+    """A back end's scores against the reference's; `shift` is of the logits of heads' weights."""
     x, selector = inputs(case, dtype)
+    selector.weigh2.bias.data += shift
     part, others = fold_selector(selector, dtype), (case.prefix, case.packages)
     verdict, weight = kernels.selector_judge(x, *part, *others, eps=1e-6)
     score, _, _ = kernels.selector_choose(verdict, weight, case.n, *others)
@@ -89,6 +90,11 @@ def test_scores_err_no_more_than_torch(dtype, case):
     check_scores(kernels, case, dtype)
 
 
+@dtypes
+def test_scores_where_all_heads_count_for_next_to_nothing(dtype):
+    check_scores(kernels, CASES[1], dtype, -128.0)
+
+
 HARD = [(1, 2, 1, 1, 0), (3, 17, 6, 5, 1), (2, 63, 62, 2, 3), (1, 257, 30, 1, 2)]
 
 
@@ -97,8 +103,9 @@ def check_choose(choose, kind: str, batch: int, p: int, n: int, prefix: int, pac
     score = hard_scores(batch, p, "" if kind == "far" else kind)
     if kind == "far":
         score = 50 * score - 500  # what is kept of it by exp(score) is zero
-    verdict = torch.stack([score, 2 * score, torch.zeros_like(score)], 1)
-    weight = torch.tensor([0.25, 0.125, 0.125], device=score.device)  # exact in the mean
+    none = torch.zeros_like(score)
+    verdict = torch.stack([2 * score, none, none + 9], 1)
+    weight = torch.tensor([-99.0, -99.0, -999.0], device=score.device)  # exact in the mean
     weight = weight[:, None].expand(batch, 3, p).contiguous()
     got, share, index = choose(verdict, weight, n, prefix, packages)
     m = prefix + p + packages

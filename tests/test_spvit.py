@@ -52,12 +52,14 @@ def naive_logits(selector, x, policy):
     return torch.stack(out)
 
 
+@pytest.mark.parametrize("shift", [0.0, -90.0, -300.0])  # of how much every head counts
 @pytest.mark.parametrize("width, heads, p", [(48, 3, 7), (15, 3, 1), (10, 1, 4), (6, 6, 5)])
-def test_selector_is_the_naive_loop(width, heads, p):
+def test_selector_is_the_naive_loop(width, heads, p, shift):
     torch.manual_seed(p)
     selector = Selector(width, heads).double()
     for parameter in selector.parameters():
         torch.nn.init.normal_(parameter)
+    selector.weigh2.bias.data += shift
     x = torch.randn(3, p, width, dtype=torch.float64).transpose(0, 1)
     policy = (torch.rand(3, p) < 0.6).double()
     policy[:, 0] = 1

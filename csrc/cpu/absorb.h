@@ -35,6 +35,9 @@ struct Tokens {
   T* packed;
 };
 
+// Attention below it is none. It is above 2^-125, at which exp2 ends.
+constexpr float kLeastRead = 2.4e-38f;
+
 // Where the columns of a vector stand.
 constexpr float kPlaces[kMaxLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -213,8 +216,10 @@ class Absorb {
   }
 
   void add_importance(const float* p, float scale, const float* value_square) const {
+    const auto least = S::set(kLeastRead / scale);
     for (long c = 0; c < tokens_.m; c += S::kLanes) {
-      const auto weight = S::mul(S::load(p + c), S::sqrt(S::load(value_square + c)));
+      const auto x = S::load(p + c), read = S::above(least, x, S::zero(), x);
+      const auto weight = S::mul(read, S::sqrt(S::load(value_square + c)));
       S::store(own_.importance + c, S::fma(weight, S::set(scale), S::load(own_.importance + c)));
     }
   }

@@ -115,6 +115,15 @@ class Selection {
     weigh_heads(group, rows);
   }
 
+  // e^-shift · sigmoid(z) = e^(min(z, 0) - shift) / (1 + e^-|z|), of a sigmoid that may be as low
+  // as it likes: `shift` is the highest of those that it is compared with, or 0 if that is above.
+  static SLIMVIT_INLINE typename S::F sigmoid(typename S::F z, typename S::F shift) {
+    const auto log2e = S::set(kLog2E), below = S::min(S::zero(), z), above = S::max(S::zero(), z);
+    const auto e = exp2<S, float>(S::mul(S::sub(below, shift), log2e));
+    const auto rest = exp2<S, float>(S::mul(S::sub(below, above), log2e));
+    return S::div(e, S::add(S::set(1.0f), rest));
+  }
+
   // w = sigmoid(W2 GELU(W1 means)) of every row, divided by its sum over the heads.
   void weigh_heads(long group, long rows) const {
     const long heads = shape_.heads, hidden = shape_.hidden();
@@ -132,12 +141,18 @@ class Selection {
       for (long row = 0; row < hidden; ++row)
         S::store(own_.weighed + row * kSelectorRows + i,
                  gelu<S, float>(mix(pack_.weigh1, pack_.weigh1_bias, row, own_.means, heads)));
-      auto total = S::zero();
+      auto highest = S::set(kMinusInfinity), total = S::zero();
       for (long row = 0; row < heads; ++row) {
         const auto z = mix(pack_.weigh2, pack_.weigh2_bias, row, own_.weighed, hidden);
-        const auto weight = gated<S, float>(S::set(1.0f), z);
-        total = S::add(total, weight);
-        S::store(weights + row * kSelectorRows + i, weight);
+        highest = S::max(highest, z);
+        S::store(weights + row * kSelectorRows + i, z);
+      }
+      const auto shift = S::min(S::zero(), highest);
+      for (long row = 0; row < heads; ++row) {
+        float* weight = weights + row * kSelectorRows + i;
+        const auto w = sigmoid(S::load(weight), shift);
+        total = S::add(total, w);
+        S::store(weight, w);
       }
       for (long row = 0; row < heads; ++row) {
         float* weight = weights + row * kSelectorRows + i;
@@ -218,10 +233,8 @@ class Selection {
     return kept;
   }
 
-  // own_.weight: sigmoid(s) of the pruned, divided by its sum. Relative to the highest, which may
-  // be as low as it likes:  sigmoid(s) = exp(min(s, 0)) / (1 + exp(-|s|)).
+  // own_.weight: sigmoid(s) of the pruned, divided by its sum.
   void weigh_pruned(long count) const {
-    const auto log2e = S::set(kLog2E), zero = S::zero();
     float* weight = own_.weight;
     float highest = kMinusInfinity;
     for (long i = 0; i < count; ++i) {
@@ -230,13 +243,8 @@ class Selection {
     }
     for (long i = count; i < round_up(count, S::kLanes); ++i) weight[i] = 0.0f;
     const auto shift = S::set(highest < 0.0f ? highest : 0.0f);
-    for (long i = 0; i < count; i += S::kLanes) {
-      const auto s = S::load(weight + i);
-      const auto below = S::min(zero, s), above = S::max(zero, s);
-      const auto e = exp2<S, float>(S::mul(S::sub(below, shift), log2e));
-      const auto rest = exp2<S, float>(S::mul(S::sub(below, above), log2e));
-      S::store(weight + i, S::div(e, S::add(S::set(1.0f), rest)));
-    }
+    for (long i = 0; i < count; i += S::kLanes)
+      S::store(weight + i, sigmoid(S::load(weight + i), shift));
     float total = 0.0f;
     for (long i = 0; i < count; ++i) total += weight[i];
     for (long i = 0; i < count; ++i) weight[i] /= total;

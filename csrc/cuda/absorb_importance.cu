@@ -13,7 +13,8 @@ namespace {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kRows = 16;  // that a block normalises
+constexpr int kRows = 16;               // that a block normalises
+constexpr float kLeastRead = 2.4e-38f;  // attention below it is none
 
 // Of all threads' values, the same for every thread. `scratch` must not be under other use.
 template <class F>
@@ -76,7 +77,8 @@ __device__ void importance_in_head(const AbsorbScores& p, int image, int head) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) square += values[i] * values[i];
     }
-    out[j] = attention[j] / p.tokens * sqrtf(square);
+    const float read = attention[j] / p.tokens;
+    out[j] = (read < kLeastRead ? 0.0f : read) * sqrtf(square);
   }
 }
 

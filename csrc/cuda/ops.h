@@ -187,7 +187,7 @@ struct SelectorJudge {
   float* sums;               // scratch: of the other outputs, [batch, heads, tiles, c - those]
   float* means;              // scratch: of a head's channels, [batch, heads, p]
   float* verdict;            // [batch, heads, p]
-  float* weight;             // [batch, heads, p]
+  float* weight;             // [batch, heads, p], logits
   int batch, m, p, prefix;
   int heads, c, half, quarter, hidden;
   float eps;
@@ -199,7 +199,7 @@ void selector_judge(const SelectorJudge& p, Type type, void* stream);
 // The n patches of the highest scores, and what the others are of the package.
 struct SelectorChoose {
   const float* verdict;  // [batch, heads, p]
-  const float* weight;   // [batch, heads, p]
+  const float* weight;   // [batch, heads, p], logits
   float* score;          // [batch, p]
   float* share;          // [batch, p]
   std::int64_t* index;   // [batch, prefix + n + packages + 1]

@@ -1,6 +1,6 @@
 // Which patches a selector keeps, and how much of the package each of the others is:
 //
-//   score_i = Σ_h weight_i^h verdict_i^h / Σ_h weight_i^h
+//   score_i = Σ_h w_i^h verdict_i^h / Σ_h w_i^h,  w_i = sigmoid(weight_i)
 //   share_i = P_i / Σ_pruned P_j,  P_i = sigmoid(score_i)
 
 #include "cuda/choosing.h"
@@ -9,19 +9,21 @@
 namespace slimvit {
 namespace {
 
-__device__ float score_of(const SelectorChoose& p, std::int64_t image, int patch) {
-  float score = 0, total = 0;
-  for (int head = 0; head < p.heads; ++head) {
-    const std::int64_t at = (image * p.heads + head) * p.p + patch;
-    score += p.weight[at] * p.verdict[at];
-    total += p.weight[at];
-  }
-  return score / total;
-}
-
-// log P: of a low score P itself may be too small to hold.
+// log sigmoid(score), which itself may be too small to hold.
 __device__ float chance_of(float score) {
   return fminf(score, 0.0f) - logf(1.0f + expf(-fabsf(score)));
+}
+
+__device__ float score_of(const SelectorChoose& p, std::int64_t image, int patch) {
+  const std::int64_t first = image * p.heads * p.p + patch, end = first + p.heads * p.p;
+  float top = __int_as_float(0xff800000), score = 0, total = 0;
+  for (std::int64_t at = first; at < end; at += p.p) top = fmaxf(top, p.weight[at]);
+  for (std::int64_t at = first; at < end; at += p.p) {
+    const float weight = expf(chance_of(p.weight[at]) - chance_of(top));
+    score += weight * p.verdict[at];
+    total += weight;
+  }
+  return score / total;
 }
 
 // Of all threads' values, the same for every thread. `scratch` must not be under other use.

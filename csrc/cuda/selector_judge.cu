@@ -1,7 +1,7 @@
 // What each head of a selector says of each patch, and how much it counts there:
 //
 //   verdict_i = GELU(GELU([local_i, mean_j other_j] J1 + b1) J2 + b2) · j3 + b3
-//   weight_i  = sigmoid(W2 GELU(W1 (mean of each head's channels of x_i) + c1) + c2)_h
+//   weight_i  = (W2 GELU(W1 (mean of each head's channels of x_i) + c1) + c2)_h
 //
 // Two launches: that of selector_embed.cu makes the halves, then the means over all patches of an
 // image are there. Sums are taken tile by tile, so that an image's are the same in every batch.
@@ -54,7 +54,7 @@ __device__ void judge_mean(const SelectorJudge& p, const Judging<T>& at, int hea
   }
 }
 
-// How much the head counts at a patch; W1 and W2 are small.
+// How much the head counts at a patch, a logit; W1 and W2 are small.
 __device__ float weight_at(const SelectorJudge& p, int head, std::int64_t image, int patch) {
   const float* means = p.means + image * p.heads * p.p + patch;
   float sum = p.weigh2_bias[head];
@@ -63,7 +63,7 @@ __device__ float weight_at(const SelectorJudge& p, int head, std::int64_t image,
     for (int h = 0; h < p.heads; ++h) hidden += p.weigh1[j * p.heads + h] * means[h * p.p];
     sum += p.weigh2[head * p.hidden + j] * gelu(hidden);
   }
-  return sigmoid(sum);
+  return sum;
 }
 
 template <class M>

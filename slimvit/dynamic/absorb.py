@@ -17,6 +17,7 @@ from slimvit.models import Spec
 from slimvit.ops import AbsorbParts, Choice, Threshold, View, candidates, complement, rows_of, top
 
 _LEAST = 1e-20  # importance: an average needs a weight
+_LEAST_READ = 2.4e-38  # attention: kernels hold less for none
 _RULE = ("choose", "before", "count", "threshold", "_looked_at", "_scores")
 
 
@@ -27,7 +28,7 @@ class Absorb(Planner):
 
         importance_i = Σ_h A^h[class, i] · ‖V^h_i‖
         score_i = sqrt(importance_i) · (1 − max cos(y_i, y_j)),  j ahead of i in importance
-        y = LN1(x)
+        y = LN1(x),  A below 2.4e-38 counted as 0
 
     The lowest scores go, of the patches of least importance: three of them are candidates for each
     that goes, since a score of the others would hardly be low. A pruned token goes into the kept
@@ -133,7 +134,9 @@ class Absorb(Planner):
         Those of other tokens are infinite.
         """
         prefix, m = view.prefix, view.alive.x.shape[0]
-        importance = (view.class_attention() * view.values.float().norm(dim=-1)).sum(1)
+        attention = view.class_attention()
+        attention = torch.where(attention < _LEAST_READ, 0.0, attention)
+        importance = (attention * view.values.float().norm(dim=-1)).sum(1)
         y = F.normalize(view.y.transpose(0, 1).float(), dim=-1)  # [B, m, D]
         ahead = _ahead(importance, prefix)
         cosine = torch.where(ahead, y @ y.transpose(1, 2), -1.0)

@@ -73,8 +73,9 @@ class Selector(nn.Module):
         y = self.judge3(F.gelu(self.judge2(F.gelu(y).flatten(1, 2))))
         judged = F.log_softmax(y.float(), -1).view(self.heads, batch, p, 2)
         means = by_head.mean(-1).view(self.heads, batch, p).permute(1, 2, 0)  # [B, p, H]
-        weight = self.weigh2(F.gelu(self.weigh1(means))).float().sigmoid().permute(2, 0, 1)
-        return ((weight / weight.sum(0)).unsqueeze(-1) * judged).sum(0)
+        # By the logs of the weights, all of which may be too small to hold; ONNX has no logsigmoid.
+        chances = -F.softplus(-self.weigh2(F.gelu(self.weigh1(means))).float())
+        return (chances.softmax(-1).permute(2, 0, 1).unsqueeze(-1) * judged).sum(0)
 
     @staticmethod
     def macs(width: int, heads: int, tokens: int) -> int:
