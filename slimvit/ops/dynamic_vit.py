@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slimvit.backends import cpu_dynamic
 from slimvit.ops.choosers import REACH, AbsorbParts, ChooserParts, SelectorParts
+from slimvit.ops.devices import require_one_device
 from slimvit.ops.modules import activation_name, layer_norm_of
 from slimvit.ops.network import NetworkParts
 from slimvit.ops.slim_vit import PackedNetwork
@@ -43,6 +44,7 @@ def _dynamic_block(
     size: Tensor | None = None,
     spread: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    require_one_device("dynamic_block", x, pack, chooser, size, spread)
     m, batch, width = x.shape
     positions = x.new_empty(batch, m, dtype=torch.int64)
     return (
@@ -63,6 +65,7 @@ def _dynamic_vit(
     rows: int,
     columns: int,
 ) -> tuple[Tensor, Tensor]:
+    require_one_device("dynamic_vit", images, packs)
     batch = images.shape[0]
     shape = (batch, rows, columns) if rows else (batch, columns)
     out = images.new_empty(shape, dtype=torch.float32)
@@ -71,6 +74,7 @@ def _dynamic_vit(
 
 @torch.library.register_fake("slimvit::select_tokens", lib=_library)
 def _select_tokens(x: Tensor, pack: Tensor, n: int, prefix: int) -> tuple[Tensor, Tensor]:
+    require_one_device("select_tokens", x, pack)
     _, batch, width = x.shape
     return x.new_empty(n, batch, width), x.new_empty(batch, n, dtype=torch.int64)
 

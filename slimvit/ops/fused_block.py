@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from slimvit.backends import fused
+from slimvit.ops.devices import require_one_device
 
 _library = torch.library.Library("slimvit", "FRAGMENT")
 _library.define(
@@ -36,6 +37,7 @@ def _patch_embedding(
     tf32: bool = False,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
+    require_one_device("patch_embedding", images, weight, table, order)
     tokens, width = table.shape
     x = weight.new_empty(images.shape[0], tokens, width)
     return x, row_statistics(x)
@@ -58,12 +60,14 @@ def _fused_block(
     spread: Tensor | None = None,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
+    require_one_device("fused_block", x, stats, weights, index, key_bias, spread)
     out = x.new_empty(x.shape[0], x.shape[1] if idle else n, x.shape[2])
     return out, row_statistics(out)
 
 
 @torch.library.register_fake("slimvit::scatter_tokens", lib=_library)
 def _scatter_tokens(x: Tensor, index: Tensor, length: int, backend: str = "triton") -> Tensor:
+    require_one_device("scatter_tokens", x, index)
     return x.new_empty(x.shape[0], length, x.shape[2])
 
 

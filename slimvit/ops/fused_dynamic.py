@@ -17,6 +17,7 @@ from slimvit.ops.choosers import (
     SelectorParts,
     candidates,
 )
+from slimvit.ops.devices import require_one_device
 from slimvit.ops.fused_block import row_statistics
 from slimvit.ops.fused_selector import Selecting
 from slimvit.ops.fused_vit import FusedBlock, FusedNetwork, fold_norm
@@ -56,6 +57,7 @@ def _absorb_block(
     tf32: bool = False,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    require_one_device("absorb_block", x, stats, sizes, weights, norm)
     out = x.new_empty(x.shape[0], n, x.shape[2])
     sizes = (x.new_empty(x.shape[0], n, dtype=torch.float32) for _ in range(3))
     return out, row_statistics(out), *sizes, _index(x, n)
@@ -73,6 +75,7 @@ def _predicted_tokens(
     tf32: bool = False,
     backend: str = "triton",
 ) -> Tensor:
+    require_one_device("predicted_tokens", x, stats, weights)
     return _index(x, n)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from slimvit.backends import fused_selector
 from slimvit.backends.fused_selector import SelectorWeights
 from slimvit.ops.choosers import SelectorParts
+from slimvit.ops.devices import require_one_device
 from slimvit.ops.fused_block import row_statistics
 from slimvit.ops.fused_vit import FusedBlock
 
@@ -32,6 +33,7 @@ def _selected_tokens(
     tf32: bool = False,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    require_one_device("selected_tokens", x, weights)
     out = x.new_empty(x.shape[0], prefix + n + packages + 1, x.shape[2])
     return out, row_statistics(out), out.new_empty(out.shape[:2], dtype=torch.int64)
 

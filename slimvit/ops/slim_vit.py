@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimvit.backends import cpu
+from slimvit.ops.devices import require_one_device
 from slimvit.ops.folded_block import FoldedBlock
 from slimvit.ops.modules import activation_name, layer_norm_of
 from slimvit.ops.network import NetworkParts, why_not_plain
@@ -32,6 +33,7 @@ for _name in ("slim_block", "slim_vit"):  # for inference: answers need no gradi
 def _slim_block(
     x: Tensor, pack: Tensor, n: int, index: Tensor | None = None, key_bias: Tensor | None = None
 ) -> Tensor:
+    require_one_device("slim_block", x, pack, index, key_bias)
     return x.new_empty(n, x.shape[1], x.shape[2])
 
 
@@ -45,6 +47,7 @@ def _slim_vit(
     rows: int,
     columns: int,
 ) -> Tensor:
+    require_one_device("slim_vit", images, packs)
     shape = (images.shape[0], rows, columns) if rows else (images.shape[0], columns)
     return images.new_empty(shape, dtype=torch.float32)
 

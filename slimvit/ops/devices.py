@@ -1,0 +1,25 @@
+"""Where the tensors of an op are, for its meta kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from slimvit.errors import SlimvitError
+
+
+def require_one_device(op: str, *given: Tensor | Sequence[Tensor] | None) -> None:
+    """Refuse tensors on several devices, of which a meta kernel would take one for the answer's.
+
+    Args:
+        op: its name.
+        given: its tensors, lists of them, and None where one is left out.
+
+    Raises:
+        SlimvitError: they are on several devices.
+    """
+    tensors = [t for one in given for t in ([one] if isinstance(one, Tensor) else one or ())]
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) > 1:
+        raise SlimvitError(f"tensors of {op} must be on one device, got {' and '.join(devices)}")
