@@ -37,7 +37,7 @@ def _patch_embedding(
     tf32: bool = False,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
-    require_one_device("patch_embedding", images, weight, table, order)
+    require_one_device("patch_embedding", weight, images, table, order)
     tokens, width = table.shape
     x = weight.new_empty(images.shape[0], tokens, width)
     return x, row_statistics(x)
