@@ -7,6 +7,7 @@ from kernel_checks import DEVICE, Random, kernels, needs_cuda
 from torch import Tensor, nn
 
 from slimvit import backends, ops
+from slimvit.backends.fused_weights import BlockWeights
 from slimvit.errors import SlimvitError
 
 
@@ -159,6 +160,43 @@ class TestRefused:
         message = "idle tokens stand for themselves, without spread"
         self.refuses(message, spread=spread, idle=True)
 
+    @pytest.mark.parametrize("name", [name for name in BlockWeights._fields if name != "keys"])
+    def test_each_of_the_weights(self, name):
+        place = BlockWeights._fields.index(name)
+        weights = arguments(Case(7, 3, 2))["weights"]
+
+        def put(tensor: Tensor) -> list[Tensor]:
+            return [*weights[:place], tensor, *weights[place + 1 :]]
+
+        own, rule = weights[place], f"{name} of the weights must "
+        self.refuses(rule, weights=put(own[..., None]))
+        if place:  # of whose dtype the other matrices must be
+            got = "be .*, float32, contiguous, on .*, got .*float64"
+            self.refuses(rule + got, weights=put(own.double()))
+        strided = own.repeat_interleave(2, 0)[::2]
+        self.refuses(rule + r"be \[.*\], float32, contiguous, on ", weights=put(strided))
+        self.refuses(".* of the weights must be ", weights=put(own[:-1]))
+
+    def test_keys(self):
+        weights = arguments(Case(7, 3, 2))["weights"]
+        weights[BlockWeights._fields.index("keys")] = torch.ones(48, 16, device=DEVICE)
+        rule = r"keys of the weights must be \[144, 16\], .*, got \[48, 16\]"
+        self.refuses(rule, weights=weights)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"weights": []}, "weights must be 12 tensors, qkv, .*, got 0"),
+            ({"heads": 0}, "heads must divide the 48 channels of all heads, got 0"),
+            ({"heads": -1}, "heads must divide the 48 channels of all heads, got -1"),
+            ({"heads": 7}, "heads must divide the 48 channels of all heads, got 7"),
+            ({"eps": [1e-6]}, "eps must be those of two norms, got 1"),
+            ({"zero_rows": -1}, "zero_rows must be at least 0, got -1"),
+        ],
+    )
+    def test_numbers(self, changes, message):
+        self.refuses(message, **changes)
+
     def test_activation(self):
         known = "activation must be one of none, gelu, gelu_tanh, quick_gelu, got relu$"
         self.refuses(known, activation="relu")
@@ -204,6 +242,37 @@ class TestRefused:
         for message, images in wrong.items():
             with pytest.raises(SlimvitError, match=f"^back end triton: {message}"):
                 torch.ops.slimvit.patch_embedding(images, *given)
+
+    def test_embedding(self):
+        random = Random()
+        order = torch.arange(5, device=DEVICE)
+        given = {
+            "images": random(2, 3, 16, 16),
+            "weight": random(48, 3, 8, 8),
+            "table": random(5, 48),
+            "order": order,
+            "prefix": 1,
+        }
+        wrong = [
+            ({"weight": random(48, 192)}, r"weight must be \[D, C, ph, pw\], got"),
+            ({"table": random(240)}, r"table must be \[N, D\], got \[240\]"),
+            ({"table": random(5, 47)}, r"table must be \[5, 48\], float32, .*, got \[5, 47\]"),
+            ({"table": random(5, 48).half()}, r"table must be \[5, 48\], float32, .* float16"),
+            ({"order": order[:2]}, r"order must be \[5\], int64, .*, got \[2\]"),
+            ({"order": order.int()}, r"order must be \[5\], int64, .*, got \[5\], int32"),
+            ({"prefix": -1}, r"prefix must be in \[0, N\] = \[0, 5\], got -1"),
+            ({"prefix": 6}, r"prefix must be in \[0, N\] = \[0, 5\], got 6"),
+        ]
+        for changes, message in wrong:
+            with pytest.raises(SlimvitError, match=f"^back end triton: {message}"):
+                torch.ops.slimvit.patch_embedding(**given | changes)
+
+    @pytest.mark.parametrize("length", [-1, 2])
+    def test_scatter_to_too_few(self, length):
+        x, index = Random()(2, 3, 5), torch.arange(3, device=DEVICE)
+        rule = f"^back end triton: length must be at least the 3 tokens of x, got {length}$"
+        with pytest.raises(SlimvitError, match=rule):
+            torch.ops.slimvit.scatter_tokens(x, index, length)
 
     def test_scatter(self):
         x, index = Random()(2, 3, 5), Random().index(2, 3, 7)

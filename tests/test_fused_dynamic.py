@@ -134,15 +134,28 @@ class TestAbsorbBlock:
     @pytest.mark.parametrize("sized", [False, True])
     def test_opcheck(self, sized):
         case = Case(5, 3, 1 + sized)
-        given = arguments(case, alive_of(case, sized, 0, torch.float32), 1, 2)
+        given = arguments(case, alive_of(case, sized, 0, torch.float32), 1, 1)
         torch.library.opcheck(torch.ops.slimvit.absorb_block, (), given)
 
     def test_refusals(self):
         case = Case(17, 9, 2)
         alive = alive_of(case, True, 0, torch.float32)
         sizes = [alive.size, alive.size.log(), alive.spread]
-        rule = r"sizes must be \[B, m\] = \[2, 17\], float32, contiguous, got "
+        rule = r"sizes must be \[B, m\] = \[2, 17\], float32, contiguous, on .*, got "
+        norm = [torch.ones(48, device=DEVICE)] * 2
+        long, double = [torch.ones(49, device=DEVICE), norm[1]], [norm[0], norm[1].double()]
+        weights = arguments(case, alive, 1, 1)["weights"]
         wrong = [
+            ({"weights": weights[:-1]}, "weights must be 12 tensors, qkv, .*, got 11"),
+            ({"heads": 5}, "heads must divide the 48 channels of all heads, got 5"),
+            ({"activation": "relu"}, "activation must be one of none, gelu, .*, got relu"),
+            ({"eps": [1e-6]}, "eps must be those of two norms, got 1"),
+            ({"norm": []}, "norm must be a weight and a bias, got 0"),
+            ({"norm": long}, r"weight of the norm must be \[48\], float32, .*, got \[49\]"),
+            ({"norm": double}, r"bias of the norm must be \[48\], float32, .* float64"),
+            ({"prefix": -1}, "prefix must be at least 0, got -1"),
+            ({"prefix": 0}, "prefix must be at least the 1 tokens that the head reads, got 0"),
+            ({"head_tokens": 2}, "prefix must be at least the 2 tokens .*, got 1"),
             ({"n": 17}, "n must be more than the 1 prefix tokens and less than m = 17, got 17"),
             ({"n": 1}, "n must be more than the 1 prefix tokens and less than m = 17, got 1"),
             ({"prefix": 9}, "n must be more than the 9 prefix tokens and less than m = 17, got 9"),
@@ -173,7 +186,15 @@ def test_predicted_tokens(call):
         assert index.dtype == torch.int64
     else:
         rule = r"x must be \[B, m, D\] with D = 48, float32, on "
+        weights, stats = given["weights"], r"stats must be \[B, m, parts, 2\] = \[2, 5, 3, 2\]"
+        short = [*weights[:3], random(15)]
         wrong = [
+            ({"weights": weights[:3]}, "weights must be 4 tensors, down, .*, got 3"),
+            ({"weights": short}, r"score of the weights must be \[16\], float32, .*\[15\]"),
+            ({"weights": [random(16), *weights[1:]]}, "down of the weights must have 2 dimensions"),
+            ({"activation": "relu"}, "activation must be one of none, gelu, .*, got relu"),
+            ({"stats": random(1)}, rf"{stats}, float32, contiguous, on .*, got \[1\]"),
+            ({"prefix": -1, "n": 0}, "prefix must be at least 0, got -1"),
             ({"n": 5}, "n must be more than the 1 prefix tokens and less than m = 5, got 5"),
             ({"x": random(2, 5, 64)}, rule),
             ({"x": random(5, 48)}, rule),

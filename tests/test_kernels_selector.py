@@ -221,7 +221,15 @@ def test_op(call):
     else:
         rule = r"x must be \[B, m, D\] with D = 48, float32, on "
         few = "n must be more than 0 and less than the "
+        weights = arguments(case, x, selector)["weights"]
         wrong = [
+            ({"weights": weights[1:]}, "weights must be 12 tensors, embed, .*, got 11"),
+            ({"weights": [weights[0][0], *weights[1:]]}, "embed of the weights must have 3 dimen"),
+            (
+                {"weights": [*weights[:-1], weights[-1][1:]]},
+                r"weigh2_bias of the weights must be \[3\], float32, contiguous, on .*, got \[2\]",
+            ),
+            ({"prefix": -1}, "prefix and packages must be at least 0, got -1"),
             ({"n": 5}, few + "5 patches of 8 tokens, got 5"),
             ({"n": 0}, few + "5 patches of 8 tokens, got 0"),
             ({"packages": 5}, few + "1 patches of 8 tokens, got 2"),

@@ -10,15 +10,18 @@ from torch import Tensor
 
 from slimvit.backends.cuda import part_width
 from slimvit.backends.fused_checks import (
-    BlockWeights,
     check,
+    check_activation,
+    check_eps,
     check_images,
     kernel_set,
     nothing,
     on_device,
     precision_of,
     require,
+    require_tensor,
 )
+from slimvit.backends.fused_weights import BlockWeights, block_weights
 from slimvit.errors import SlimvitError
 
 __all__ = [
@@ -41,14 +44,23 @@ def patch_embedding(
     tf32: bool = False,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
-    """Tokens in lifetime order [B, N, D], and their statistics; see `slimvit.kernels`."""
+    """Tokens in lifetime order [B, N, D], and their statistics; see `slimvit.kernels`.
+
+    What `order` holds is not looked at: on a GPU that would wait for it.
+    """
+    require(backend, weight.dim() == 4, "weight must be [D, C, ph, pw]", weight)
+    require(backend, table.dim() == 2, "table must be [N, D]", table)
+    tokens, width, device = len(table), weight.shape[0], weight.device
+    require_tensor(backend, "table", table, (tokens, width), torch.float32, device)
+    require_tensor(backend, "order", order, (tokens,), torch.int64, device)
+    require(backend, 0 <= prefix <= tokens, f"prefix must be in [0, N] = [0, {tokens}]", prefix)
     fits = images.dim() == 4 and images.is_floating_point() and images.device == weight.device
     fits = fits and images.shape[1] == weight.shape[1]
     rule = f"images must be [B, {weight.shape[1]}, H, W], floating point, on {weight.device}"
     require(backend, fits, rule, images)
     down, across = images.shape[2] // weight.shape[2], images.shape[3] // weight.shape[3]
-    rule = f"images must have as many patches as the table has rows for them, {len(table) - prefix}"
-    require(backend, down * across == len(table) - prefix, rule, images)
+    rule = f"images must have as many patches as the table has rows for them, {tokens - prefix}"
+    require(backend, down * across == tokens - prefix, rule, images)
     if not len(images):
         return nothing(weight, *table.shape)
     with on_device(images):
@@ -75,17 +87,16 @@ def fused_block(
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     """A block's kept rows, and their statistics; `ops.FusedBlock` says what it takes."""
-    part = BlockWeights(*weights)
+    part = block_weights(backend, weights, heads)
     check(backend, x, stats, part, n, index, key_bias, spread)
+    check_activation(backend, activation)
+    check_eps(backend, eps)
+    require(backend, zero_rows >= 0, "zero_rows must be at least 0", zero_rows)
     if idle and index is not None:
         raise SlimvitError(f"back end {backend}: idle tokens need kept tokens that come first")
     if idle and spread is not None:
         raise SlimvitError(f"back end {backend}: idle tokens stand for themselves, without spread")
     x, kernels = x.contiguous(), kernel_set(backend)
-    known = ", ".join(kernels.ACTIVATIONS)
-    require(
-        backend, activation in kernels.ACTIVATIONS, f"activation must be one of {known}", activation
-    )
     if not len(x):
         return nothing(x, x.shape[1] if idle else n, x.shape[2])
     index = None if index is None else index.contiguous()
@@ -225,12 +236,17 @@ def add_spread(stats: Tensor, spread: Tensor | None, width: int) -> Tensor:
 
 
 def scatter_tokens(x: Tensor, index: Tensor, length: int, backend: str = "triton") -> Tensor:
-    """Kept tokens [B, K, D] at their places `index`, [K] or [B, K]: [B, N, D], zero elsewhere."""
+    """Kept tokens [B, K, D] at their places `index`, [K] or [B, K]: [B, N, D], zero elsewhere.
+
+    What the index holds is not looked at: on a GPU that would wait for it.
+    """
     require(backend, x.dim() == 3, "x must be [B, K, D]", x)
     shapes = ((x.shape[1],), (x.shape[0], x.shape[1]))
     fits = index.shape in shapes and index.dtype == torch.int64 and index.device == x.device
     rule = f"index must be [K] = [{x.shape[1]}] or [B, K], int64, on {x.device}"
     require(backend, fits, rule, index)
+    rule = f"length must be at least the {x.shape[1]} tokens of x"
+    require(backend, length >= x.shape[1], rule, length)
     check_images(backend, len(x))
     if not len(x):
         return x.new_empty(0, length, x.shape[2])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,44 +17,11 @@ from slimvit.backends import cuda, cuda_kernels, triton
 from slimvit.backends.cuda import part_width  # as many parts in every set of kernels
 from slimvit.errors import SlimvitError
 
+if TYPE_CHECKING:
+    from slimvit.backends.fused_weights import BlockWeights
+
 _WHY_NOT = {"triton": triton.why_not, "cuda": cuda.why_not}
 _KERNELS = {"triton": triton.kernel_set, "cuda": lambda: cuda_kernels}
-
-
-class BlockWeights(NamedTuple):
-    """The tensors of one block, in the order in which an op takes them.
-
-    Norms are folded: weights times the norm's weight, biases plus the weight times the norm's bias.
-    Matrices have the dtype that the block computes in, everything else is float32.
-
-    Attributes:
-        qkv: [3·H·d, D].
-        qkv_bias: [3·H·d].
-        qkv_sums: sums of the rows of `qkv`, as rounded.
-        proj: [D, H·d].
-        proj_bias: [D].
-        fc1: [hidden, D].
-        fc1_bias: [hidden].
-        fc1_sums: sums of the rows of `fc1`, as rounded.
-        fc2: [D, hidden].
-        fc2_bias: [D].
-        keys: for a block that keeps one or two tokens, the key projection of each head turned over,
-            [H·D, d]; else an empty tensor.
-        fc1_squares: sums of the squares of the rows of `fc1`, as rounded, [hidden].
-    """
-
-    qkv: Tensor
-    qkv_bias: Tensor
-    qkv_sums: Tensor
-    proj: Tensor
-    proj_bias: Tensor
-    fc1: Tensor
-    fc1_bias: Tensor
-    fc1_sums: Tensor
-    fc2: Tensor
-    fc2_bias: Tensor
-    keys: Tensor
-    fc1_squares: Tensor
 
 
 def check(
@@ -67,7 +34,10 @@ def check(
     key_bias: Tensor | None,
     spread: Tensor | None = None,
 ) -> None:
-    """Refuse what a block's kernels cannot read; `ops.FusedBlock` says what each is."""
+    """Refuse what a block's kernels cannot read; `ops.FusedBlock` says what each is.
+
+    What an index holds is not looked at: on a GPU that would wait for it.
+    """
     _known(backend)
     width, dtype, device = part.qkv.shape[1], part.qkv.dtype, part.qkv.device
     reason = _ask(backend, device, dtype)
@@ -80,11 +50,7 @@ def check(
     check_images(backend, batch)
     require(backend, m > 0, "x must have tokens", x)
     require(backend, 1 <= n <= m, f"n must be in [1, m] = [1, {m}]", n)
-    if stats is not None:
-        shape = (batch, m, width // part_width(width), 2)
-        fits = stats.shape == shape and stats.dtype == torch.float32 and stats.device == device
-        rule = f"stats must be [B, m, parts, 2] = {list(shape)}, float32, contiguous, on {device}"
-        require(backend, fits and stats.is_contiguous(), rule, stats)
+    check_stats(backend, stats, x)
     if index is not None:
         fits = index.shape == (batch, n) and index.dtype == torch.int64
         rule = f"index must be [B, n] = [{batch}, {n}], int64, on {device}"
@@ -97,6 +63,27 @@ def check(
         fits = spread.shape == (batch, m) and spread.dtype == torch.float32
         rule = f"spread must be [B, m] = [{batch}, {m}], float32, on {device}"
         require(backend, fits and spread.device == device, rule, spread)
+
+
+def check_stats(backend: str, stats: Tensor | None, x: Tensor) -> None:
+    """Refuse what are no statistics of the rows of x [B, m, D]."""
+    if stats is None:
+        return
+    shape = (*x.shape[:2], x.shape[2] // part_width(x.shape[2]), 2)
+    rule = "stats must be [B, m, parts, 2] ="
+    require_tensor(backend, rule, stats, shape, torch.float32, x.device)
+
+
+def check_activation(backend: str, activation: str) -> None:
+    """Refuse the name of none that kernels have."""
+    known = kernel_set(backend).ACTIVATIONS
+    rule = f"activation must be one of {', '.join(known)}"
+    require(backend, activation in known, rule, activation)
+
+
+def check_eps(backend: str, eps: list[float]) -> None:
+    """Refuse what is not one for each of a block's norms."""
+    require(backend, len(eps) == 2, "eps must be those of two norms", len(eps))
 
 
 def check_images(backend: str, batch: int) -> None:
@@ -161,6 +148,22 @@ def require(backend: str, holds: bool, rule: str, got: Tensor | int | str) -> No
     if isinstance(got, Tensor):
         got = f"{list(got.shape)}, {_name(got.dtype)}, on {got.device}"
     raise SlimvitError(f"back end {backend}: {rule}, got {got}")
+
+
+def require_tensor(
+    backend: str,
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Raise unless a tensor is what a kernel reads it for; `name` may end in what its shape is."""
+    fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
+    if not (fits and tensor.is_contiguous()):
+        name = name if name.endswith("=") else f"{name} must be"
+        rule = f"{name} {list(shape)}, {_name(dtype)}, contiguous, on {device}"
+        require(backend, False, rule, tensor)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from slimvit.backends.fused import second_half, statistics
 from slimvit.backends.fused_checks import (
-    BlockWeights,
     check,
+    check_activation,
+    check_eps,
+    check_images,
+    check_stats,
     kernel_set,
     nothing,
     on_device,
     precision_of,
     require,
+    require_tensor,
 )
+from slimvit.backends.fused_weights import PredictorWeights, block_weights, predictor_weights
 
-
-class PredictorWeights(NamedTuple):
-    """The tensors of a score predictor, its norm folded, in the order in which an op takes them.
-
-    Attributes:
-        down: [r, D], in the dtype that the block computes in; r a multiple of 16.
-        down_bias: [r], float32.
-        down_sums: sums of the rows of `down`, as rounded, float32.
-        score: [r], float32.
-    """
-
-    down: Tensor
-    down_bias: Tensor
-    down_sums: Tensor
-    score: Tensor
+__all__ = ["PredictorWeights", "absorb_block", "predicted_tokens"]
 
 
 def absorb_block(
@@ -62,7 +51,7 @@ def absorb_block(
         norm: weight and bias of the block's first norm, [D] each, float32.
         n: tokens to keep, prefix < n.
         heads: H.
-        prefix: leading tokens that are always kept and absorb nothing.
+        prefix: leading tokens that are always kept and absorb nothing, head_tokens at least.
         head_tokens: leading tokens whose attention counts.
         candidates: patches of least importance that may be pruned, m - n at least.
         activation: of the MLP.
@@ -75,12 +64,14 @@ def absorb_block(
         [B, n], the log of those, their spread, and which of the alive they are, [B, n], int64,
         ascending.
     """
-    part = BlockWeights(*weights)
+    part = block_weights(backend, weights, heads)
     rule = "sizes must be the sizes, their logs and the spreads, or nothing"
     require(backend, len(sizes) in (0, 3), rule, len(sizes))
     size, key_bias, spread = sizes or (None, None, None)
     check(backend, x, stats, part, n, None, key_bias)
-    _check_absorbed(backend, x, sizes, n, prefix, head_tokens, candidates)
+    check_activation(backend, activation)
+    check_eps(backend, eps)
+    _check_absorbed(backend, x, sizes, norm, n, prefix, head_tokens, candidates)
     if not len(x):
         kept, none = nothing(x, n, x.shape[2]), x.new_empty(0, n, dtype=torch.float32)
         return *kept, none, none.clone(), none.clone(), none.to(torch.int64)
@@ -147,13 +138,16 @@ def predicted_tokens(
     Returns:
         Positions among the alive, [B, n], int64, ascending; among equal scores the earlier.
     """
-    part = PredictorWeights(*weights)
+    part = predictor_weights(backend, weights)
     down = part.down
     fits = x.dim() == 3 and x.dtype == down.dtype and x.device == down.device
     dtype = str(down.dtype).removeprefix("torch.")
     rule = f"x must be [B, m, D] with D = {down.shape[1]}, {dtype}, on {down.device}"
     require(backend, fits and x.shape[2] == down.shape[1], rule, x)
     batch, m, _ = x.shape
+    check_images(backend, batch)
+    check_stats(backend, stats, x)
+    check_activation(backend, activation)
     _check_choice(backend, n, m, prefix)
     if not batch:
         return x.new_empty(0, n, dtype=torch.int64)
@@ -176,22 +170,28 @@ def _check_absorbed(
     backend: str,
     x: Tensor,
     sizes: list[Tensor],
+    norm: list[Tensor],
     n: int,
     prefix: int,
     head_tokens: int,
     candidates: int,
 ) -> None:
-    batch, m, _ = x.shape
+    batch, m, width = x.shape
+    require(backend, len(norm) == 2, "norm must be a weight and a bias", len(norm))
+    for name, tensor in zip(("weight", "bias"), norm):
+        require_tensor(backend, f"{name} of the norm", tensor, (width,), torch.float32, x.device)
     require(backend, head_tokens in (1, 2), "head_tokens must be 1 or 2", head_tokens)
     _check_choice(backend, n, m, prefix)
+    rule = f"prefix must be at least the {head_tokens} tokens that the head reads"
+    require(backend, prefix >= head_tokens, rule, prefix)
     rule = f"candidates must be from m - n = {m - n} to the {m - prefix} patches"
     require(backend, m - n <= candidates <= m - prefix, rule, candidates)
-    rule = f"sizes must be [B, m] = [{batch}, {m}], float32, contiguous"
     for tensor in sizes:
-        fits = tensor.shape == (batch, m) and tensor.dtype == torch.float32
-        require(backend, fits and tensor.is_contiguous(), rule, tensor)
+        rule = "sizes must be [B, m] ="
+        require_tensor(backend, rule, tensor, (batch, m), torch.float32, x.device)
 
 
 def _check_choice(backend: str, n: int, m: int, prefix: int) -> None:
+    require(backend, prefix >= 0, "prefix must be at least 0", prefix)
     rule = f"n must be more than the {prefix} prefix tokens and less than m = {m}"
     require(backend, prefix < n < m, rule, n)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -15,44 +13,11 @@ from slimvit.backends.fused_checks import (
     precision_of,
     require,
 )
+from slimvit.backends.fused_weights import SelectorWeights, selector_weights
+
+__all__ = ["WIDEST_SELECTOR", "SelectorWeights", "selected_tokens"]
 
 WIDEST_SELECTOR = 128  # channels of a head, whose matrix kernels hold on chip
-
-
-class SelectorWeights(NamedTuple):
-    """The tensors of a selector with H heads of c channels, in the order in which an op takes them.
-
-    Matrices that multiply the patches' own rows have the dtype of the tokens, all else is float32.
-    Matrices of heads have inputs before outputs.
-
-    Attributes:
-        embed: [H, c, c], the norm's weight in it; its first (c + 1) // 2 outputs are local.
-        embed_bias: [H, c], the norm's bias in it.
-        judge1: [H, c, c2].
-        bias1: [H, c2].
-        judge2: [H, c2, c4].
-        bias2: [H, c4].
-        judge3: [H, c4]: the column that keeps less the one that prunes, for only that difference
-            counts.
-        bias3: [H], likewise.
-        weigh1: [r, H].
-        weigh1_bias: [r].
-        weigh2: [H, r].
-        weigh2_bias: [H].
-    """
-
-    embed: Tensor
-    embed_bias: Tensor
-    judge1: Tensor
-    bias1: Tensor
-    judge2: Tensor
-    bias2: Tensor
-    judge3: Tensor
-    bias3: Tensor
-    weigh1: Tensor
-    weigh1_bias: Tensor
-    weigh2: Tensor
-    weigh2_bias: Tensor
 
 
 def selected_tokens(
@@ -84,7 +49,7 @@ def selected_tokens(
         statistics; and which of the alive they are, int64, ascending: the new package is m, as if
         it came after them. Among patches of equal scores the earlier is kept.
     """
-    part = SelectorWeights(*weights)
+    part = selector_weights(backend, weights)
     heads, c, _ = part.embed.shape
     dtype, device = part.embed.dtype, part.embed.device
     fits = x.dim() == 3 and x.dtype == dtype and x.device == device
@@ -94,6 +59,8 @@ def selected_tokens(
     require(backend, c <= WIDEST_SELECTOR, rule, c)
     (batch, m, width), count = x.shape, prefix + n + packages + 1
     check_images(backend, batch)
+    least = min(prefix, packages)
+    require(backend, least >= 0, "prefix and packages must be at least 0", least)
     p = m - prefix - packages
     rule = f"n must be more than 0 and less than the {p} patches of {m} tokens"
     require(backend, 0 < n < p, rule, n)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimvit.backends import fused_dynamic
-from slimvit.backends.fused_checks import BlockWeights
+from slimvit.backends.fused_weights import BlockWeights
 from slimvit.ops.choosers import (
     AbsorbParts,
     ChooserParts,
