@@ -269,6 +269,8 @@ def test_no_images():
     assert call(p, packed, case.n, p.x[:, :0]).shape == (0, 40, 64)
     index = torch.empty(0, 40, dtype=torch.int64)
     assert call(p._replace(index=index), packed, case.n, p.x[:, :0]).shape == (0, 40, 64)
+    many = torch.empty(0, 80, dtype=torch.int64)  # an index may name tokens twice
+    assert call(p._replace(index=many), packed, 80, p.x[:, :0]).shape == (0, 80, 64)
 
 
 class TestRefused:

@@ -20,7 +20,7 @@ void slim_block(Address pack_address, std::int64_t pack_bytes, Address x, long x
   require_positive_threads(threads);
   require(width == pack->shape.width, "x must be [m, B, " + std::to_string(pack->shape.width) +
                                           "], got [" + join({m, batch, width}) + "]");
-  require(batch >= 0 && n >= 1 && (index != 0 || n <= m),
+  require(batch >= 0 && n >= 1 && (index != 0 || batch == 0 || n <= m),
           "n must be in [1, m] = [1, " + std::to_string(m) + "], got " + std::to_string(n));
   const auto* positions = at<const std::int64_t>(index);
   for (long i = 0; positions != nullptr && i < batch * n; ++i)
@@ -75,10 +75,13 @@ long fewest(const SelectorShape& shape) {
 
 // Of `alive` tokens, at most.
 std::int32_t left_by(const SelectorShape& shape, std::int32_t alive, long prefix) {
+  require(prefix >= 0 && prefix <= alive, "prefix must be in [0, m] = [0, " +
+                                              std::to_string(alive) + "], got " +
+                                              std::to_string(prefix));
   const long patches = alive - prefix - shape.packages;
-  require(prefix >= 0 && fewest(shape) < patches,
-          "a selector must keep fewer patches than the " + std::to_string(patches) +
-              " that reach it, got " + std::to_string(fewest(shape)));
+  require(fewest(shape) < patches, "a selector must keep fewer patches than the " +
+                                       std::to_string(patches) + " that reach it, got " +
+                                       std::to_string(fewest(shape)));
   const long kept = shape.patches == 0 ? patches - 1 : shape.patches;
   return static_cast<std::int32_t>(prefix + kept + shape.packages + 1);
 }
