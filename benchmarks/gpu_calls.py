@@ -89,18 +89,27 @@ class Launch:
 
 @contextlib.contextmanager
 def watched(see: Callable[[Launch], None], backend: str = "triton") -> Iterator[None]:
-    """Call `see` with every launch of a back end's kernels, after it was made."""
-    module, last = kernel_set(backend), False
+    """Call `see` with every launch of a back end's kernels, after it was made.
+
+    What a kernel's function calls of the others is part of it, also when `see` repeats it.
+    """
+    module, last, inside = kernel_set(backend), False, False
 
     def watcher(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal last
+            nonlocal last, inside
+            if inside:
+                return function(*args, **kwargs)
             bound = inspect.signature(function).bind(*args, **kwargs)
             bound.apply_defaults()
             short, stage, last = names(name, bound.arguments, last)
-            result = function(*args, **kwargs)
-            if result is not None:  # a whole block is left to the other kernels where it is None
-                see(Launch(short, stage, function, dict(bound.arguments)))
+            inside = True
+            try:
+                result = function(*args, **kwargs)
+                if result is not None:  # None: a whole block is left to the other kernels
+                    see(Launch(short, stage, function, dict(bound.arguments)))
+            finally:
+                inside = False
             return result
 
         return call

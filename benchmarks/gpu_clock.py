@@ -20,7 +20,7 @@ Call = Callable[[], object]
 ROOT = Path(__file__).parent.parent
 FACTS = ("device", "driver", "torch", "triton", "timm", "slimvit", "commit", "source")
 CLOCKS = ("sm_mhz", "memory_mhz")
-_CALLS = 32  # in one graph of short kernels, so that launching it weighs nothing
+CALLS = 32  # in one graph of short kernels
 
 
 class Clock:
@@ -61,11 +61,19 @@ class Clock:
         self.queued(calls, 1)  # compiles and warms up
         if not self.cuda:
             return self.queued(calls, 1) / len(calls)
-        loops = max(1, _CALLS // len(calls)) if self.queued(calls, 1) < 5e-3 else 1
+        loops = max(1, CALLS // len(calls)) if self.queued(calls, 1) < 5e-3 else 1
         run = self._graph(calls, loops)
         self.queued([run], 2)
-        times = max(5, min(1000, int(seconds / max(self.queued([run], 2) / 2, 1e-7))))
-        return median(self.queued([run], 1) for _ in range(times)) / (loops * len(calls))
+        times = max(5, min(1000, int(seconds / max(self.queued([run], 2), 1e-7))))
+        return median(self._behind(run) for _ in range(times)) / (loops * len(calls))
+
+    def _behind(self, run: Call) -> float:
+        """Seconds that a GPU takes for a call that is launched while it is busy with another."""
+        self.wait()
+        run()
+        start = self._mark()
+        run()
+        return self._since(start)
 
     def _graph(self, calls: Sequence[Call], loops: int) -> Call:
         with torch.cuda.device(self.device):
@@ -128,10 +136,11 @@ def facts(device: torch.device) -> dict[str, str]:
 
 
 def source(root: Path = ROOT) -> str:
-    """Digest of the package, the kernels and their table: what a speed was measured of."""
+    """Digest of the package, all kernels and their table: what a speed was measured of."""
     digest = sha256()
-    for folder, pattern in (("slimvit", "**/*.py"), ("kernels", "*.py"), ("kernels", "*.json")):
-        for path in sorted((root / folder).glob(pattern)):
+    patterns = ("slimvit/**/*.py", "kernels/*.py", "kernels/*.json", "csrc/**/*.*")
+    for pattern in patterns:
+        for path in sorted(root.glob(pattern)):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from gpu_calls import Launch, Verdict, judge, watched
-from gpu_clock import Clock, rotated
+from gpu_clock import CALLS, Clock, rotated
 from gpu_floor import Chip, Kernel, kernels, total
 from gpu_networks import FORMS, Network, quiet, random_images
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from slimvit.runtime import PRECISIONS
 INDEX_BATCH = 2
 DEADLINE = 240.0  # seconds of a task: a compiler that hangs leaves half of a run for measuring
 _ENDING = 10.0  # seconds: a driver at work may hold an ended process back, and must not hold us
+_MEMORY = 8 << 30  # bytes of a process that checks: an estimate of DeiT-B's at batch 1024
 # To start one process collects others that ended, whose exit codes their own threads ask for.
 _LOCK = threading.Lock()
 
@@ -164,10 +165,13 @@ def check(task: Task) -> list[Check]:
         for batch in task.batches:
             with watched(judged(form, batch), task.backend):
                 fast(random_images(shape, batch, dtype, device))
-    batch = min(INDEX_BATCH, max(task.batches))
-    with watched(judged("index", batch), task.backend):
-        _indexed(fast, shape, batch, dtype, device)
-        fast.forward_features(random_images(shape, batch, dtype, device))
+    most = max(task.batches)
+    few = min(INDEX_BATCH, most)
+    for batch in sorted({few, most}):  # of many images, a block may be one launch
+        with watched(judged("index", batch), task.backend):
+            _indexed(fast, shape, batch, dtype, device)
+    with watched(judged("index", few), task.backend):
+        fast.forward_features(random_images(shape, few, dtype, device))
     return list(found.values())
 
 
@@ -219,7 +223,8 @@ def _times(
     def see(launch: Launch) -> None:
         key = launch.key()
         if key not in seen:
-            sets = [launch, *(launch.copy() for _ in range(1, rotated(clock, launch.tensors())))]
+            count = rotated(clock, launch.tensors(), CALLS)
+            sets = [launch, *(launch.copy() for _ in range(1, count))]
             seen[key] = clock.median(sets, seconds)
         launches, time = times.get(launch.name, (0, 0.0))
         times[launch.name] = (launches + 1, time + seen[key])
@@ -276,8 +281,11 @@ def with_errors(rows: Iterable[dict[str, str]], found: Iterable[Check]) -> list[
 
 
 def workers() -> int:
-    """How many processes check side by side."""
-    return max(1, min(12, (os.cpu_count() or 1) - 2))
+    """How many processes check side by side: each has a core and room on the GPU."""
+    count = min(12, (os.cpu_count() or 1) - 2)
+    if torch.cuda.is_available():
+        count = min(count, torch.cuda.mem_get_info()[0] // _MEMORY)
+    return max(1, count)
 
 
 def first_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from gpu_calls import Launch, judge, watched
-from gpu_clock import Clock, rotated
+from gpu_clock import CALLS, Clock, ceilings, rotated
 from gpu_kernels import first_line, workers
 from gpu_networks import FORMS, Network, quiet, random_images
 from tune_compile import compile_all, job
@@ -173,6 +173,7 @@ def tuned(
         begin = time.perf_counter()
         compile_all(jobs, args.jobs, seconds / 2)
         say(f"{len(jobs)} candidates compiled in {time.perf_counter() - begin:.0f} s")
+    ceilings(clock, PRECISIONS[args.precision])  # so that the device's clocks have risen
     found: dict[Key, Choice] = {}
     for key, launches in keys.items():
         current = present[key]
@@ -197,7 +198,8 @@ def seconds_of(launch: Launch, config: Any, clock: Clock) -> float | None:
     try:
         if not judge(launch, config=config).passes:
             return None
-        sets = [launch, *(launch.copy() for _ in range(1, rotated(clock, launch.tensors(), 4)))]
+        count = rotated(clock, launch.tensors(), CALLS)
+        sets = [launch, *(launch.copy() for _ in range(1, count))]
         return clock.median([partial(each, config=config) for each in sets], 0.01)
     except Exception as error:  # compilers and launches may fail in any way
         if "CUDA error" in str(error):

@@ -39,6 +39,8 @@ def job(launch: Launch, config: tuple[int, int, int, int, int]) -> Job:
 
 def compile_all(jobs: Sequence[Job], processes: int, seconds: float) -> None:
     """Launch each job once; what fails says so when it is checked, what is late is left."""
+    if not jobs:
+        return
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with context.Pool(min(processes, len(jobs))) as pool:
         pool.map_async(compile_one, jobs, chunksize=1).wait(seconds)

@@ -15,7 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on a download
 
 import torch
 
-if not torch.cuda.is_available():  # read when triton is imported, as timm does
+# Read when triton is imported, as timm does. It has no matrix instructions below sm_80.
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
@@ -145,16 +146,30 @@ def emulation() -> ModuleType:
 
 
 @pytest.fixture
-def emulated_cuda(emulation, monkeypatch) -> ModuleType:
-    """That module in the place of slimvit._cuda, and the tensors of all tests on the CPU."""
+def emulated_cuda(request, monkeypatch) -> ModuleType:
+    """That module in the place of slimvit._cuda, and the tensors of all tests on the CPU.
+
+    A test whose device is HERE gets neither: what it calls runs on the GPU.
+    """
     import emulated
 
-    from slimvit import _extensions
+    from slimvit import _extensions, backends
 
-    modules = ("absorb_checks", "fused_blocks", "kernel_checks", "test_fused_block_ops")
+    here = getattr(request.node, "callspec", None)
+    here = here is not None and here.params.get("device") == emulated.HERE
+    if here and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    if here and (reason := backends.why_not("cuda", "cuda", emulated.HERE.dtype)) is not None:
+        pytest.fail(reason)
+    modules = ("absorb_checks", "fused_blocks", "kernel_checks")
+    modules += ("test_fused_block_ops", "test_fused_dynamic")
     for name in modules:
         if name in sys.modules:
-            monkeypatch.setattr(sys.modules[name], "DEVICE", torch.device("cpu"))
+            where = torch.device("cuda" if here else "cpu")
+            monkeypatch.setattr(sys.modules[name], "DEVICE", where)
+    if here:
+        return _extensions.load("_cuda")
+    emulation = request.getfixturevalue("emulation")
     # By the same monkeypatch as the tests', so that all is undone in its order.
     real = _extensions._attempt
     monkeypatch.setattr(

@@ -29,6 +29,8 @@ class Device(NamedTuple):
     dtype: torch.dtype
 
     def __str__(self) -> str:
+        if self.capability == 0:
+            return "here"
         return f"sm_{self.capability}-{str(self.dtype).removeprefix('torch.')}"
 
 
@@ -37,6 +39,7 @@ T4 = Device(75, 64, torch.float16)
 A100 = Device(80, 163, torch.bfloat16)
 RTX3090 = Device(86, 99, torch.float16)
 H200 = Device(90, 227, torch.bfloat16)
+HERE = Device(0, 0, torch.float16)  # the GPU of this machine, by the module of the package
 
 
 def load() -> ModuleType:

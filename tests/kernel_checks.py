@@ -1,9 +1,11 @@
 """Where Triton's kernels run in tests, and what they may err: at most twice as much as PyTorch.
 
-They run compiled where there is a CUDA GPU, and else in Triton's interpreter, on CPU tensors.
+They run compiled where there is a CUDA GPU that they are for, and else in Triton's interpreter, on
+CPU tensors.
 """
 
 import math
+import os
 from collections.abc import Callable
 
 import pytest
@@ -14,12 +16,12 @@ from torch import Tensor
 from slimvit import _extensions
 from slimvit.backends import why_not
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 if (reason := why_not("triton", DEVICE)) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 kernels = _extensions.load("kernels")
-needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device here")
+needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device for Triton here")
 _no_bfloat16 = pytest.mark.skipif(
     DEVICE.type != "cuda", reason="Triton's interpreter computes bfloat16 wrongly: it needs a GPU"
 )

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import timm
+import torch
 from gpu_bench import BENCHMARKS, MODELS, ROOT, interpreted, on_gpu
 
 from slimvit import Masks
+from slimvit.backends import why_not
 from slimvit.bench import parse_keep
 from slimvit.errors import UsageError
 
@@ -161,11 +163,14 @@ def test_nvidia_smi_is_read_for_this_device_only(bench):
 
 
 def test_the_digest_of_sources_tells_tables_apart(bench, tmp_path):
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "configs.json").write_text("[]")
-    before = bench("gpu_clock").source(tmp_path)
-    (tmp_path / "kernels" / "configs.json").write_text("[1]")
-    assert bench("gpu_clock").source(tmp_path) != before
+    seen, files = set(), ("kernels/configs.json", "kernels/a.py", "slimvit/b.py", "csrc/cuda/c.cu")
+    for file in files:
+        for text in "12":
+            path = tmp_path / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            seen.add(bench("gpu_clock").source(tmp_path))
+    assert len(seen) == 2 * len(files)
 
 
 def test_logits_beyond_twice_pytorchs_error_are_refused(bench):
@@ -292,15 +297,17 @@ def test_a_small_model_on_a_gpu(run_from, tmp_path):
     """All kinds of steps, torch.compile and CUDA graphs included."""
     # A model of timm's own: the processes that check kernels do not know the one made here.
     gpu = '"gpu.py", "--models", "test_vit", "--keep", "60,40x4,1", "--image-sizes", "32", '
-    gpu += SMALL.replace("float32", "float16")
+    gpu += SMALL.replace("float32", "float16").replace('"1"', '"1", "2"')
     code = REGISTER.format(environment="", benchmarks=str(BENCHMARKS))
     code += f'script({gpu}, "--output", {str(tmp_path)!r})\n'
     out = "\n".join(run_from(ROOT, code))
     assert "status 0" in out
-    assert "failed" not in out
+    assert "failed" not in out and "not timed" not in out
     with (tmp_path / "gpu-speed.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     steps = {(r["step"], r["runtime"]) for r in rows}
     assert ("graphs", "slimvit:triton") in steps
+    if why_not("cuda", "cuda", torch.float16) is None:
+        assert {r["batch"] for r in rows if r["runtime"] == "slimvit:cuda"} == {"1", "2"}
     assert {r["runtime"] for r in rows} >= {"torch.compile", "torch.compile:max-autotune"}
     assert all(float(r["median"]) > 0 and r["driver"] and r["sm_mhz"] for r in rows)

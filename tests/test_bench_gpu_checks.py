@@ -21,7 +21,7 @@ from slimvit.backends import cuda_kernels
 def launches(bench):
     """Launches of a wide block, whose second half is three kernels, and of a narrow one's."""
     calls, found = bench("gpu_calls"), {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
     for width in (64, 112):
         torch.manual_seed(0)
         options = {"embed_dim": width, "depth": 2, "num_heads": width // 16, "num_classes": 5}
@@ -261,3 +261,17 @@ def test_a_whole_block_is_watched_where_it_is_one_launch(bench, emulated_cuda, m
         assert 0 < verdict.error <= verdict.limit
         assert not calls.judge(wrong(launch, lambda result: (-result[0], result[1]))).passes
         assert not calls.judge(wrong(launch, lambda result: (result[0], -result[1]))).passes
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_every_launch_of_cuda_is_checked_once(bench):
+    """The product of an embedding is part of it, with a residual that all images share."""
+    kernels, dtype = bench("gpu_kernels"), use(V100)
+    network = kernels.Network("test_vit", 48, "71x5,1", "cpu")  # 101 tokens at its own 160 pixels
+    precision = str(dtype).removeprefix("torch.")
+    found = kernels.check(kernels.Task("cuda", network, precision, (2,)))
+    slim = [check.kernel for check in found if check.form == "slim"]
+    assert slim.count("embedding") == 1
+    assert slim.count("last_u") == 1
+    assert {"qkv", "attention", "proj", "last_q", "last_attention", "last_v"} <= set(slim)
+    assert all(check.verdict.passes for check in found), found

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from cuda_checks import devices, use
+from cuda_checks import devices, devices_and_here, place, use
 from emulated import A100, V100
 from fused_blocks import Case, inputs, make, make_parts
 from kernel_checks import FLOOR, check, check_stats, distance
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("emulated_cuda", "poison_empty")
 NETWORKS = ["deit", "deit_distilled", "deit3", "dinov2_reg4", "clip_quickgelu", "oblong"]
 
 
-@devices
+@devices_and_here
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_block_errs_no_more_than_torch(device, case):
     dtype = use(device)
@@ -101,13 +101,13 @@ def errs_no_more_than_torch(model: nn.Module, fast: AcceleratedViT, images: Tens
         assert distance(mine, exact) <= max(2 * distance(own, exact), FLOOR[dtype])
 
 
-@devices
+@devices_and_here
 @pytest.mark.parametrize(("name", "number"), [*zip(NETWORKS, range(len(NETWORKS)))])
 def test_a_network_errs_no_more_than_torch(device, name, number):
-    dtype, model = use(device), model_of(name)
-    masks = random_masks(model, SEMANTICS[number % 3])
-    fast, images = accelerated(model, masks, dtype), random_images(model, 1 + number % 2)
-    images = images.bfloat16().float()
+    dtype, model = use(device), copy.deepcopy(model_of(name))
+    masks, images = random_masks(model, SEMANTICS[number % 3]), random_images(model, 1 + number % 2)
+    images = images.bfloat16().float().to(place(device))
+    fast = accelerated(model.to(place(device)), masks, dtype)
     errs_no_more_than_torch(model, fast, images)
     assert torch.equal(fast(images), fast.forward_head(fast.forward_features(images)))
 

@@ -5,8 +5,9 @@ import functools
 import math
 
 import pytest
+import timm
 import torch
-from cuda_checks import devices, use
+from cuda_checks import devices, devices_and_here, place, use
 from emulated import A100
 from fused_blocks import Case
 from kernel_checks import FLOOR, check_stats, distance
@@ -22,7 +23,7 @@ from slimvit.runtime import accelerate, apply_masks
 pytestmark = pytest.mark.usefixtures("emulated_cuda", "poison_empty")
 
 
-@devices
+@devices_and_here
 @pytest.mark.parametrize(("case", "prefix", "tokens", "sized"), BLOCKS, ids=str)
 def test_a_block_errs_no_more_than_torch(device, case, prefix, tokens, sized):
     dtype = use(device)
@@ -61,9 +62,9 @@ PAIRS = [
 
 
 @functools.cache
-def fast_of(name: str, plan: str, dtype: torch.dtype) -> nn.Module:
-    precision = str(dtype).removeprefix("torch.")
-    return accelerate(model_of(name), plans(name)[plan], backend="cuda", precision=precision)
+def fast_of(name: str, plan: str, dtype: torch.dtype, where: str = "cpu") -> nn.Module:
+    precision, model = str(dtype).removeprefix("torch."), copy.deepcopy(model_of(name)).to(where)
+    return accelerate(model, plans(name)[plan], backend="cuda", precision=precision)
 
 
 def slim_of(name: str, plan: str, dtype: torch.dtype) -> nn.Module:
@@ -87,22 +88,22 @@ def steady_images(name: str, plan: str, dtype: torch.dtype, count: int) -> Tenso
     return images[same][:count]
 
 
-@devices
+@devices_and_here
 @pytest.mark.parametrize(("name", "plan"), PAIRS)
 def test_a_model_answers_like_the_reference(device, name, plan):
-    dtype = use(device)
+    dtype, where = use(device), place(device)
     images = steady_images(name, plan, dtype, 2)
-    fast = fast_of(name, plan, dtype)
+    fast = fast_of(name, plan, dtype, where.type)
     exact, own = slim_of(name, plan, torch.float64), slim_of(name, plan, dtype)
     with torch.no_grad():
         for got, wanted in zip(
-            fast.kept_sets(images), exact.kept_sets(images.double()), strict=True
+            fast.kept_sets(images.to(where)), exact.kept_sets(images.double()), strict=True
         ):
             assert got.tolist() == wanted.tolist()
         for call in ("forward", "forward_features"):
             wanted = getattr(exact, call)(images.double())
             torchs = distance(getattr(own, call)(images), wanted)
-            got = getattr(fast, call)(images)
+            got = getattr(fast, call)(images.to(where)).cpu()
             assert distance(got, wanted) <= max(2 * torchs, 5 * FLOOR[dtype])
     assert fast.backend == "cuda"
 
@@ -119,6 +120,14 @@ def test_every_image_by_itself(device, plan):
     assert got[1].isnan().all()
     assert torch.equal(got[::2], wanted[::2])
     assert torch.equal(fast(images[2:]), wanted[2:])
+
+
+def test_too_many_tokens_are_refused_ahead():
+    use(A100)
+    model = timm.create_model("test_vit", img_size=736, num_classes=5).eval()
+    message = "block 2: it chooses among at most 2048 tokens, got 2117"
+    with pytest.raises(SlimvitError, match=message):
+        accelerate(model, Absorb(cut=0.3), backend="cuda", precision="float16")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cuda_checks import kernels, use
-from emulated import A100, H200, RTX3090, V100
+from emulated import A100, H200, HERE, RTX3090, V100
 from fused_blocks import Case, inputs, make, make_parts
 from kernel_checks import check, check_stats
 from test_fused_block import reference
@@ -52,11 +52,14 @@ def answer(device, case):
     [
         *((A100._replace(dtype=HALF), case) for case in CASES[:-1] + WIDER[:-1]),
         *((H200, case) for case in CASES + WIDER),
+        *((HERE, case) for case in CASES + WIDER),
     ],
     ids=str,
 )
 def test_errs_no_more_than_torch(device, case):
     answered, formula, given = answer(device, case)
+    if device == HERE and answered is None:
+        pytest.skip("this GPU has no room for such a block")
     assert answered is not None
     got, stats = answered
     check(got, formula, *given)

@@ -1,5 +1,7 @@
 """The ops over the CUDA kernels, emulated, as PyTorch sees them, and what they refuse."""
 
+import threading
+
 import emulated
 import pytest
 import torch
@@ -53,6 +55,24 @@ class TestOps:
             for batch in (3, 1, 5):
                 images = Random(batch)(batch, 3, 16, 16)
                 assert torch.equal(compiled(images), module(images))
+
+    def test_other_threads_go_on(self):
+        """A launch waits where the device's queue is full."""
+        random, dtype, seen, stop = Random(), use(A100), [0], threading.Event()
+        x, weight = random(2, 256, 192, dtype=dtype), random.weight(576, 192, dtype)
+
+        def count() -> None:
+            while not stop.wait(0.001):
+                seen[0] += 1
+
+        other = threading.Thread(target=count)
+        other.start()
+        before = seen[0]
+        kernels.slim_linear(x, weight, None)
+        during = seen[0] - before
+        stop.set()
+        other.join()
+        assert during > 10
 
     def test_equals_the_reference_scatter(self):
         x, index = Random()(2, 3, 16, dtype=use(V100)), Random().index(2, 3, 7)

@@ -54,9 +54,15 @@ def choice(case: Case, alive: Alive, prefix: int, tokens: int) -> list:
         return [t.tolist() for t in Absorb(counts=[1]).choose(0, view, case.n)[:2]]
 
 
-@functools.cache
 def steady(case: Case, prefix: int, tokens: int, sized: bool, dtype: torch.dtype) -> Alive:
     """Tokens of `dtype` whose choice does not hang on how anything is rounded."""
+    return steady_on(DEVICE, case, prefix, tokens, sized, dtype)
+
+
+@functools.cache
+def steady_on(
+    device: torch.device, case: Case, prefix: int, tokens: int, sized: bool, dtype: torch.dtype
+) -> Alive:
     for seed in range(200):
         alive = alive_of(case, sized, seed, dtype)
         exact = alive._replace(x=alive.x.double())

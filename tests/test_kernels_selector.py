@@ -262,3 +262,17 @@ def test_what_kernels_do_not_select():
         for choosers, message in wrong:
             assert why_not_chosen(choosers, backend).startswith(message)
         assert why_not_chosen([SelectorParts(narrow, 3, 0), None], backend) is None
+
+
+def test_sizes_that_the_cuda_kernels_have_no_room_for():
+    """Told where a back end is chosen, not by the first call."""
+    choosers = [None, AbsorbParts(1)]
+    many = "block 2: it chooses among at most 2048 tokens, got 2049"
+    wide = "block 2: it absorbs tokens of at most 1536 channels, got 1552"
+    assert why_not_chosen(choosers, "cuda", [2305, 2049], 64) == many
+    assert why_not_chosen(choosers, "cuda", [2305, 2048], 1552) == wide
+    assert why_not_chosen(choosers, "cuda", [2305, 2048], 1536) is None
+    assert why_not_chosen(choosers, "triton", [2305, 2049], 1552) is None
+    selector = [SelectorParts(Selector(128, 1), 3, 0)]
+    assert why_not_chosen(selector, "cuda", [2048], 1552) is None
+    assert "at most 2048 tokens" in why_not_chosen(selector, "cuda", [2049], 64)

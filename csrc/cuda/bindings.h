@@ -37,3 +37,10 @@ struct Given {
   void* stream() const { return out(address("stream")); }
   Type type() const { return type_of(text("dtype")); }
 };
+
+// A launch waits while the device's queue is full; Python's other threads go on meanwhile.
+template <class... Parameters, class... Values>
+void launch(void (*kernel)(Parameters...), const Values&... values) {
+  const py::gil_scoped_release released;
+  kernel(values...);
+}

@@ -31,7 +31,7 @@ void bind_absorb_scores(const py::kwargs& kwargs) {
   p.candidates = given.number("candidates");
   p.scale = given.real("scale");
   p.eps = given.real("eps");
-  absorb_scores(p, given.type(), given.stream());
+  launch(absorb_scores, p, given.type(), given.stream());
 }
 
 void bind_absorb_select(const py::kwargs& kwargs) {
@@ -45,7 +45,7 @@ void bind_absorb_select(const py::kwargs& kwargs) {
   p.m = given.number("m");
   p.n = given.number("n");
   p.prefix = given.number("prefix");
-  absorb_select(p, given.stream());
+  launch(absorb_select, p, given.stream());
 }
 
 void bind_absorb_merge(const py::kwargs& kwargs) {
@@ -68,7 +68,7 @@ void bind_absorb_merge(const py::kwargs& kwargs) {
   p.n = given.number("n");
   p.width = given.number("width");
   p.part = given.number("part");
-  absorb_merge(p, given.type(), given.stream());
+  launch(absorb_merge, p, given.type(), given.stream());
 }
 
 void bind_top_tokens(const py::kwargs& kwargs) {
@@ -83,7 +83,7 @@ void bind_top_tokens(const py::kwargs& kwargs) {
   p.prefix = given.number("prefix");
   p.channels = given.number("channels");
   // Float32 scores without a weight have no matrix whose dtype would count.
-  top_tokens(p, p.weight == nullptr ? Type::half : given.type(), given.stream());
+  launch(top_tokens, p, p.weight == nullptr ? Type::half : given.type(), given.stream());
 }
 
 void bind_selector_judge(const py::kwargs& kwargs) {
@@ -117,7 +117,7 @@ void bind_selector_judge(const py::kwargs& kwargs) {
   p.quarter = given.number("quarter");
   p.hidden = given.number("hidden");
   p.eps = given.real("eps");
-  selector_judge(p, given.type(), given.stream());
+  launch(selector_judge, p, given.type(), given.stream());
 }
 
 void bind_selector_choose(const py::kwargs& kwargs) {
@@ -134,7 +134,7 @@ void bind_selector_choose(const py::kwargs& kwargs) {
   p.n = given.number("n");
   p.prefix = given.number("prefix");
   p.packages = given.number("packages");
-  selector_choose(p, given.stream());
+  launch(selector_choose, p, given.stream());
 }
 
 void bind_package_tokens(const py::kwargs& kwargs) {
@@ -152,7 +152,7 @@ void bind_package_tokens(const py::kwargs& kwargs) {
   p.count = given.number("count");
   p.width = given.number("width");
   p.part = given.number("part");
-  package_tokens(p, given.type(), given.stream());
+  launch(package_tokens, p, given.type(), given.stream());
 }
 
 }  // namespace

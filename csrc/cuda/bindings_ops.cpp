@@ -40,7 +40,7 @@ void bind_linear(const py::kwargs& kwargs) {
   p.part = given.number("part");
   p.eps = given.real("eps");
   p.activation = activation_of(given.text("activation"));
-  slim_linear(p, given.type(), given.stream());
+  launch(slim_linear, p, given.type(), given.stream());
 }
 
 void bind_attention(const py::kwargs& kwargs) {
@@ -59,7 +59,7 @@ void bind_attention(const py::kwargs& kwargs) {
   p.bias_image = given.number("bias_image");
   p.segment = 0;
   p.extra_bias = given.real("extra_bias");
-  slim_attention(p, given.type(), given.stream());
+  launch(slim_attention, p, given.type(), given.stream());
 }
 
 void bind_last_attention(const py::kwargs& kwargs) {
@@ -80,7 +80,7 @@ void bind_last_attention(const py::kwargs& kwargs) {
   p.eps = given.real("eps");
   p.has_zero = given.number("has_zero") != 0;
   p.zero_bias = given.real("zero_bias");
-  last_attention(p, given.type(), given.stream());
+  launch(last_attention, p, given.type(), given.stream());
 }
 
 FusedBlock fused_block_of(const Given& given) {
@@ -117,7 +117,7 @@ FusedBlock fused_block_of(const Given& given) {
 
 void bind_fused_block(const py::kwargs& kwargs) {
   const Given given{kwargs};
-  fused_block(fused_block_of(given), given.type(), given.stream());
+  launch(fused_block, fused_block_of(given), given.type(), given.stream());
 }
 
 int bind_fused_block_stages(int width, int heads, int hidden, int m, int n) {
@@ -138,7 +138,7 @@ void bind_row_stats(const py::kwargs& kwargs) {
   p.rows = given.number("rows");
   p.width = given.number("width");
   p.part = given.number("part");
-  row_stats(p, given.type(), given.stream());
+  launch(row_stats, p, given.type(), given.stream());
 }
 
 void bind_scatter_tokens(const py::kwargs& kwargs) {
@@ -152,7 +152,7 @@ void bind_scatter_tokens(const py::kwargs& kwargs) {
   p.length = given.number("length");
   p.width = given.number("width");
   p.index_image = given.number("index_image");
-  scatter_tokens(p, given.stream());
+  launch(scatter_tokens, p, given.stream());
 }
 
 }  // namespace

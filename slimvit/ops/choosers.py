@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from slimvit.backends.cuda_choosing import MOST_TOKENS, WIDEST_MERGE
 from slimvit.backends.fused_selector import WIDEST_SELECTOR
 from slimvit.ops.modules import activation_name, layer_norm_of
 
@@ -98,8 +99,20 @@ class SelectorParts(NamedTuple):
 ChooserParts = AbsorbParts | PredictorParts | SelectorParts
 
 
-def why_not_chosen(choosers: Sequence[ChooserParts | None], backend: str) -> str | None:
-    """Why the kernels of a back end do not choose tokens like this, or None if they do."""
+def why_not_chosen(
+    choosers: Sequence[ChooserParts | None],
+    backend: str,
+    alive: Sequence[int] = (),
+    width: int = 0,
+) -> str | None:
+    """Why the kernels of a back end do not choose tokens like this, or None if they do.
+
+    Args:
+        choosers: of each block.
+        backend: "cpu", "triton" or "cuda".
+        alive: how many tokens reach each block; where it is empty no size is asked.
+        width: the model's, D.
+    """
     kinds = {type(parts) for parts in choosers}
     if {AbsorbParts, SelectorParts} <= kinds:
         return "a selector stands among blocks that absorb tokens"
@@ -111,8 +124,19 @@ def why_not_chosen(choosers: Sequence[ChooserParts | None], backend: str) -> str
             reason = _why_not(parts, backend)
         elif isinstance(parts, SelectorParts):
             reason = _why_no_selector(parts, backend)
+        if reason is None and backend == "cuda" and parts is not None and alive:
+            reason = _too_large(parts, alive[number - 1], width)
         if reason is not None:
             return f"block {number}: {reason}"
+    return None
+
+
+def _too_large(parts: ChooserParts, tokens: int, width: int) -> str | None:
+    """What an image's scores, or a merged row, have no room for on chip."""
+    if tokens > MOST_TOKENS:
+        return f"it chooses among at most {MOST_TOKENS} tokens, got {tokens}"
+    if isinstance(parts, AbsorbParts) and width > WIDEST_MERGE:
+        return f"it absorbs tokens of at most {WIDEST_MERGE} channels, got {width}"
     return None
 
 

@@ -29,4 +29,4 @@ def choosers_of(plan: Planner, backend: str) -> list[ChooserParts | None] | str:
         if selects != isinstance(parts, SelectorParts) or (chooses and (selects or parts is None)):
             return reason
         found.append(parts)
-    return why_not_chosen(found, backend) or found
+    return why_not_chosen(found, backend, plan.alive, plan.spec.width) or found
