@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import re
 import sys
 
 import pytest
@@ -302,7 +303,7 @@ def test_a_small_model_on_a_gpu(run_from, tmp_path):
     code += f'script({gpu}, "--output", {str(tmp_path)!r})\n'
     out = "\n".join(run_from(ROOT, code))
     assert "status 0" in out
-    assert "failed" not in out and "not timed" not in out
+    assert not re.search("failed|not checked|off, PyTorch", out)
     with (tmp_path / "gpu-speed.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     steps = {(r["step"], r["runtime"]) for r in rows}
