@@ -134,6 +134,7 @@ def test_a_plan_that_no_file_holds_costs_no_dense_row(vit, monkeypatch, against)
     assert [row.pruned for row in found.rows if row.runtime == "onnxruntime"] == [False]
     assert found.left_out.keys() == {"onnxruntime slim"}
     assert "without onnxruntime slim: absorb keeps another number of patches" in describe(found)
+    assert "such as prune makes without --per-image" in describe(found)
     assert found.ratios["slim_over_strongest_dense"] > 0
 
 

@@ -17,10 +17,10 @@ from slimvit.errors import PlanError
 from slimvit.files import atomic_write, tensor_bytes
 from slimvit.masks import Masks
 from slimvit.masks._file import FORMAT as MASKS_FORMAT
+from slimvit.masks._file import PLAN_FORMAT as FORMAT
 from slimvit.models import Spec
 
 _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-FORMAT = "slimvit-plan"
 VERSION = 1
 
 
