@@ -48,8 +48,9 @@ class Result:
     Attributes:
         model: the fine-tuned slim model in evaluation mode (the average where there is one).
         report: plain values: `epochs` (a list with loss, learning rate, seconds and, with
-            validation images, top1 and agreement; where selectors learn, the share that each
-            kept), `seconds`, `amp`, `resumed`, `settings`, and `plan` where there is one.
+            validation images, top1, dense_top1 and agreement; where selectors learn, the share
+            that each kept), `seconds`, `amp`, `resumed`, `settings`, and where there is a plan
+            `plan` and `kept`, its counts.
     """
 
     model: nn.Module

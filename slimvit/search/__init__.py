@@ -1,4 +1,4 @@
-"""The static search: Algorithm 1 of Patch Slimming, its scores, its budgets."""
+"""What finds masks and plans: Algorithm 1, its scores and budgets; DPS, absorb, thresholds."""
 
 from slimvit.search.absorb import Trial, fit_absorb
 from slimvit.search.api import Result, prune, search
