@@ -118,7 +118,7 @@ def test_devices_and_models(call, command):
 def test_output_files_are_checked_before_the_work(call, command, out, monkeypatch):
     monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("work was begun"))
     refused(call(command, json="no/x.json"), 2, "--json no/x.json", f"{out}/no does not exist")
-    refused(call(command, json=".."), 2, "--json", "is a folder")
+    refused(call(command, json=".."), 2, "--json must be a file, got the folder")
     if command != "validate":
         missing = call(command, output="no/x.safetensors")
         refused(missing, 2, "--output no/x.safetensors", f"{out}/no does not exist")
