@@ -22,6 +22,7 @@ from slimvit.models import Spec
 
 _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 VERSION = 1
+_RENAMED = {"static": "static-plan"}
 
 
 def save(plan: Planner, path: str | os.PathLike[str]) -> None:
@@ -135,7 +136,7 @@ def load_plan(path: str | os.PathLike[str]) -> Planner | Masks:
 
 def _make(metadata: dict[str, str]) -> Planner:
     """The planner without its weights."""
-    kind = metadata.get("kind", "")
+    kind = _RENAMED.get(metadata.get("kind", ""), metadata.get("kind", ""))
     if kind not in Planner.kinds:
         known = ", ".join(sorted(Planner.kinds))
         raise PlanError(
