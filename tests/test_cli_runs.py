@@ -24,6 +24,8 @@ def test_validate(call, room, out):
         assert 0 <= values[key] <= 100
     assert values["kept"] == COUNTS
     assert values["cut"] == pytest.approx(1 - values["gmacs"] / values["dense_gmacs"])
+    assert 0 < values["paper_gmacs"] < values["gmacs"] < values["dense_gmacs"]
+    assert f"  {values['paper_gmacs']:.3f}\n" in stdout
     assert "test_vit" in stdout and f"{100 * values['cut']:.1f} % fewer MACs" in stdout
     again = call("validate", slim_checkpoint=room / "model.safetensors")
     assert again == (0, stdout, "")
