@@ -2,7 +2,6 @@
 
 from slimvit.search.absorb import Trial, fit_absorb
 from slimvit.search.api import Result, prune, search
-from slimvit.search.image_scores import TrueScores
 from slimvit.search.predictors import PredictorReport, fit_dps, train_dps
 from slimvit.search.scores import SCORES, LayerView
 from slimvit.search.thresholds import fit_thresholds
@@ -12,7 +11,6 @@ __all__ = [
     "LayerView",
     "PredictorReport",
     "Result",
-    "TrueScores",
     "Trial",
     "fit_absorb",
     "fit_thresholds",
