@@ -161,7 +161,7 @@ def _processor() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     native = _HAS_BFLOAT16.get(platform.machine())
     return {
-        "name": _processor_name(),
+        "name": processor_name(),
         "cores": _cores(),
         "threads": torch.get_num_threads() if torch else None,
         "instruction_sets": sets,
@@ -172,7 +172,8 @@ def _processor() -> dict[str, Any]:
     }
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """The processor's own name, as far as the system tells it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):

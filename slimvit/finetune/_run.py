@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from slimvit.checks import iterable
+from slimvit.checks import dtype_name, iterable
 from slimvit.dynamic.file import check_savable
 from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
 from slimvit.evaluate import evaluate, read_batch
@@ -178,7 +178,7 @@ class Run:
         report = {
             "epochs": log,
             "seconds": time.perf_counter() - start,
-            "amp": "none" if self.amp is None else str(self.amp).removeprefix("torch."),
+            "amp": "none" if self.amp is None else dtype_name(self.amp),
             "resumed": resumed,
             "settings": asdict(self.settings),
         }

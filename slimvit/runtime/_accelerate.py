@@ -13,7 +13,7 @@ from slimvit import models
 from slimvit.backends import choose
 from slimvit.backends.forks import guard_forks
 from slimvit.backends.fused_checks import tf32_allowed
-from slimvit.checks import one_of, wholes
+from slimvit.checks import dtype_name, one_of, wholes
 from slimvit.dynamic import Planner
 from slimvit.errors import UsageError
 from slimvit.masks import Masks
@@ -29,7 +29,7 @@ from slimvit.ops import (
 )
 from slimvit.ops.modules import altered
 from slimvit.runtime._apply_masks import apply_masks
-from slimvit.runtime.accelerated import AcceleratedViT, check_graph, dtype_name
+from slimvit.runtime.accelerated import AcceleratedViT, check_graph
 from slimvit.runtime.choosers import choosers_of
 from slimvit.runtime.fused import FusedViT
 from slimvit.runtime.fused_dynamic import FusedDynamicViT

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from slimvit.checks import dtype_name
 from slimvit.dynamic import Planner
 from slimvit.errors import SlimvitError
 from slimvit.models.vision_transformer import check_image_shape
@@ -14,7 +15,6 @@ from slimvit.ops import FusedNetwork
 from slimvit.runtime.accelerated import (
     AcceleratedViT,
     check_floating,
-    dtype_name,
     no_state,
     refuse_gradients,
 )

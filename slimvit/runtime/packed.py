@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimvit.checks import dtype_name
 from slimvit.dynamic import Planner
 from slimvit.errors import SlimvitError
 from slimvit.ops import PackedNetwork
@@ -15,7 +16,6 @@ from slimvit.ops.modules import altered
 from slimvit.runtime.accelerated import (
     AcceleratedViT,
     check_floating,
-    dtype_name,
     no_state,
     refuse_gradients,
 )
