@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimvit.errors import SlimvitError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def whole(
@@ -118,6 +121,11 @@ def iterable(name: str, value: Any) -> Any:
     if not any(hasattr(type(value), method) for method in ("__iter__", "__getitem__")):
         raise UsageError(f"{name} must give batches one by one, got {type(value).__name__}")
     return value
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as users name it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _each(name: str, values: Any, what: str, error: type[SlimvitError]) -> Iterator[Any]:

@@ -30,11 +30,11 @@ def examine() -> dict[str, Any]:
     Returns:
         `slimvit`, `python`, `system`: versions. `packages`: by name, `version` or None and
         `reason`. `processor`: `name`, `cores`, `threads` (of torch), `instruction_sets`, `uses`,
-        `bfloat16` (True where the processor has the instructions, None if unknown), `peaks`
-        (floating-point operations per second of one thread's products, by dtype, as measured now:
-        which precision is the faster one is not the same everywhere). `modules` and `gpus`: a
-        `reason` where they do not work. `backends`: `name`, `device`, `precision` (what was asked
-        for: float16 on GPUs, float32 on the CPU), `works`, `reason`.
+        `reason` (why it uses none), `bfloat16` (True where the processor has the instructions, None
+        if unknown), `peaks` (floating-point operations per second of one thread's products, by
+        dtype, as measured now: which precision is the faster one is not the same everywhere).
+        `modules` and `gpus`: a `reason` where they do not work. `backends`: `name`, `device`,
+        `precision` (what was asked for: float16 on GPUs, float32 on the CPU), `works`, `reason`.
         `auto`: the back end that "auto" takes on each device, None where there is none.
     """
     packages = {name: _package(name) for name in _INSTALL}
@@ -161,7 +161,7 @@ def _processor() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     native = _HAS_BFLOAT16.get(platform.machine())
     return {
-        "name": _processor_name(),
+        "name": processor_name(),
         "cores": _cores(),
         "threads": torch.get_num_threads() if torch else None,
         "instruction_sets": sets,
@@ -172,7 +172,8 @@ def _processor() -> dict[str, Any]:
     }
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """The processor's own name, as far as the system tells it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):

@@ -120,8 +120,8 @@ def why_not_file(plan: Planner | None) -> str | None:
     if plan is None or not plan.ragged:
         return None
     return (
-        f"{plan.kind} keeps another number of patches of each image: "
-        "a file has fixed counts, give a plan of these"
+        f"{plan.kind} keeps another number of patches of each image: a file has fixed counts, give "
+        "one without thresholds or argmax, such as prune makes without --per-image"
     )
 
 

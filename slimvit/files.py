@@ -213,8 +213,10 @@ def refuse_unwritable(name: str, path: str | os.PathLike[str]) -> None:
     if os.path.isdir(path):
         raise UsageError(f"{name} must be a file, got the folder {path}")
     folder = os.path.dirname(os.path.realpath(path))
-    if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
-        raise UsageError(f"{name} must be in a folder that is there and writable, got {path}")
+    if not os.path.isdir(folder):
+        raise UsageError(f"{name} {path}: the folder {folder} does not exist")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{name} {path}: the folder {folder} is not writable")
 
 
 def _open_device(path: str | os.PathLike[str]) -> BinaryIO:

@@ -6,9 +6,12 @@ import torch
 from references import build
 from torch import nn
 
-from slimvit import Absorb, Planner, apply_masks
+from slimvit import Absorb, Planner, apply_masks, models
 from slimvit.dynamic import Choice, View
 from slimvit.models import spec
+from slimvit.search.features import Features
+from slimvit.search.image_scores import block_scores
+from slimvit.search.scores import eq6
 
 EXACT = 1e-11
 FLOAT32 = 1e-5
@@ -69,3 +72,22 @@ def pair(
 
 
 KINDS = ("absorb", "largest", "reverse")
+
+
+class TrueScores(Planner):
+    """What `DPS` would do if its predictions were exact; `look` first at the images to come."""
+
+    scores: torch.Tensor | None = None  # [L - 1, B, N]
+
+    def look(self, dense: nn.Module, images: torch.Tensor) -> None:
+        spec = self._bound
+        with models.evaluating(dense):
+            features = Features(dense, [images], cache_bytes=1 << 40, progress=False)
+            try:
+                found = dict(block_scores(dense, features, spec, self.counts, eq6))
+            finally:
+                features.close()
+        self.scores = torch.stack([found[t][0] for t in range(1, spec.depth)])
+
+    def choose(self, layer: int, view: View, n: int) -> Choice:
+        return view.top(self.scores[layer].gather(1, view.alive.place), n)

@@ -14,7 +14,7 @@ from slimvit.bench import CSV_COLUMNS, RUNTIMES, Row, _rounds, _run, append_csv,
 from slimvit.bench._runtimes import OnnxRuntime, Slimvit
 from slimvit.bench._verify import agreement, verify_kept, verify_plan
 from slimvit.cli.bench import describe
-from slimvit.dynamic import DPS
+from slimvit.dynamic import DPS, Static
 from slimvit.errors import MismatchError, PlanError, UsageError
 from slimvit.macs import cut
 from slimvit.masks import Masks
@@ -57,6 +57,14 @@ def test_a_plan_has_a_static_twin(vit, plan, precision, batch):
     assert twin.cut == cut(shape, Masks.from_counts(COUNTS, shape.grid, shape.prefix))
     assert found.plan == plan.kind
     assert found.ratios["plan_over_static"] > 0
+
+
+def test_masks_as_a_plan_are_told_from_masks(vit):
+    masks = Masks.from_counts(COUNTS, (4, 4))
+    found = bench(vit, Static(masks), **TORCH)
+    assert found.plan == found.rows[1].plan == "static-plan" and found.rows[1].dynamic
+    assert [row.dynamic for row in found.rows] == [False, True, False]
+    assert "fewer MACs by static-plan\n" in describe(found)
 
 
 def test_masks_have_no_twin(vit):
@@ -134,6 +142,7 @@ def test_a_plan_that_no_file_holds_costs_no_dense_row(vit, monkeypatch, against)
     assert [row.pruned for row in found.rows if row.runtime == "onnxruntime"] == [False]
     assert found.left_out.keys() == {"onnxruntime slim"}
     assert "without onnxruntime slim: absorb keeps another number of patches" in describe(found)
+    assert "such as prune makes without --per-image" in describe(found)
     assert found.ratios["slim_over_strongest_dense"] > 0
 
 

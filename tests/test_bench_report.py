@@ -7,6 +7,7 @@ import pytest
 
 from slimvit.bench import CSV_COLUMNS, Report, Row, _machine, append_csv
 from slimvit.bench._report import paired_ratio
+from slimvit.cli.bench import describe
 from slimvit.errors import UsageError
 
 COUNTS = (12, 5, 1)
@@ -121,3 +122,9 @@ def test_the_commit_is_of_a_checkout(tmp_path, monkeypatch):
     assert _machine._git(tmp_path, "rev-parse", "HEAD") is None
     monkeypatch.setattr(_machine.slimvit, "__file__", str(tmp_path / "__init__.py"))
     assert _machine.commit() == ""
+
+
+def test_a_busy_machine_is_told_before_the_ratios():
+    text = describe(report(ROWS))
+    assert text.count("no row got more than") == 1
+    assert text.index("\nwarning: no row got more than 50 % of") < text.index("\nslim / strongest")

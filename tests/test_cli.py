@@ -77,7 +77,8 @@ def test_wrong_calls(arguments, words, capsys, out):
         ("prune", "lr", "0", "> 0"),
         ("prune", "score", "eq7", "eq6"),
         ("prune", "semantics", "keep", "drop"),
-        ("prune", "counts", "17x1000000000000000000000", "at most 10000"),
+        ("prune", "counts", "17x1000000000000000000000", "whole numbers"),
+        ("prune", "counts", "5,5,", ">= 1 that do not grow (111x7 for seven times 111), got"),
         ("prune", "counts", "17,5x-3", "whole numbers"),
         ("prune", "counts", f"{10**30},1", "whole numbers"),
         ("prune", "cache_gb", "nan", "finite"),
@@ -117,7 +118,7 @@ def test_devices_and_models(call, command):
 def test_output_files_are_checked_before_the_work(call, command, out, monkeypatch):
     monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("work was begun"))
     refused(call(command, json="no/x.json"), 2, "--json no/x.json", f"{out}/no does not exist")
-    refused(call(command, json=".."), 2, "--json", "is a folder")
+    refused(call(command, json=".."), 2, "--json must be a file, got the folder")
     if command != "validate":
         missing = call(command, output="no/x.safetensors")
         refused(missing, 2, "--output no/x.safetensors", f"{out}/no does not exist")

@@ -142,14 +142,22 @@ def test_json_to_a_stdout_that_is_a_file(tmp_path):
             assert path.read_text() == 'before\n{\n  "a": 1\n}\nthe table\n', done.stderr
 
 
-def test_json_to_a_dash_is_printed(tmp_path):
-    given = ["bench", *MODEL, *QUICK, "--keep", "9x5,1", "--against", "none", "--device", "cpu"]
-    command = [sys.executable, "-m", "slimvit", *given, "--json", "-"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    values, _ = json.JSONDecoder().raw_decode(done.stdout)
-    assert values["batch"] == 8 and "slim / own dense" in done.stdout
-    assert os.listdir(tmp_path) == []
+@pytest.mark.parametrize(
+    "command, key, printed",
+    [
+        (["bench", *MODEL, *QUICK, "--keep", "9x5,1", "--against", "none"], "batch", "own dense"),
+        (["latency-table", *MODEL, *QUICK, "--keep-ratios", "1,0.5"], "rows", "last block"),
+        (["doctor"], "auto", "auto takes"),
+    ],
+)
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+def test_json_on_stdout_is_alone_there(tmp_path, monkeypatch, capfd, command, key, printed, name):
+    monkeypatch.chdir(tmp_path)
+    on_cpu = ["--device", "cpu"] if "--rounds" in command else []
+    assert main([*command, *on_cpu, "--json", name]) == 0
+    out, err = capfd.readouterr()
+    assert key in json.loads(out) and printed in err
+    assert os.listdir() == []
 
 
 @pytest.mark.parametrize("full, kept", [("--json", "--csv"), ("--csv", "--json")])

@@ -100,7 +100,7 @@ class TestValidate:
             arguments = ("--masks", path, "--backend", backend, "--json", "v.json")
             assert call("validate", *arguments)[0] == 0
             found.append(read("v.json"))
-            assert found[-1]["kept"] == list(plan.counts)
+            assert found[-1]["kept"] == list(plan.counts) and found[-1]["paper_gmacs"] is None
         for key in ("gmacs", "cut", "agreement", "divergence"):
             assert found[0][key] == pytest.approx(found[1][key], rel=1e-3, abs=1e-5)
         assert abs(found[0]["cut"] - cut(plan.spec, plan)) > 0.01
@@ -237,6 +237,16 @@ class TestBench:
         given = ("bench", *self.QUICK, "--masks", path, "--against", "none", "--backend", "torch")
         status, _, stderr = call(*given)
         assert status == 0 and "random images are no measure of yours: give --data-dir" in stderr
+        assert "random weights" not in stderr
+
+    def test_thresholds_are_timed_with_weights_of_ones_own(self, room, tmp_path, capsys):
+        path = tmp_path / "plan.safetensors"
+        Absorb(counts=COUNTS, thresholds=[0.01] * 6).save(path)
+        given = ["bench", *MODEL, *self.QUICK, "--masks", path, "--against", "none", "-b", "5"]
+        assert main([*map(str, given), "--data-dir", str(room / "images")]) == 0
+        stderr = capsys.readouterr().err
+        assert "random weights are no measure of yours: give --checkpoint or --pret" in stderr
+        assert "random images" not in stderr
 
     def test_refusals(self, room, call):
         refused(call("bench", "--keep", "9x6", "--absorb", "0.3"), 2, "not allowed with")
@@ -250,6 +260,12 @@ def test_export(call):
     assert "answers like PyTorch at batch 1 and 3" in stdout
     program = torch.export.load("slim.pt2").module()
     assert program(torch.zeros(4, 3, 64, 64)).shape == (4, 10)
+
+
+def test_a_plan_where_masks_are_wanted(room, call):
+    plan = room / "absorb.safetensors"
+    given = ("--data-dir", room / "images", "--device", "cpu", "--dynamic", "--output", "p")
+    refused(call("prune", *given, "--masks", plan), 1, f"{plan} must be a masks file, got a dynam")
 
 
 def test_the_kind_of_what_is_kept(room):

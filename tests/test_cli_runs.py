@@ -24,6 +24,8 @@ def test_validate(call, room, out):
         assert 0 <= values[key] <= 100
     assert values["kept"] == COUNTS
     assert values["cut"] == pytest.approx(1 - values["gmacs"] / values["dense_gmacs"])
+    assert 0 < values["paper_gmacs"] < values["gmacs"] < values["dense_gmacs"]
+    assert f"  {values['paper_gmacs']:.3f}\n" in stdout
     assert "test_vit" in stdout and f"{100 * values['cut']:.1f} % fewer MACs" in stdout
     again = call("validate", slim_checkpoint=room / "model.safetensors")
     assert again == (0, stdout, "")
@@ -54,7 +56,8 @@ def test_validate_skips_a_corrupt_image(call, room, out, tmp_path_factory):
 def test_finetune_then_validate(call, out):
     status, stdout, stderr = call("finetune", val_subset="0:6", subset="6:20", json="f.json")
     assert (status, stderr) == (0, "")
-    assert "epoch 1/1  loss" in stdout and "wrote slim.safetensors" in stdout
+    assert "epoch 1/1  loss" in stdout
+    assert "\nwrote slim.safetensors: give it as --slim-checkpoint with --masks /" in stdout
     values = json.loads((out / "f.json").read_text())
     assert values["images"] == 14 and [e["epoch"] for e in values["epochs"]] == [0, 1]
     assert sorted(os.listdir()) == ["f.json", "slim.safetensors"]

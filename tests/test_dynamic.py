@@ -239,6 +239,8 @@ class TestCustomPlanner:
     def test_a_kind_is_taken_once(self):
         with pytest.raises(PlanError, match="the kind 'absorb' is taken by .*Absorb"):
             type("Other", (Planner,), {"kind": "absorb"})
+        with pytest.raises(PlanError, match="Other needs another kind: 'static' is that of masks"):
+            type("Other", (Planner,), {"kind": "static"})
         assert Planner.kinds["absorb"] is Absorb
 
     def test_a_choice_without_a_name(self, tmp_path):

@@ -60,7 +60,7 @@ def test_kernels_know_nothing_of_what_a_subclass_does(parent, changes):
     own = type("Own", (parent,), {"kind": f"test-own-{parent.kind}", **changes})
     plan = own([0.6, 0.3], stages=[0, 1]) if parent is SPViT else own(counts=COUNTS)
     if why_not("cpu", "cpu", torch.float32) is None:
-        with pytest.raises(SlimvitError, match=f"no kernels for the planner {own.kind} yet"):
+        with pytest.raises(SlimvitError, match=f"no kernels for the planner {own.kind}[;:] "):
             accelerate(model, plan, backend="cpu")
     fast, slim, images = accelerate(model, plan), apply_masks(model, plan), random_images(model, 3)
     assert fast.backend == "torch"

@@ -201,9 +201,9 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("plan", "message"),
         [
-            (Reversed([12, 8, 1]), "triton has no kernels for the planner reversed yet"),
-            (Before([17, 8, 1]), "triton has no kernels for the planner before yet"),
-            (Pruned([0.7], stages=[1]), "triton has no kernels for the planner pruned yet"),
+            (Reversed([12, 8, 1]), "triton has no kernels for the planner reversed; plain"),
+            (Before([17, 8, 1]), "triton has no kernels for the planner before; plain"),
+            (Pruned([0.7], stages=[1]), "triton has no kernels for the planner pruned; plain"),
             (SPViT([0.7], stages=[1], argmax=True), "block 2: its selector keeps as many patches"),
             (
                 Absorb(counts=[12, 8, 1], thresholds=[0.1] * 3),

@@ -239,7 +239,7 @@ def test_finetune_trains_selectors_and_validate_reads_them(call, tmp_path):
     flags = ["--spvit", "0.7,0.4", "--stages", "1,3", "--epochs", "1", "--json", "f.json"]
     status, out, err = call("finetune", *flags)
     assert status == 0, err
-    assert "kept 0." in out and "wrote slim.safetensors and slim.plan.safetensors" in out
+    assert "kept 0." in out and "slim.safetensors and slim.plan.safetensors: give" in out
     values = json.loads(Path("f.json").read_text())
     assert values["plan"]["keep"] == [0.7, 0.4] and values["kept"] == [17, 13, 13, 9, 9, 1]
     assert values["settings"]["lr"] == pytest.approx(5e-4 * 6 / 512)

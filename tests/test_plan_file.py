@@ -49,6 +49,16 @@ def content(path) -> tuple[dict, dict]:
         return tensors, file.metadata()
 
 
+def test_static_plans_are_read_by_their_older_kind(tmp_path):
+    plan, path = bound("static"), tmp_path / "p.safetensors"
+    plan.save(path)
+    tensors, metadata = content(path)
+    assert metadata["kind"] == "static-plan"
+    save_file(tensors, path, metadata | {"kind": "static"})
+    again = load_plan(path)
+    assert type(again) is Static and torch.equal(again.keep, plan.keep)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_saved_is_read_back(kind, tmp_path):
     plan, path = bound(kind), tmp_path / "p.safetensors"

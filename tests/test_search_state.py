@@ -158,8 +158,12 @@ def test_a_score_that_fails_at_once_leaves_no_state(tiny_vit, batches, state, op
 
 def test_a_state_that_could_not_be_written_is_refused_at_once(tiny_vit, tmp_path):
     """Before any image is looked at; not after the first block of the search."""
-    for path in (tmp_path / "missing" / "state", tmp_path):
-        with pytest.raises(UsageError, match=f"^state must be .*, got .*{path}$"):
+    missing = tmp_path / "missing"
+    for path, rule in (
+        (missing / "state", f"^state {missing}/state: the folder {missing} does not exist$"),
+        (tmp_path, f"^state must be a file, got the folder {tmp_path}$"),
+    ):
+        with pytest.raises(UsageError, match=rule):
             quick(tiny_vit, None, tolerance=0.02, state=path)
 
 

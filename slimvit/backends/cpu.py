@@ -12,7 +12,6 @@ from slimvit.backends.cpu_module import (
     DTYPES,
     address,
     call,
-    dtype_name,
     make_pack,
     module,
     on_cpu,
@@ -20,6 +19,7 @@ from slimvit.backends.cpu_module import (
     require,
     threads,
 )
+from slimvit.checks import dtype_name
 
 _HUGE_PAGE = 2 << 20
 

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from slimvit import _extensions
 from slimvit.backends.forks import guard_forks
+from slimvit.checks import dtype_name
 from slimvit.errors import SlimvitError
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -125,8 +126,3 @@ def require(holds: bool, rule: str, got: Tensor | int) -> None:
         rule = f"{rule}, on the CPU"
         got = f"{list(got.shape)}, {dtype_name(got.dtype)}, on {got.device}"
     raise SlimvitError(f"back end cpu: {rule}, got {got}")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as users name it."""
-    return str(dtype).removeprefix("torch.")

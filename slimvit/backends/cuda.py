@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from slimvit import _extensions
+from slimvit.checks import dtype_name
 from slimvit.errors import SlimvitError
 
 OLDEST = 70
@@ -73,7 +74,7 @@ def _runs_on(index: int) -> str | None:
 
 def wrong(dtype: torch.dtype) -> str:
     """The reason why the kernels do not compute in `dtype`."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     return f"it computes float16 and bfloat16, not {name}: use back end triton or torch"
 
 

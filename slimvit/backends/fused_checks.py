@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slimvit.backends import cuda, cuda_kernels, triton
 from slimvit.backends.cuda import part_width  # as many parts in every set of kernels
+from slimvit.checks import dtype_name
 from slimvit.errors import SlimvitError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def check(
     reason = _ask(backend, device, dtype)
     if reason is not None:
         raise SlimvitError(f"back end {backend}: {reason}")
-    rule = f"x must be [B, m, D] with D = {width}, {_name(dtype)}, on {device}"
+    rule = f"x must be [B, m, D] with D = {width}, {dtype_name(dtype)}, on {device}"
     fits = x.dim() == 3 and x.shape[2] == width and x.dtype == dtype and x.device == device
     require(backend, fits, rule, x)
     batch, m, _ = x.shape
@@ -146,7 +147,7 @@ def require(backend: str, holds: bool, rule: str, got: Tensor | int | str) -> No
     if holds:
         return
     if isinstance(got, Tensor):
-        got = f"{list(got.shape)}, {_name(got.dtype)}, on {got.device}"
+        got = f"{list(got.shape)}, {dtype_name(got.dtype)}, on {got.device}"
     raise SlimvitError(f"back end {backend}: {rule}, got {got}")
 
 
@@ -162,9 +163,5 @@ def require_tensor(
     fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
     if not (fits and tensor.is_contiguous()):
         name = name if name.endswith("=") else f"{name} must be"
-        rule = f"{name} {list(shape)}, {_name(dtype)}, contiguous, on {device}"
+        rule = f"{name} {list(shape)}, {dtype_name(dtype)}, contiguous, on {device}"
         require(backend, False, rule, tensor)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -20,6 +20,7 @@ from slimvit.backends.fused_checks import (
     require_tensor,
 )
 from slimvit.backends.fused_weights import PredictorWeights, block_weights, predictor_weights
+from slimvit.checks import dtype_name
 
 __all__ = ["PredictorWeights", "absorb_block", "predicted_tokens"]
 
@@ -141,7 +142,7 @@ def predicted_tokens(
     part = predictor_weights(backend, weights)
     down = part.down
     fits = x.dim() == 3 and x.dtype == down.dtype and x.device == down.device
-    dtype = str(down.dtype).removeprefix("torch.")
+    dtype = dtype_name(down.dtype)
     rule = f"x must be [B, m, D] with D = {down.shape[1]}, {dtype}, on {down.device}"
     require(backend, fits and x.shape[2] == down.shape[1], rule, x)
     batch, m, _ = x.shape

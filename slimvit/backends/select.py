@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from slimvit.backends import cpu, cuda, triton
+from slimvit.checks import dtype_name
 from slimvit.errors import SlimvitError, UsageError
 
 NAMES = ("torch", "cpu", "triton", "cuda")
@@ -81,8 +82,7 @@ def choose(
                 _log.log(level, "back end %s passed over: %s", name, reason)
             return candidate
         _log.warning("back end %s passed over for this model: %s", candidate, reason)
-    name = str(dtype).removeprefix("torch.")
-    raise SlimvitError(f"no back end computes {name} on {device}: {reason}")
+    raise SlimvitError(f"no back end computes {dtype_name(dtype)} on {device}: {reason}")
 
 
 def _slower(name: str, dtype: torch.dtype) -> str | None:

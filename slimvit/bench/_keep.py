@@ -8,23 +8,20 @@ from collections.abc import Sequence
 
 from slimvit.errors import UsageError
 
-_TERM = re.compile(r"(\d{1,9})(?:x(\d{1,4}))?")  # numbers that lists and tensors can have
+_TERM = re.compile(r"([1-9]\d{0,8})(?:x([1-9]\d{0,3}))?")  # numbers that lists and tensors can have
+_RULE = "whole numbers n1,…,nL >= 1 that do not grow (111x7 for seven times 111)"
 
 
 def parse_keep(text: str) -> tuple[int, ...]:
     """Kept counts n_1 … n_L, prefix tokens included; `111x7` stands for seven times 111.
 
     Raises:
-        UsageError: a term is neither a count nor a repeated count.
+        UsageError: a term is neither a count nor a repeated count, or they grow.
     """
-    counts: list[int] = []
-    for term in text.split(","):
-        match = _TERM.fullmatch(term.strip())
-        if match is None:
-            raise UsageError(f"kept counts look like 141,141,131,111x7,1, got {term.strip()!r}")
-        counts += [int(match[1])] * int(match[2] or 1)
-    if not counts:
-        raise UsageError(f"kept counts look like 141,141,131,111x7,1, got {text!r}")
+    terms = [_TERM.fullmatch(term.strip()) for term in text.split(",")]
+    counts = [int(term[1]) for term in terms if term for _ in range(int(term[2] or 1))]
+    if None in terms or counts != sorted(counts, reverse=True):
+        raise UsageError(f"kept counts must be {_RULE}, got {text!r}")
     return tuple(counts)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import platform
 import subprocess
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 import slimvit
 from slimvit.backends import cpu
+from slimvit.doctor import processor_name
 
 PACKAGES = ("torch", "timm", "onnxruntime", "openvino")
 
@@ -19,13 +19,7 @@ def device_name(device: torch.device) -> str:
     """The processor's or the GPU's own name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def peaks(device: torch.device, threads: int) -> dict[str, float]:

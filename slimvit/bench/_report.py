@@ -187,7 +187,6 @@ class Report:
             "batch": self.batch,
             "precision": self.precision,
             "kept": format_keep(self.kept),
-            "cut": f"{self.cut:.4f}",
             "rounds": self.rounds,
             "seconds": self.seconds,
             "rejected": self.rejected,

@@ -20,9 +20,10 @@ from typing import NoReturn
 
 from slimvit import __version__
 from slimvit.errors import SlimvitError, UsageError
+from slimvit.files import descriptor
 
 COMMANDS = {
-    "prune": "search which patches each block needs (Algorithm 1) and save the masks",
+    "prune": "search which patches each block needs and save the masks or the plan",
     "finetune": "fine-tune a pruned model by distillation from the dense one",
     "validate": "top-1, top-5 and agreement of the pruned model with the dense one",
     "bench": "time dense and pruned models side by side in one run",
@@ -57,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" not in parser._option_string_actions:
             parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
         _print_any_name()
-        with _terminable():
-            status = module.run(parser.parse_args(arguments[1:])) or 0
+        args = parser.parse_args(arguments[1:])
+        with _terminable(), _printed(args):
+            status = module.run(args) or 0
         print(end="", flush=True)  # what stdout refuses is an error here, not at exit
         return status
     except SystemExit as end:
@@ -84,6 +86,13 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _printed(args: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """Print to stderr where stdout is for --json alone."""
+    json = getattr(args, "json", None)
+    alone = json is not None and descriptor(json) == 1
+    return contextlib.redirect_stdout(sys.stderr) if alone else contextlib.nullcontext()
 
 
 def _top_parser() -> argparse.ArgumentParser:

@@ -127,6 +127,9 @@ def add_run_arguments(
     )
     group.add_argument("--precision", choices=precisions, help=precision)
     group.add_argument(
-        "--json", type=json_file, metavar="FILE", help="write the results as JSON; - is stdout"
+        "--json",
+        type=json_file,
+        metavar="FILE",
+        help="write the results as JSON; - is stdout, and what is printed goes to stderr",
     )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slimvit.errors import UsageError
-from slimvit.files import atomic_write, descriptor, is_device, is_writable
+from slimvit.files import atomic_write, descriptor, is_device, is_writable, refuse_unwritable
 
 _READ = ("checkpoint", "slim_checkpoint", "masks", "image", "class_map", "latency_table")
 _TEXT = ("--json", "--csv")
@@ -61,17 +61,10 @@ def check_output(flag: str, path: Path | None) -> None:
     """
     if path is None:
         return
-    if path.is_dir():
-        raise UsageError(f"{flag} must be a file, but {path} is a folder")
-    if is_device(path):
-        if not is_writable(path):
-            raise UsageError(f"{flag} {path} is not writable")
-        return
-    folder = Path(os.path.realpath(path)).parent
-    if not folder.is_dir():
-        raise UsageError(f"{flag} {path}: the folder {folder} does not exist")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"{flag} {path}: the folder {folder} is not writable")
+    if not is_device(path):
+        refuse_unwritable(flag, path)
+    elif not is_writable(path):
+        raise UsageError(f"{flag} {path} is not writable")
 
 
 def _is_printed_to(path: Path) -> bool:

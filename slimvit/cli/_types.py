@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-_MOST_BLOCKS = 10_000
+from slimvit.errors import UsageError
 
 
 def whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
@@ -50,21 +50,14 @@ def number(
     return parse
 
 
-def kept_counts(text: str) -> list[int]:
+def kept_counts(text: str) -> tuple[int, ...]:
     """Kept counts n1,…,nL, each at least 1, not growing; 111x7 stands for seven times 111."""
-    counts: list[int] = []
+    from slimvit.bench import parse_keep
+
     try:
-        for part in text.split(","):
-            count, _, times = part.partition("x")
-            counts += [whole_number(1)(count)] * whole_number(1, _MOST_BLOCKS)(times or "1")
-    except argparse.ArgumentTypeError:
-        counts = []
-    grows = any(later > earlier for earlier, later in zip(counts, counts[1:]))
-    if not counts or grows:
-        rule = "whole numbers n1,…,nL >= 1 that do not grow (111x7 for seven times 111)"
-        rule += f", at most {_MOST_BLOCKS}"
-        raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
-    return counts
+        return parse_keep(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def ratios(text: str) -> list[float]:

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kept = common.add_kept_arguments(parser)
     kept.add_argument(
         "--keep",
+        type=common.kept_counts,
         metavar="n1,…,nL",
         help="tokens kept in each block, prefix tokens included, 111x7 for seven times 111; "
         "the patches are spread evenly",
@@ -73,11 +74,8 @@ def run(args: argparse.Namespace) -> int:
         check_csv(args.csv)
     model = common.load_model(args)
     masks = _masks(args, model)
-    if getattr(masks, "ragged", False) and args.data_dir is None:
-        common.warn(
-            "with thresholds each image keeps as many patches as it takes, and random images are "
-            "no measure of yours: give --data-dir"
-        )
+    if getattr(masks, "ragged", False):
+        _warn_of_random(args)
     report = bench(
         model,
         masks,
@@ -99,6 +97,18 @@ def run(args: argparse.Namespace) -> int:
             if args.json is not None:
                 common.write_json(args.json, report.to_json())
     return 0
+
+
+def _warn_of_random(args: argparse.Namespace) -> None:
+    """With thresholds the weights and the images decide how many patches are kept: name random."""
+    keeps = "with thresholds each image keeps as many patches as it takes"
+    if not (args.checkpoint or args.pretrained):
+        common.warn(
+            f"{keeps}, and random weights are no measure of yours: give --checkpoint or "
+            "--pretrained"
+        )
+    if args.data_dir is None:
+        common.warn(f"{keeps}, and random images are no measure of yours: give --data-dir")
 
 
 def describe(report: Report) -> str:
@@ -127,10 +137,21 @@ def describe(report: Report) -> str:
             "",
             common.table(rows, header),
             "",
+            *_warning(report),
             *_ratio_lines(report),
             *_notes(report),
         ]
     )
+
+
+def _warning(report: Report) -> list[str]:
+    if report.best_share >= _DISTURBED_SHARE:
+        return []
+    return [
+        f"warning: no row got more than {100 * report.best_share:.0f} % of its threads' CPU time: "
+        "the machine is busy, or has fewer cores than --threads",
+        "",
+    ]
 
 
 def _ratio_lines(report: Report) -> list[str]:
@@ -167,11 +188,6 @@ def _notes(report: Report) -> list[str]:
         notes.append(
             f"{report.rejected} turns rejected and repeated: the machine was busy elsewhere{rest}"
         )
-    if report.best_share < _DISTURBED_SHARE:
-        notes.append(
-            f"no row got more than {100 * report.best_share:.0f} % of its threads' CPU time: "
-            "the machine is busy, or has fewer cores than --threads"
-        )
     return ["", *notes] if notes else []
 
 
@@ -179,16 +195,18 @@ def _masks(args: argparse.Namespace, model: nn.Module) -> Masks | Planner:
     if args.keep is None:
         return common.load_masks(args, model)
     _own_code.load_imports(args)
-    from slimvit.bench import parse_keep
+    from slimvit.bench import format_keep
     from slimvit.masks import Masks
     from slimvit.models import check_masks, spec
 
-    shape = spec(model)
+    shape, counts = spec(model), args.keep
+    if len(counts) != shape.depth:
+        raise UsageError(f"--keep must be one for each of {shape.depth} blocks, got {len(counts)}")
     try:
-        masks = Masks.from_counts(parse_keep(args.keep), shape.grid, shape.prefix)
+        masks = Masks.from_counts(counts, shape.grid, shape.prefix)
         check_masks(masks, shape)
     except MasksError as error:
-        raise UsageError(f"--keep {args.keep}: {error}") from error
+        raise UsageError(f"--keep {format_keep(counts)}: {error}") from error
     return masks
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from slimvit import doctor
+from slimvit.cli._types import json_file
 from slimvit.cli.common import check_outputs, then_say, write_json
 
 HELP = "tell what works on this machine and why the rest does not"
@@ -14,7 +14,10 @@ HELP = "tell what works on this machine and why the rest does not"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `slimvit doctor`."""
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the report there as JSON, too"
+        "--json",
+        type=json_file,
+        metavar="FILE",
+        help="write the report there as JSON, too; - is stdout, and the table goes to stderr",
     )
 
 

@@ -218,7 +218,11 @@ def _report(
         values["plan_output"] = str(plan)
     if latency is not None:
         values["latency"] = latency
-    with common.then_say(f"wrote {args.output}" + (f" and {plan}" if plan else "")):
+    use = f"it as --slim-checkpoint with --masks {args.masks}"
+    wrote = f"wrote {args.output}"
+    if plan is not None:
+        use, wrote = "them as --slim-checkpoint and --masks", f"{wrote} and {plan}"
+    with common.then_say(f"{wrote}: give {use}"):
         if args.json is not None:
             common.write_json(args.json, values | result.report)
 

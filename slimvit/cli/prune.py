@@ -1,4 +1,4 @@
-"""slimvit prune: Algorithm 1, from a model and a few hundred images to a masks file."""
+"""slimvit prune: from a model and a few hundred images to a masks file, or to a plan's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from slimvit.data import Batches
     from slimvit.search import Result
 
-HELP = "search which patches each block needs (Algorithm 1) and save the masks"
+HELP = "search which patches each block needs and save the masks or the plan"
 SAMPLES = 512
 TOLERANCE = 0.02
 GRANULARITY = 10

@@ -6,7 +6,7 @@ import argparse
 
 from slimvit.cli import common
 from slimvit.evaluate import Evaluation, evaluate
-from slimvit.macs import gmacs, mean_gmacs
+from slimvit.macs import gmacs, mean_gmacs, paper_gmacs
 from slimvit.models import spec
 from slimvit.runtime import accelerate
 
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         "cosine": found.cosine,
         "gmacs": executed,
         "dense_gmacs": gmacs(shape),
+        "paper_gmacs": None if getattr(masks, "ragged", False) else paper_gmacs(shape, masks),
         "cut": 1 - executed / gmacs(shape),
         "kept": list(masks.counts),
         "semantics": masks.semantics,
@@ -74,6 +75,7 @@ def describe(model: str, found: Evaluation, values: dict) -> str:
         ("top-1", _percent(found.dense_top1), _percent(found.top1)),
         ("top-5", _percent(found.dense_top5), _percent(found.top5)),
         ("GMACs an image", f"{values['dense_gmacs']:.3f}", f"{values['gmacs']:.3f}"),
+        ("by the papers' formula", f"{values['dense_gmacs']:.3f}", _number(values["paper_gmacs"])),
         ("computes in", "float32, torch", f"{values['precision']}, {values['backend']}"),
     ]
     agreement = f"cosine of the features {found.cosine:.4f}"
@@ -88,6 +90,10 @@ def describe(model: str, found: Evaluation, values: dict) -> str:
             f"{found.images} images, {100 * values['cut']:.1f} % fewer MACs{plan}, {agreement}",
         ]
     )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _percent(value: float | None) -> str:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from slimvit import backends, models
 from slimvit.bench import Report, bench
+from slimvit.checks import dtype_name
 from slimvit.demo import _digits, _dynamic, _model
 from slimvit.evaluate import Evaluation, evaluate
 from slimvit.finetune import choose_amp, finetune
@@ -310,4 +311,4 @@ def _status(progress: bool) -> Iterator[None]:
 
 
 def _fast_precision(device: torch.device) -> str:
-    return str(choose_amp("auto", device) or torch.float32).removeprefix("torch.")
+    return dtype_name(choose_amp("auto", device) or torch.float32)

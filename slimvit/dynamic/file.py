@@ -17,11 +17,12 @@ from slimvit.errors import PlanError
 from slimvit.files import atomic_write, tensor_bytes
 from slimvit.masks import Masks
 from slimvit.masks._file import FORMAT as MASKS_FORMAT
+from slimvit.masks._file import PLAN_FORMAT as FORMAT
 from slimvit.models import Spec
 
 _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-FORMAT = "slimvit-plan"
 VERSION = 1
+_RENAMED = {"static": "static-plan"}
 
 
 def save(plan: Planner, path: str | os.PathLike[str]) -> None:
@@ -135,7 +136,7 @@ def load_plan(path: str | os.PathLike[str]) -> Planner | Masks:
 
 def _make(metadata: dict[str, str]) -> Planner:
     """The planner without its weights."""
-    kind = metadata.get("kind", "")
+    kind = _RENAMED.get(metadata.get("kind", ""), metadata.get("kind", ""))
     if kind not in Planner.kinds:
         known = ", ".join(sorted(Planner.kinds))
         raise PlanError(

@@ -54,6 +54,8 @@ class Planner(nn.Module):
         super().__init_subclass__()
         if "kind" not in cls.__dict__:
             return
+        if cls.kind == "static":
+            raise PlanError(f"{cls.__qualname__} needs another kind: 'static' is that of masks")
         holder = Planner.kinds.get(cls.kind, cls)
         # The same class again, from a notebook's cell or a reloaded module, is welcome.
         if (holder.__module__, holder.__qualname__) != (cls.__module__, cls.__qualname__):

@@ -25,7 +25,7 @@ class Static(Planner):
         PlanError: pruned tokens are something else than gone.
     """
 
-    kind = "static"
+    kind = "static-plan"
 
     def __init__(self, masks: Masks | None = None, *, shape: tuple[int, int] | None = None) -> None:
         if masks is not None and masks.semantics != "drop":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from slimvit.checks import iterable
+from slimvit.checks import dtype_name, iterable
 from slimvit.dynamic.file import check_savable
 from slimvit.errors import DataError, PlanError, SlimvitError, UsageError
 from slimvit.evaluate import evaluate, read_batch
@@ -48,8 +48,9 @@ class Result:
     Attributes:
         model: the fine-tuned slim model in evaluation mode (the average where there is one).
         report: plain values: `epochs` (a list with loss, learning rate, seconds and, with
-            validation images, top1 and agreement; where selectors learn, the share that each
-            kept), `seconds`, `amp`, `resumed`, `settings`, and `plan` where there is one.
+            validation images, top1, dense_top1 and agreement; where selectors learn, the share
+            that each kept), `seconds`, `amp`, `resumed`, `settings`, and where there is a plan
+            `plan` and `kept`, its counts.
     """
 
     model: nn.Module
@@ -177,7 +178,7 @@ class Run:
         report = {
             "epochs": log,
             "seconds": time.perf_counter() - start,
-            "amp": "none" if self.amp is None else str(self.amp).removeprefix("torch."),
+            "amp": "none" if self.amp is None else dtype_name(self.amp),
             "resumed": resumed,
             "settings": asdict(self.settings),
         }

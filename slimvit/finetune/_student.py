@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from slimvit.checks import dtype_name
 from slimvit.dynamic import Planner, SPViT
 from slimvit.errors import UsageError
 from slimvit.evaluate import image_shape
@@ -105,7 +106,7 @@ def check_models(slim: nn.Module, dense: nn.Module) -> None:
 def _check_dtype(name: str, model: nn.Module) -> None:
     others = {p.dtype for p in model.parameters()} - {torch.float32}
     if others:
-        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+        found = ", ".join(sorted(map(dtype_name, others)))
         raise UsageError(
             f"{name} must be in float32 for fine-tuning, got {found}: give {name}.float(); amp "
             "computes in half precision where it pays"

@@ -14,6 +14,7 @@ from slimvit.files import atomic_write, tensor_bytes
 from slimvit.masks._masks import Masks
 
 FORMAT = "slimvit-masks"
+PLAN_FORMAT = "slimvit-plan"
 VERSION = 1
 
 
@@ -46,6 +47,8 @@ def load(path: str | os.PathLike[str]) -> Masks:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise MasksError(f"{path} is not a readable safetensors file: {error}") from error
+    if metadata.get("format") == PLAN_FORMAT:
+        raise MasksError(f"{path} must be a masks file, got a dynamic plan's")
     if metadata.get("format") != FORMAT:
         raise MasksError(
             f"{path} is not a masks file: metadata 'format' must be {FORMAT!r}, "

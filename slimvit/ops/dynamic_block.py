@@ -158,11 +158,8 @@ def absorb_tokens(alive: Alive, choice: Choice) -> Alive:
     """
     x, place = take(alive.x, choice.index), alive.place.gather(1, choice.index)
     if choice.into is None:
-        size, policy, spread = (
-            None if of is None else of.gather(1, choice.index)
-            for of in (alive.size, alive.policy, alive.spread)
-        )
-        return Alive(x, place, size, policy, spread)
+        others = (None if of is None else of.gather(1, choice.index) for of in alive[2:])
+        return Alive(x, place, *others)
     if alive.policy is not None:
         raise PlanError("choose must give into = None where the tokens have a policy, got places")
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -233,13 +230,8 @@ def dynamic_block(
     y = spread_norm(block.norm1, alive.x, alive.spread)
     view = View(alive, block, y, prefix, head_tokens)
     if n is not None and (n <= prefix or n == m):
-        kept = Alive(
-            take(alive.x, n),
-            alive.place[:, :n],
-            None if alive.size is None else alive.size[:, :n],
-            None if alive.policy is None else alive.policy[:, :n],
-            None if alive.spread is None else alive.spread[:, :n],
-        )
+        others = (None if of is None else of[:, :n] for of in alive[1:])
+        kept = Alive(take(alive.x, n), *others)
         y_kept = take(y, n)
     else:
         choice = choose(view, n)

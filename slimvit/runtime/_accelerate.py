@@ -12,15 +12,24 @@ from torch import nn
 from slimvit import models
 from slimvit.backends import choose
 from slimvit.backends.forks import guard_forks
-from slimvit.checks import one_of, wholes
+from slimvit.backends.fused_checks import tf32_allowed
+from slimvit.checks import dtype_name, one_of, wholes
 from slimvit.dynamic import Planner
 from slimvit.errors import UsageError
 from slimvit.masks import Masks
 from slimvit.models import SlimmedViT
-from slimvit.ops import NetworkParts, why_not_fused, why_not_packed
+from slimvit.ops import (
+    DynamicNetwork,
+    FusedDynamicNetwork,
+    FusedNetwork,
+    NetworkParts,
+    PackedNetwork,
+    why_not_fused,
+    why_not_packed,
+)
 from slimvit.ops.modules import altered
 from slimvit.runtime._apply_masks import apply_masks
-from slimvit.runtime.accelerated import AcceleratedViT, check_graph, dtype_name
+from slimvit.runtime.accelerated import AcceleratedViT, check_graph
 from slimvit.runtime.choosers import choosers_of
 from slimvit.runtime.fused import FusedViT
 from slimvit.runtime.fused_dynamic import FusedDynamicViT
@@ -121,11 +130,14 @@ def _compiled(
     choosers = None if plan is None else choosers_of(plan, backend)
     if backend == "cpu":
         if plan is None:
-            return PackedViT(folded, parts, dtype, shape)
-        return PackedDynamicViT(folded, plan, choosers, parts, dtype, shape)
+            return PackedViT(folded, PackedNetwork(parts, dtype), shape)
+        packed = DynamicNetwork(parts._replace(counts=plan.counts), choosers, dtype)
+        return PackedDynamicViT(folded, packed, shape, plan)
+    how = (dtype, tf32_allowed(), backend)
     if plan is None:
-        return FusedViT(folded, parts, dtype, backend, shape)
-    return FusedDynamicViT(folded, plan, choosers, parts, dtype, backend, shape)
+        return FusedViT(folded, FusedNetwork(parts, *how), shape)
+    fused = FusedDynamicNetwork(parts, plan.counts, choosers, *how)
+    return FusedDynamicViT(folded, fused, shape, plan)
 
 
 def _dtype(precision: str | None, own: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from slimvit.checks import whole
+from slimvit.checks import dtype_name, whole
 from slimvit.dynamic import Planner
 from slimvit.errors import SlimvitError, UsageError
 from slimvit.masks import Masks
@@ -190,11 +190,6 @@ def refuse_gradients(backend: str, images: Tensor) -> None:
             f"back end {backend} computes no gradients, got images that want one: detach them, or "
             "accelerate with backend='torch'"
         )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as users name it, such as "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def no_state(backend: str) -> str:

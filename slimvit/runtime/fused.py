@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from slimvit.backends.fused_checks import tf32_allowed
+from slimvit.checks import dtype_name
+from slimvit.dynamic import Planner
 from slimvit.errors import SlimvitError
 from slimvit.models.vision_transformer import check_image_shape
-from slimvit.ops import FusedNetwork, NetworkParts
+from slimvit.ops import FusedNetwork
 from slimvit.runtime.accelerated import (
     AcceleratedViT,
     check_floating,
-    dtype_name,
     no_state,
     refuse_gradients,
 )
@@ -30,16 +30,16 @@ class FusedViT(AcceleratedViT):
     def __init__(
         self,
         network: nn.Module,
-        parts: NetworkParts,
-        dtype: torch.dtype,
-        backend: str,
+        fused: FusedNetwork,
         image_shape: tuple[int, int, int],
+        plan: Planner | None = None,
     ) -> None:
-        super().__init__(network, backend, image_shape)
-        tf32 = tf32_allowed()
-        self.fused = FusedNetwork(parts, dtype, tf32, backend)
-        network.keep_head()
-        network.to(dtype)
+        super().__init__(network, fused.backend, image_shape)
+        self.fused = fused
+        network.keep_head()  # all that is left of it
+        network.to(fused.dtype)
+        if plan is not None:
+            self.masks, network.plan = None, plan
 
     def _logits(self, images: Tensor) -> Tensor:
         return self.network.forward_head(self._tokens(images))

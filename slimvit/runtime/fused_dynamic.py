@@ -3,45 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from slimvit.backends.fused_checks import tf32_allowed
-from slimvit.dynamic import Planner
-from slimvit.ops import ChooserParts, FusedDynamicNetwork, NetworkParts
-from slimvit.runtime.accelerated import AcceleratedViT
 from slimvit.runtime.fused import FusedViT
 
 
 class FusedDynamicViT(FusedViT):
-    """A model with a dynamic plan whose weights are folded for fused kernels in one precision.
-
-    Args:
-        network: the dense network, folded; taken apart.
-        plan: the bound plan.
-        choosers: how each of its blocks chooses; see `choosers_of`.
-        parts: the dense network.
-        dtype: what it computes in.
-        backend: whose kernels, "triton" or "cuda".
-        image_shape: channels, height and width of the images.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        plan: Planner,
-        choosers: list[ChooserParts | None],
-        parts: NetworkParts,
-        dtype: torch.dtype,
-        backend: str,
-        image_shape: tuple[int, int, int],
-    ) -> None:
-        AcceleratedViT.__init__(self, network, backend, image_shape)
-        tf32 = tf32_allowed()
-        self.masks = None
-        self.fused = FusedDynamicNetwork(parts, plan.counts, choosers, dtype, tf32, backend)
-        network.keep_head()
-        network.to(dtype)
-        network.plan = plan
+    """A model with a dynamic plan whose weights are folded for fused kernels in one precision."""
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Kept tokens after the final norm in each image's own places, [B, N, D], else zero."""

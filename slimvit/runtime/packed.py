@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimvit.checks import dtype_name
+from slimvit.dynamic import Planner
 from slimvit.errors import SlimvitError
-from slimvit.ops import NetworkParts, PackedNetwork
+from slimvit.ops import PackedNetwork
 from slimvit.ops.modules import altered
 from slimvit.runtime.accelerated import (
     AcceleratedViT,
     check_floating,
-    dtype_name,
     no_state,
     refuse_gradients,
 )
@@ -33,19 +34,17 @@ class PackedViT(AcceleratedViT):
     def __init__(
         self,
         network: nn.Module,
-        parts: NetworkParts,
-        dtype: torch.dtype,
+        packed: PackedNetwork,
         image_shape: tuple[int, int, int],
+        plan: Planner | None = None,
     ) -> None:
         super().__init__(network, "cpu", image_shape)
-        self._take(PackedNetwork(parts, dtype))
-
-    def _take(self, packed: PackedNetwork) -> None:
-        """Compute with a packed network; of the other only the head stays."""
         self.packed = packed
-        self.network.keep_head()
-        self.network.to(packed.dtype)
+        network.keep_head()  # all that is left of it
+        network.to(packed.dtype)
         self._packed_head = self._head() if packed.classes else None
+        if plan is not None:
+            self.masks, network.plan = None, plan
 
     def _head(self) -> list[tuple[nn.Module | Tensor, object]]:
         """The modules of the head and their types, its weights and how often each was written to.

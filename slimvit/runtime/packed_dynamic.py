@@ -2,46 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from slimvit.dynamic import Planner
-from slimvit.ops import (
-    ChooserParts,
-    DynamicNetwork,
-    NetworkParts,
-    scatter_tokens,
-)
-from slimvit.runtime.accelerated import AcceleratedViT
+from slimvit.ops import scatter_tokens
 from slimvit.runtime.packed import PackedViT
 
 
 class PackedDynamicViT(PackedViT):
-    """A slimmed model whose plan chooses tokens for each image, packed for one processor.
-
-    Args:
-        network: the dense model, folded; taken apart.
-        plan: the bound plan.
-        choosers: how each of its blocks chooses, see `choosers_of`.
-        parts: the network.
-        dtype: what it computes in: float32, or bfloat16 accumulated in float32.
-        image_shape: channels, height and width of the images.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        plan: Planner,
-        choosers: list[ChooserParts | None],
-        parts: NetworkParts,
-        dtype: torch.dtype,
-        image_shape: tuple[int, int, int],
-    ) -> None:
-        AcceleratedViT.__init__(self, network, "cpu", image_shape)
-        self.masks = None
-        parts = parts._replace(counts=plan.counts)
-        self._take(DynamicNetwork(parts, choosers, dtype))
-        network.plan = plan
+    """A slimmed model whose plan chooses tokens for each image, packed for one processor."""
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Kept tokens after the final norm, each image in its own places: [B, N, D], else zero.

@@ -1,8 +1,7 @@
-"""The static search: Algorithm 1 of Patch Slimming, its scores, its budgets."""
+"""What finds masks and plans: Algorithm 1, its scores and budgets; DPS, absorb, thresholds."""
 
 from slimvit.search.absorb import Trial, fit_absorb
 from slimvit.search.api import Result, prune, search
-from slimvit.search.image_scores import TrueScores
 from slimvit.search.predictors import PredictorReport, fit_dps, train_dps
 from slimvit.search.scores import SCORES, LayerView
 from slimvit.search.thresholds import fit_thresholds
@@ -12,7 +11,6 @@ __all__ = [
     "LayerView",
     "PredictorReport",
     "Result",
-    "TrueScores",
     "Trial",
     "fit_absorb",
     "fit_thresholds",
