@@ -165,6 +165,11 @@ def test_selectors_learn_where_there_are_no_classes(tiny_vit, labelled):
     assert math.isfinite(entry["loss"]) and len(entry["shares"]) == 2
 
 
+def test_a_model_that_was_frozen_to_the_end_may_learn_again(spvit, labelled):
+    finetune(*spvit, labelled, epochs=1, **QUICK | {"frozen_epochs": 1})
+    assert all(parameter.requires_grad for parameter in spvit[0].parameters())
+
+
 def test_spvits_losses_are_the_formulas():
     torch.manual_seed(0)
     shares, wanted = torch.rand(5, 3), torch.tensor([0.7, 0.5, 0.3])
