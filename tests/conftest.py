@@ -98,6 +98,21 @@ def labelled() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @pytest.fixture
+def batches() -> list[torch.Tensor]:
+    """Ten random images of `tiny_vit` by three, to search with."""
+    torch.manual_seed(3)
+    return list(torch.randn(10, 3, 64, 64).split(3))
+
+
+@pytest.fixture
+def pair(tiny_vit) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A slim copy of `tiny_vit`, ready to train, and the dense model."""
+    from slimvit import Masks, apply_masks
+
+    return apply_masks(tiny_vit, Masks.from_counts([17, 9, 9, 7, 5, 1], (4, 4))), tiny_vit
+
+
+@pytest.fixture
 def prune(tiny_vit, tmp_path, monkeypatch, capsys):
     """`slimvit prune` of a tiny ViT on 6 images, in an empty folder: (status, stdout, stderr)."""
     from slimvit.cli import main

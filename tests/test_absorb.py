@@ -7,7 +7,7 @@ from planners import Largest
 from references import build, random_images, random_masks
 
 from slimvit import Absorb, apply_masks
-from slimvit.dynamic import Alive, Static, View
+from slimvit.dynamic import Alive, Shape, Static, View, counts_for_cut
 from slimvit.errors import PlanError
 from slimvit.macs import cut
 from slimvit.masks import Masks
@@ -109,6 +109,12 @@ class TestAbsorb:
     def test_a_cut_out_of_reach(self):
         with pytest.raises(PlanError, match=r"cut must be at most 0\.\d+ for .*, got 0.95"):
             apply_masks(build("deit"), Absorb(cut=0.95))
+
+    def test_every_block_but_the_last_keeps_a_patch(self):
+        shape = spec(build("deit_distilled"))
+        steep = Shape(whole=0, power=1.0, steepest=0.0)
+        counts = counts_for_cut(shape, 0.58, lambda counts: Absorb(counts=counts), steep)
+        assert min(counts[:-1]) == shape.prefix + 1
 
     def test_one_of_cut_and_counts(self):
         for arguments in ({}, {"cut": 0.4, "counts": [1]}):

@@ -199,7 +199,8 @@ def test_bad_arguments_are_refused(vit, masks, options, message):
         bench(vit, masks, **{**QUICK, "against": [], **options})
 
 
-def test_every_round_times_another_batch(vit, monkeypatch):
+@pytest.mark.parametrize("starts", [(0, 2, 4, 0), (0, 2)])
+def test_every_round_times_another_batch(vit, monkeypatch, starts):
     """The cut is that of the images that were timed, each keeping what it takes."""
     timed = []
     monkeypatch.setattr(
@@ -207,16 +208,16 @@ def test_every_round_times_another_batch(vit, monkeypatch):
     )
     plan = Absorb(counts=COUNTS, thresholds=[0.05] * 3)
     images = sample_images((3, 64, 64), 7, seed=5).double()
-    report = bench(vit, plan, **QUICK | {"rounds": 4}, images=images, against=[], backend="torch")
+    options = QUICK | {"rounds": len(starts), "against": [], "backend": "torch"}
+    report = bench(vit, plan, images=images, **options)
     rows = len(report.rows)
-    wanted = [images[start : start + 2].float() for start in (0, 2, 4, 0)]
+    wanted = [images[start : start + 2].float() for start in starts]
     assert all(map(torch.equal, timed, [batch for batch in wanted for _ in range(rows)]))
-    assert report.images == 6
+    assert report.images == max(starts) + 2
     slim = apply_masks(vit, plan).eval()
-    executed = mean_gmacs(spec(vit), slim.plan, slim, [images[:6].float()])
+    executed = mean_gmacs(spec(vit), slim.plan, slim, [images[: report.images].float()])
     assert report.cut == pytest.approx(1 - executed / gmacs(spec(vit)))
-    other = bench(vit, plan, **QUICK, images=images[-2:], against=[], backend="torch")
-    assert other.cut != report.cut
+    assert bench(vit, plan, images=images[-2:], **options).cut != report.cut
 
 
 def test_the_command_on_photographs(tmp_path, capsys):

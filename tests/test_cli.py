@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
+import timm
 import torch
 from commands import refused
 from safetensors import safe_open
@@ -213,6 +215,13 @@ def test_images(call, command, tmp_path_factory):
     refused(call(command, data_dir=elsewhere / "empty"), 1, elsewhere / "empty", "no image")
     refused(call(command, subset="30:40"), 1, "subset 30:40", "20 images")
     refused(call(command, class_map=elsewhere / "map.txt"), 1, elsewhere / "map.txt", "folder 'c2'")
+
+
+def test_models_of_one_channel_take_grey_images(room):
+    args = Namespace(data_dir=room / "images", subset=None, samples=1, workers=0, batch_size=1)
+    model = timm.create_model("test_vit", img_size=64, in_chans=1)
+    ((images, _),) = common.load_images(args, model)
+    assert images.shape == (1, 1, 64, 64)
 
 
 def test_random_weights_are_told(call):

@@ -1,7 +1,9 @@
 """Commands with dynamic plans: --absorb, plan files, and what they refuse."""
 
+import dataclasses
 import json
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,9 @@ from safetensors.torch import save_file
 
 from slimvit import Absorb, Masks, load_plan
 from slimvit.cli import common, main
+from slimvit.cli.finetune import _settings
 from slimvit.dynamic import DPS, SPViT
+from slimvit.finetune import Settings
 from slimvit.macs import cut, gmacs
 from slimvit.models import create, spec
 
@@ -271,3 +275,9 @@ def test_a_plan_where_masks_are_wanted(room, call):
 def test_the_kind_of_what_is_kept(room):
     assert common.plan_kind(load_plan(room / "masks.safetensors")) == "static"
     assert common.plan_kind(load_plan(room / "spvit.safetensors")) == "spvit"
+
+
+def test_the_rate_of_spvit_is_for_the_images_of_all_processes():
+    given = dict.fromkeys(field.name for field in dataclasses.fields(Settings))
+    args = Namespace(**given, batch_size=8)
+    assert _settings(args, SPViT(), world=4)["lr"] == pytest.approx(5e-4 * 32 / 512)

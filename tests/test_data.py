@@ -1,5 +1,4 @@
 import os
-import pickle
 
 import numpy as np
 import pytest
@@ -76,6 +75,13 @@ def test_hidden_and_other_files_are_left_out(folder):
     write_image(folder / "ca" / "._0.png", 1)
     (folder / "ca" / "notes.txt").write_text("x")
     assert len(ImageFolder(folder)) == 12
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    write_image(tmp_path / "elsewhere" / "0.png", 0)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "ca").symlink_to(tmp_path / "elsewhere")
+    assert ImageFolder(tmp_path / "images").names == ["ca/0.png"]
 
 
 def test_types_of_files(tmp_path):
@@ -207,6 +213,12 @@ def test_shuffling(folder, world):
     assert first != [values(shard) for shard in shards]
 
 
+def test_processes_draw_augmentations_of_their_own(folder):
+    images = ImageFolder(folder, transform=lambda image: torch.rand(1, 1, 1))
+    draws = [next(iter(loader(images, 4, 1, (rank, 2), shuffle_seed=0)))[0] for rank in range(2)]
+    assert not torch.equal(*draws)
+
+
 def test_batches_are_float_images_and_int64_targets(folder):
     transform = image_transform(timm.create_model("test_vit", img_size=32))
     images, targets = next(iter(loader(ImageFolder(folder, transform=transform), 5)))
@@ -294,29 +306,6 @@ def test_shard_is_checked(folder, shard):
 def test_shard_is_whole_numbers(folder, shard):
     with pytest.raises(UsageError, match="shard must be .*whole number"):
         loader(ImageFolder(folder), 1, shard=shard)
-
-
-@pytest.mark.parametrize("given", [None, "deit", 224, torch.nn.Linear(2, 2)])
-def test_transform_is_of_a_model(given):
-    with pytest.raises(UsageError, match="model_or_cfg must be .*, got"):
-        image_transform(given)
-
-
-def test_transform_is_timms():
-    model = timm.create_model("deit_tiny_patch16_224")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 260, 3), np.uint8))
-    expected = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    assert torch.equal(image_transform(model)(image), expected(image))
-    assert torch.equal(image_transform(model.pretrained_cfg)(image), expected(image))
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_transform_fits_the_model(training):
-    model = timm.create_model("test_vit", img_size=(32, 48), in_chans=1)
-    transform = pickle.loads(pickle.dumps(image_transform(model, training)))
-    assert transform(Image.new("L", (60, 50))).shape == (1, 32, 48)
-    rgb = pickle.loads(pickle.dumps(image_transform(model.pretrained_cfg, training, img_size=40)))
-    assert rgb(Image.new("RGB", (60, 50))).shape == (3, 40, 40)
 
 
 def test_mode(tmp_path):

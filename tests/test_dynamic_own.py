@@ -71,6 +71,15 @@ def test_kernels_know_nothing_of_what_a_subclass_does(parent, changes):
     ]
 
 
+@pytest.mark.parametrize("kind", [Absorb, DPS])
+def test_kernels_know_nothing_of_a_choose_that_a_plan_was_given(kind):
+    model, plan = build("deit"), kind(counts=COUNTS)
+    plan.choose = lambda layer, view, n: view.top(-view.alive.place.float(), n)
+    fast = accelerate(model, plan)
+    assert fast.backend == "torch"
+    assert fast.kept_sets(random_images(model, 1))[1].tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
 class TestWhatIsToldIsDone:
     """MACs are counted by what a plan says that it keeps."""
 

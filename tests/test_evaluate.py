@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -222,6 +224,7 @@ def test_real_top1(real):
 
 def test_models_are_evaluated_in_evaluation_mode(tiny_vit, labelled):
     """In training selectors draw what they keep; one block is left in evaluation mode."""
+    tiny_vit.head_drop.p = 0.5
     slim = apply_masks(tiny_vit, SPViT([0.6, 0.3]))
     wanted = evaluate(tiny_vit, slim, labelled)
     for model in (tiny_vit, slim):
@@ -234,11 +237,21 @@ def test_models_are_evaluated_in_evaluation_mode(tiny_vit, labelled):
 
 
 def test_in_inference_mode_and_compiled(tiny_vit, labelled):
-    wanted = evaluate(tiny_vit, tiny_vit, labelled)
+    tiny_vit.head_drop.p = 0.5
+    same = copy.deepcopy(tiny_vit)
+    wanted = evaluate(tiny_vit, same, labelled)
     compiled = torch.compile(tiny_vit.train(), backend="eager")
     with torch.inference_mode():
-        assert evaluate(compiled, tiny_vit, labelled) == wanted
+        assert evaluate(compiled, same, labelled) == wanted
     assert compiled.training and tiny_vit.training
+
+
+def test_a_compiled_accelerated_model_takes_the_same_images(tiny_vit, labelled):
+    """They are not rounded to bfloat16 beforehand."""
+    masks = Masks.from_counts((17, 9, 9, 9, 9, 1), (4, 4))
+    fast = accelerate(tiny_vit.bfloat16(), masks)
+    compiled = torch.compile(fast, backend="eager")
+    assert evaluate(tiny_vit, compiled, labelled) == evaluate(tiny_vit, fast, labelled)
 
 
 def test_what_is_no_loader(tiny_vit):

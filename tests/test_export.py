@@ -1,5 +1,6 @@
 """Exported files answer like the model, in any batch, and appear whole or not at all."""
 
+import logging
 import os
 import stat
 import subprocess
@@ -14,7 +15,7 @@ from slimvit import apply_masks, export
 from slimvit.bench import openvino_core
 from slimvit.cli import main
 from slimvit.errors import ExportError, MismatchError, UsageError
-from slimvit.export import export_onnx, export_program, relative_error, sample_images
+from slimvit.export import export_onnx, export_program, quiet, relative_error, sample_images
 from slimvit.masks import Masks
 
 COUNTS = (12, 5, 1)
@@ -188,6 +189,16 @@ def test_a_missing_package_is_named(vit, tmp_path, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"needs onnx, onnxscript, onnxruntime: pip install"):
         export_onnx(vit, tmp_path / "a.onnx")
+
+
+def test_quiet_leaves_logging_as_it_was():
+    logging.disable(logging.INFO)
+    try:
+        with quiet():
+            assert logging.root.manager.disable == logging.WARNING
+        assert logging.root.manager.disable == logging.INFO
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_relative_error_is_the_worst_image():

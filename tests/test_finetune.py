@@ -20,17 +20,8 @@ from tuning import QUICK, same, weights
 from slimvit import Masks, apply_masks, models
 from slimvit.cli import main
 from slimvit.errors import CheckpointError, SlimvitError
-from slimvit.finetune import Settings, _run, choose_amp, distillation_loss, finetune
+from slimvit.finetune import _run, distillation_loss, finetune
 from slimvit.finetune import _state as state
-from slimvit.finetune._optimizer import make_schedule
-
-
-@pytest.fixture
-def pair(tiny_vit):
-    """A dense model and its slim copy, ready to train."""
-    spec = models.spec(tiny_vit)
-    masks = Masks.from_counts([17, 9, 9, 7, 5, 1], spec.grid, spec.prefix)
-    return apply_masks(tiny_vit, masks), tiny_vit
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -72,7 +63,7 @@ def test_learns_to_agree_and_leaves_the_dense_model_alone(pair, labelled):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_teacher_and_the_generators_are_as_they_were(pair, labelled, fails):
+def test_models_and_generators_are_left_as_promised(pair, labelled, fails):
     slim, dense = pair
     dense.train().blocks[2].eval()
     modes = [module.training for module in dense.modules()]
@@ -94,6 +85,7 @@ def test_the_teacher_and_the_generators_are_as_they_were(pair, labelled, fails):
         finetune(slim, dense, labelled, epochs=1, on_epoch=stop, **QUICK)
     assert drawn() == wanted
     assert modes == [module.training for module in dense.modules()]
+    assert not any(module.training for module in slim.modules())
 
 
 def test_output_loads_in_plain_timm(pair, labelled, tmp_path):
@@ -177,9 +169,12 @@ def test_a_run_with_other_settings_does_not_go_on(pair, labelled, stopped):
         finetune(slim, dense, labelled, epochs=3, **options)
     with pytest.raises(CheckpointError, match="run with other clip, info's model: delete it"):
         finetune(slim, dense, labelled, epochs=2, clip=2.0, info={"model": "x"}, **options)
-    with pytest.raises(CheckpointError, match="run with other masks: delete it"):
-        other = apply_masks(dense, Masks.from_counts([17, 9, 9, 9, 5, 1], (4, 4)))
-        finetune(other, dense, labelled, epochs=2, **options)
+    for masks in (
+        Masks.from_counts([17, 9, 9, 9, 5, 1], (4, 4)),
+        slim.masks.replace(semantics="idle"),
+    ):
+        with pytest.raises(CheckpointError, match="run with other masks: delete it"):
+            finetune(apply_masks(dense, masks), dense, labelled, epochs=2, **options)
     with pytest.raises(CheckpointError, match="run with other weights: delete it"):
         changed = deepcopy(slim)
         changed.head.bias.data[0] += 1
@@ -207,11 +202,11 @@ def test_average_of_the_weights(pair, labelled):
 
 
 def test_the_decay_of_the_average_rises_to_what_was_asked(pair, labelled, capsys):
-    """The third update has at most 1 - 3^(-2/3) = 0.52."""
+    """The third update has at most 1 - 3^(-2/3) = 0.52, the sixth 0.70."""
     slim, dense = pair
-    for decay, alike in ((0.6, True), (0.5, False)):
+    for decay, epochs, alike in ((0.6, 1, True), (0.5, 1, False), (0.6, 2, False)):
         found = [
-            finetune(deepcopy(slim), dense, labelled, epochs=1, ema_decay=of, **QUICK).model
+            finetune(deepcopy(slim), dense, labelled, epochs=epochs, ema_decay=of, **QUICK).model
             for of in (decay, 0.99)
         ]
         assert same(weights(found[0]), weights(found[1])) == alike
@@ -256,55 +251,12 @@ def test_full_disk_keeps_the_epoch_before(pair, labelled, tmp_path, monkeypatch)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_bfloat16_computes_but_does_not_store(pair, labelled):
-    slim, dense = pair
-    losses = []
-    for amp in ("none", "bfloat16"):
-        result = finetune(deepcopy(slim), dense, labelled, epochs=1, **{**QUICK, "amp": amp})
-        assert result.report["amp"] == amp
-        assert {value.dtype for value in weights(result.model).values()} == {torch.float32}
-        losses.append(result.report["epochs"][0]["loss"])
-    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.3)
-
-
 def test_features_are_learned_where_there_are_no_classes(pair, labelled):
     slim, dense = pair
     for model in (slim, dense):
         model.reset_classifier(0)
     log = finetune(slim, dense, labelled, epochs=3, **QUICK).report["epochs"]
     assert log[-1]["loss"] < log[0]["loss"] < 4
-
-
-def test_an_empty_batch_changes_nothing_but_the_step(pair, labelled):
-    labelled[0] = (torch.empty(0), torch.empty(0, dtype=torch.int64))
-    (entry,) = finetune(*pair, labelled, epochs=1, **QUICK).report["epochs"]
-    assert math.isfinite(entry["loss"])
-
-
-def test_auto_mixed_precision_asks_the_hardware(monkeypatch):
-    cpu = torch.device("cpu")
-    for native in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert choose_amp("auto", cpu) == (torch.bfloat16 if native else None)
-    assert choose_amp("none", cpu) is None
-    assert choose_amp("float16", cpu) == torch.float16
-
-
-@pytest.mark.parametrize(("epochs", "warmup"), [(5, 1), (2, 1), (1, 1), (3, 0)])
-def test_the_learning_rate_rises_to_what_was_asked_and_falls(epochs, warmup):
-    optimizer, steps = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1), 20
-    settings = Settings(epochs=epochs, lr=0.1, warmup_epochs=warmup)
-    schedule, rates = make_schedule(optimizer, settings, steps), []
-    for step in range(epochs * steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step_update(step + 1)
-    peak = round(min(warmup, epochs / 2) * steps)
-    assert rates[peak] == max(rates) == pytest.approx(0.1)
-    assert rates[:peak] == sorted(rates[:peak])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert rates[-1] < 0.02
 
 
 def test_a_distilled_model_that_trains_both_heads():
@@ -319,11 +271,3 @@ def test_a_distilled_model_that_trains_both_heads():
     images = [(torch.randn(4, 3, 32, 32), torch.randint(7, (4,)))]
     finetune(slim, dense, images, epochs=1, **QUICK)
     assert all(value.isfinite().all() for value in slim.state_dict().values())
-
-
-@torch.no_grad()
-def test_training_wants_its_own_gradients(pair, labelled):
-    slim, dense = pair
-    before = weights(slim)
-    finetune(slim, dense, labelled, epochs=1, progress=False)
-    assert any(not torch.equal(before[name], value) for name, value in weights(slim).items())

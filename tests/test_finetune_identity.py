@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import shutil
 import sys
 from copy import deepcopy
@@ -22,11 +23,6 @@ from slimvit.finetune._identity import data_digest
 
 COUNTS = [17, 9, 9, 7, 5, 1]
 OTHER_DATA = "is of a run with other images or labels: delete it, or start over with --restart"
-
-
-@pytest.fixture
-def pair(tiny_vit):
-    return apply_masks(tiny_vit, Masks.from_counts(COUNTS, (4, 4))), tiny_vit
 
 
 class Drawn(Dataset):
@@ -200,7 +196,7 @@ def test_the_command_does_not_go_on_with_other_data(stopped, out, what):
 def in_processes(rank, folder):
     """Of two processes the second has other labels in the second call, not in the first and third.
 
-    The first call is stopped in its second epoch.
+    The first call is stopped in its second epoch. Seeds are written down.
     """
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
@@ -208,7 +204,9 @@ def in_processes(rank, folder):
     torch.manual_seed(0)
     dense = timm.create_model("test_vit", img_size=64, num_classes=10).eval()
     pair = apply_masks(dense, Masks.from_counts(COUNTS, (4, 4))), dense
-    images, epoch = torch.randn(2, 3, 64, 64), _run.Run._epoch
+    images, epoch, seed = torch.randn(2, 3, 64, 64), _run.Run._epoch, _run.seed_generators
+    seeds = []
+    _run.seed_generators = lambda value, device: seeds.append(value) or seed(value, device)
 
     def stopped(self, number):
         if number == 1:
@@ -228,9 +226,13 @@ def in_processes(rank, folder):
             run(pair, [(images, targets)], folder / "slim.safetensors")
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    (folder / f"{rank}.json").write_text(json.dumps(seeds))
 
 
-def test_all_processes_refuse_what_one_of_them_finds(tmp_path):
+def test_processes_refuse_what_one_of_them_finds_and_draw_numbers_of_their_own(tmp_path):
     mp.spawn(in_processes, (tmp_path,), nprocs=2)
     assert (tmp_path / "slim.safetensors").exists()
     assert not resume_path(tmp_path / "slim.safetensors").exists()
+    seeds = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert len(seeds[0]) == len(seeds[1]) == 3
+    assert len({*seeds[0], *seeds[1]}) == 6

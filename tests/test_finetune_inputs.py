@@ -16,12 +16,6 @@ from slimvit.errors import DataError, UsageError
 from slimvit.finetune import Settings, finetune, plan_path, resume_path
 
 
-@pytest.fixture
-def pair(tiny_vit):
-    """A dense model and its slim copy, ready to train."""
-    return apply_masks(tiny_vit, Masks.from_counts([17, 9, 9, 7, 5, 1], (4, 4))), tiny_vit
-
-
 @pytest.mark.parametrize(
     "name, value, rule",
     [

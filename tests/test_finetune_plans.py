@@ -22,6 +22,8 @@ from slimvit.finetune import (
     timm_weights,
     token_loss,
 )
+from slimvit.finetune._optimizer import make_optimizer
+from slimvit.finetune._student import Student
 
 COUNTS = [17, 13, 9, 9, 6, 1]
 
@@ -165,6 +167,11 @@ def test_selectors_learn_where_there_are_no_classes(tiny_vit, labelled):
     assert math.isfinite(entry["loss"]) and len(entry["shares"]) == 2
 
 
+def test_a_model_that_was_frozen_to_the_end_may_learn_again(spvit, labelled):
+    finetune(*spvit, labelled, epochs=1, **QUICK | {"frozen_epochs": 1})
+    assert all(parameter.requires_grad for parameter in spvit[0].parameters())
+
+
 def test_spvits_losses_are_the_formulas():
     torch.manual_seed(0)
     shares, wanted = torch.rand(5, 3), torch.tensor([0.7, 0.5, 0.3])
@@ -187,6 +194,29 @@ def test_spvits_losses_are_the_formulas():
     hard = F.cross_entropy(a[[0, 2, 3]], targets[[0, 2, 3]])
     torch.testing.assert_close(class_loss(a, b, targets, 0.5), hard + 0.5 * kl)
     torch.testing.assert_close(class_loss(a, b, torch.full((5,), -1), 0.5), 0.5 * kl)
+
+
+def test_the_rate_that_is_told_is_the_plans(tiny_vit):
+    class Bare(Planner):
+        """Without norms and biases, the first group of timm's is the model's alone."""
+
+        learns = True
+        choose = Largest.choose
+
+        def __init__(self, counts):
+            super().__init__(counts)
+            self.probe = torch.nn.Linear(64, 1, bias=False)
+
+    slim = apply_masks(tiny_vit, Bare(COUNTS))
+    first = make_optimizer(slim, True, Settings()).param_groups[0]
+    assert first["lr_scale"] == 1.0
+    assert [id(p) for p in first["params"]] == [id(slim.plan.probe.weight)]
+
+
+def test_the_loss_of_tokens_does_not_choose_them(spvit, labelled):
+    answer = Student(spvit[0].train())(labelled[0][0])
+    assert answer.shares.requires_grad and answer.tokens.requires_grad
+    assert not answer.policy.requires_grad
 
 
 def test_spvits_settings_follow_the_batch():

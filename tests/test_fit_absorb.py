@@ -67,10 +67,14 @@ def test_its_own_shape_gives_way_to_one_that_is_surely_better(tiny_vit, batches,
 
 @pytest.mark.parametrize("options", [{"cut": 0.3}, {"speedup": 1.01}])
 def test_the_model_stays_in_its_mode(tiny_vit, batches, monkeypatch, options):
+    """And is asked in evaluation mode."""
     monkeypatch.setattr(absorb, "measure_speedup", lambda *_: 2.0)
+    tiny_vit.head_drop.p = 0.5
+    options |= {"shapes": SHAPES, "progress": False}
+    wanted = fit_absorb(tiny_vit, batches, **options)[1]
     tiny_vit.train().blocks[2].eval()
     modes = [module.training for module in tiny_vit.modules()]
-    fit_absorb(tiny_vit, batches, shapes=SHAPES, progress=False, **options)
+    assert fit_absorb(tiny_vit, batches, **options)[1] == wanted
     assert modes == [module.training for module in tiny_vit.modules()]
 
 

@@ -23,7 +23,7 @@ from slimvit.search import fit_dps, train_dps
 from slimvit.search.features import Features
 from slimvit.search.layer import score_batch
 from slimvit.search.paths import last_moment, step_moment
-from slimvit.search.predictors import spearman
+from slimvit.search.predictors import _Trainer, spearman
 from slimvit.search.scores import eq6
 from slimvit.search.spread import spread_pattern
 
@@ -276,6 +276,25 @@ def test_prune_dynamic_refuses_masks_of_other_semantics(prune, tiny_vit):
     masks_of(tiny_vit, semantics="zero").save("zero.safetensors")
     status, _, error = prune("--dynamic", "--masks", "zero.safetensors")
     assert status != 0 and "semantics drop, got zero" in error
+
+
+def test_the_loss_is_that_of_the_last_epoch(tiny_vit, monkeypatch):
+    losses, counts = [], (16, 16, 16, 16, 16, 1)  # one block chooses
+
+    def remembered(self, *given):
+        losses.append(found := compute(self, *given))
+        return found
+
+    compute = _Trainer._losses
+    monkeypatch.setattr(_Trainer, "_losses", remembered)
+    batches = smooth_images(6).split(3)
+    _, (report,) = fit_dps(tiny_vit, batches, counts, epochs=2, progress=False)
+    last = torch.stack(losses[len(losses) // 2 :])
+    assert report.loss == pytest.approx(last.mean().item(), rel=1e-5)
+
+
+def test_one_patch_has_no_rank_to_agree_on():
+    assert spearman(torch.rand(2, 1), torch.rand(2, 1)).tolist() == [0, 0]
 
 
 def test_scores_of_nothing_in_half_precision(tiny_vit):

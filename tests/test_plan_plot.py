@@ -67,14 +67,15 @@ def test_the_plan_is_left_as_it_was():
 
 def test_averaged_fills_groups_with_their_mean():
     canvas = numpy.random.default_rng(0).integers(0, 256, (6, 9, 3), numpy.uint8)
-    owner = numpy.array([[0, 0, 2], [3, 0, -1]])
+    owner = numpy.array([[0, 0, 2], [-1, 0, -1]])
     drawn = averaged(canvas, owner)
     group = numpy.concatenate([canvas[:3, :6].reshape(-1, 3), canvas[3:, 3:6].reshape(-1, 3)]).mean(
         0
     )
     assert numpy.abs(drawn[:3, :6] - group).max() <= 0.5
     assert numpy.abs(drawn[3:, 3:6] - group).max() <= 0.5
-    for rows, columns in ((slice(3), slice(6, 9)), (slice(3, 6), slice(3))):
+    alone, gone = (slice(3), slice(6, 9)), ((slice(3, 6), slice(3)), (slice(3, 6), slice(6, 9)))
+    for rows, columns in (alone, *gone):
         assert (drawn[rows, columns] == canvas[rows, columns]).all()
 
 

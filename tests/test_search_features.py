@@ -74,6 +74,15 @@ def test_fingerprint_knows_images_not_batches(tiny_vit):
     assert whole != fingerprint([images * 1.0001])
 
 
+@pytest.mark.parametrize("sizes", [[2, 7, 3], [100] * 4])
+def test_counts_images_and_the_largest_batch(tiny_vit, sizes):
+    """The digests of 400 images sum to more than 62 bits hold."""
+    images = torch.randn(sum(sizes), 3, 64, 64).split(sizes)
+    features = Features(tiny_vit, images, cache_bytes=1 << 30, progress=False)
+    assert features.batch_size == max(sizes)
+    assert features.fingerprint.startswith(f"{sum(sizes)} images, ")
+
+
 def test_no_images_is_an_error(tiny_vit):
     with pytest.raises(DataError, match="no calibration images"):
         Features(tiny_vit, [], cache_bytes=1 << 20, progress=False)

@@ -10,12 +10,6 @@ from test_search import quick
 from slimvit.errors import SearchError, SlimvitError
 
 
-@pytest.fixture
-def batches() -> list[torch.Tensor]:
-    torch.manual_seed(3)
-    return list(torch.randn(10, 3, 64, 64).split(3))
-
-
 def test_own_score_is_one_function(tiny_vit, batches):
     def middle(view):
         wanted = torch.arange(view.paths.shape[1]).sub(8).abs()

@@ -16,12 +16,6 @@ from slimvit.search.scores import eq6
 
 
 @pytest.fixture
-def batches() -> list[torch.Tensor]:
-    torch.manual_seed(3)
-    return list(torch.randn(10, 3, 64, 64).split(3))
-
-
-@pytest.fixture
 def state(tmp_path):
     return tmp_path / "search.state"
 
@@ -71,6 +65,12 @@ def test_state_of_another_search_is_refused(tiny_vit, batches, state):
     assert state.read_bytes() == content
     quick(tiny_vit, batches, tolerance=0.03, state=state, restart=True)
     assert not state.exists()
+
+
+def test_uniform_is_another_search(tiny_vit, batches, state):
+    stopped(tiny_vit, batches, 8, cut=0.4, state=state)
+    with pytest.raises(SlimvitError, match="another search: its counts is"):
+        quick(tiny_vit, batches, cut=0.4, uniform=True, state=state)
 
 
 def test_steps_of_another_batch_size_are_not_carried_on(tiny_vit, batches, state):

@@ -202,6 +202,14 @@ class TestFit:
             pytest.approx(list(plan.counts), abs=1)
         )
 
+    def test_one_image_keeps_the_counts(self):
+        model, images = build("deit"), random_images(build("deit"), 8)
+        plan = Absorb(counts=counts_of("deit"))
+        for image in images.split(1):
+            found = fit_thresholds(model, plan, [image], progress=False)
+            kept = apply_masks(model, found).eval().kept_sets(image)
+            assert lengths(kept) == [list(plan.counts)]
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision(self, dtype):
         images, plan = random_images(build("deit"), 9), Absorb(counts=counts_of("deit"))

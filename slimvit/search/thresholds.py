@@ -21,6 +21,7 @@ from slimvit.search.reduce import all_sum, rank
 
 _HIGHEST = 2.0  # a score is at most sqrt(1) · (1 - (-1))
 _HALVINGS = 40
+_MARGIN = 1e-6  # of a threshold above the score that it is for: more than rounding
 
 
 @own_precision()
@@ -104,7 +105,7 @@ def _threshold(slim: nn.Module, layer: int, images: list[Alive]) -> float:
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if work(middle) > wanted else (low, middle)
-    return high
+    return high * (1 + _MARGIN)
 
 
 def _scores(slim: nn.Module, layer: int, alive: Alive) -> Tensor:
