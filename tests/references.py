@@ -89,6 +89,16 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def sharpened(name: str, sharpness: float) -> nn.Module:
+    """A model of MODELS whose queries are that much longer, and softmaxes sharper."""
+    model = build(name)
+    for block in model.blocks:
+        weight = block.attn.qkv.weight
+        weight[: len(weight) // 3] *= sharpness
+    return model
+
+
 def transposed(model: nn.Module) -> nn.Module:
     """A copy whose weights have the same values and other strides."""
     twin = copy.deepcopy(model)

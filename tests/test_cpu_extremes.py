@@ -9,7 +9,7 @@ import builds
 import pytest
 import torch
 from instruction_sets import DTYPES, isa  # noqa: F401
-from references import build, off, random_images
+from references import build, off, random_images, sharpened
 from test_cpu_block import ACTIVATIONS, FLOOR, Case, cast, make_parts
 from test_cpu_vit import PRECISIONS
 from torch import Tensor
@@ -107,10 +107,7 @@ def test_rows_of_hardly_any_variance(plan):
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("sharpness", [100, 300, 1000])
 def test_patches_that_nothing_reads_go_by_position(sharpness):
-    model = build("deit")
-    for block in model.blocks:
-        block.attn.qkv.weight.data[:48] *= sharpness  # queries
-    images = random_images(model, 8)
+    model, images = sharpened("deit", sharpness), random_images(build("deit"), 8)
     plan = Absorb(counts=[12, 7, 1])
     got, wanted = (
         accelerate(model, plan, backend=backend, precision="float32").kept_sets(images)
