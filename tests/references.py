@@ -11,13 +11,18 @@ from collections.abc import Callable
 
 import timm
 import torch
-from timm.layers import Attention, RmsNorm
+from timm.layers import Attention, QuickGELU, RmsNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from slimvit.masks import Masks
 from slimvit.models import spec
 
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
 
 

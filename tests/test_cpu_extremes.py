@@ -9,8 +9,8 @@ import builds
 import pytest
 import torch
 from instruction_sets import DTYPES, isa  # noqa: F401
-from references import build, off, random_images, sharpened
-from test_cpu_block import ACTIVATIONS, FLOOR, Case, cast, make_parts
+from references import ACTIVATIONS, build, off, random_images, sharpened
+from test_cpu_block import FLOOR, Case, cast, make_parts
 from test_cpu_vit import PRECISIONS
 from torch import Tensor
 
