@@ -114,6 +114,17 @@ def test_weights_of_any_strides():
     assert torch.equal(fast(images), make("deit")(images))
 
 
+@pytest.mark.parametrize(("name", "norm"), [("deit", "norm"), ("clip_quickgelu", "norm_pre")])
+def test_norms_of_any_eps(name, norm):
+    model, masks, images = build(name), masks_of(name, "drop"), images_of(name, 3)
+    getattr(model, norm).eps = 0.1
+    got = accelerate(model, masks, backend="cpu", precision="float32")(images)
+    model.double()
+    with torch.no_grad():
+        wanted = model.forward_head(reference_features(model, images.double(), masks))
+    assert off(got, wanted) < FLOAT32
+
+
 def test_every_other_model_is_refused():
     """Those of MODELS that are neither above nor twins of one above."""
     twins = {"augreg", "clip", "dynamic_img_size", "distilled_no_classes", "no_pos_embed"}
