@@ -71,6 +71,13 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return x, q, kv, 1 + 0.3 * random(case.width), 0.3 * random(case.width), size
 
 
+def without_variance(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Such inputs where the norm makes zeros of four tokens."""
+    x, q, kv, weight, bias, size = inputs(case, dtype)
+    x[:, 5:9] = 1
+    return x, q, kv, weight, 0 * bias, size
+
+
 def formulas(case: Case, x, q, kv, weight, bias, size) -> tuple[Tensor, Tensor]:
     """Importances, and all cosines, in float32 or wider after the norm."""
     wide = torch.promote_types(x.dtype, torch.float32)

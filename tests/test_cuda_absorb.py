@@ -17,6 +17,7 @@ from absorb_checks import (
     given,
     inputs,
     several,
+    without_variance,
 )
 from choice_checks import CHOICES, check_select, chosen, hard_scores
 from cuda_checks import all_devices, devices, kernels, use
@@ -106,6 +107,12 @@ class TestScores:
         importance, score, _ = scored(case, x, q, kv, *rest)
         assert (importance[:, 3] > importance[:, 8]).all()
         assert (score[:, 8:].abs() < 1e-5 * importance[:, 8:].sqrt()).all()
+
+    @devices
+    def test_tokens_that_the_norm_makes_zeros_of(self, device):
+        case = Case(17, 64, 2, 32, 1)
+        given = without_variance(case, use(device))
+        check_scored(case, given, scored(case, *given))
 
     @devices
     def test_nan_stays_in_its_image(self, device):

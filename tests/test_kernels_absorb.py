@@ -16,6 +16,7 @@ from absorb_checks import (
     inputs,
     merge,
     several,
+    without_variance,
 )
 from kernel_checks import (
     DEVICE,
@@ -85,6 +86,12 @@ class TestScores:
         importance, score, _ = scored(case, x, q, kv, *rest)
         assert (importance[:, 3] > importance[:, 8]).all()
         assert (score[:, 8:] < 1e-3 * importance[:, 8:].sqrt()).all()
+
+    @dtypes
+    def test_tokens_that_the_norm_makes_zeros_of(self, dtype):
+        case = Case(17, 64, 2, 32, 1)
+        given = without_variance(case, dtype)
+        check_scored(case, given, scored(case, *given))
 
     @dtypes
     def test_nan_stays_in_its_image(self, dtype):
