@@ -186,6 +186,16 @@ def merged(x: Tensor, importance: Tensor, index: Tensor, into: Tensor, of: Sever
     return absorb_tokens(Alive(x.transpose(0, 1), place, of.size, spread=of.spread), choice)
 
 
+def check_twins(kernels: ModuleType, batch: int, dtype: torch.dtype) -> None:
+    """The spread of tokens that are all alike is none, and rounding leaves it no less than that."""
+    x = Random()(batch, 1, 64, dtype=dtype).expand(-1, 4, -1).contiguous()
+    index = torch.tensor([[0, 1]], device=DEVICE).repeat(batch, 1)
+    into = torch.tensor([[0, 1, 1, 1]], device=DEVICE).int().repeat(batch, 1)
+    importance = Random(1)(batch, 4).abs()
+    *_, spread = merge(x, importance, index, into, Several(), kernels=kernels)
+    assert ((spread >= 0) & (spread < 1e-6)).all()
+
+
 def alone(index: Tensor, into: Tensor) -> Tensor:
     """Which of the kept nothing goes into."""
     ones = torch.ones(into.shape, device=into.device)

@@ -227,6 +227,17 @@ class TestAnswers:
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_spread_of_twins_is_none(dtype):
+    """And rounding leaves it no less than that."""
+    case = Choosing(9, 4, 32, sizes=False)
+    x, _, _ = input_of(case, dtype)
+    *_, size, spread = call(case, dtype, x=torch.cat([x[:2], x[1:2].expand(7, -1, -1)]))
+    assert (size > 1).any(1).all()
+    assert ((spread >= 0) & (spread < 1e-5)).all()
+
+
+@pytest.mark.usefixtures("isa")
 def test_predictors_of_any_activation_and_eps():
     def keep(parts: PredictorParts, x: Tensor, n: int) -> Tensor:
         case = Choosing(*x.shape[:1], n, width=x.shape[2], sizes=False)

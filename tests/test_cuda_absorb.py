@@ -14,6 +14,7 @@ from absorb_checks import (
     alone,
     check_merged,
     check_scored,
+    check_twins,
     given,
     inputs,
     several,
@@ -261,6 +262,11 @@ class TestMerge:
         torch.testing.assert_close(out[:, 1], x[:, 0])
         before = of.spread[0, 1:].mean().item() if again else 0.0
         assert spread[0, 1].item() == pytest.approx(8 / 3 + before, rel=1e-5)
+
+
+@devices
+def test_the_spread_of_twins_is_none(device):
+    check_twins(kernels, 64, use(device))
 
 
 def test_sizes_that_are_refused():
