@@ -119,6 +119,21 @@ def test_patches_that_nothing_reads_go_by_position(sharpness):
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_twins_that_do_not_matter_go_by_position(dtype):
+    """Cosines of some are above one and their scores -0, which is no less than 0."""
+    case = Choosing(63, 40, prefix=2, sizes=False)
+    parts = make_parts(case.block)
+    for parameter in parts.qkv.parameters():
+        parameter.chunk(3)[2].zero_()  # values
+    x, _, _ = input_of(case, dtype)
+    x[3:32:2] = x[2:32:2]
+    _, index, *_ = call(case, dtype, x=x, pack=pack_block(FoldedBlock(parts), None, dtype))
+    assert torch.equal(index, torch.arange(40).expand(3, -1))
+
+
+@pytest.mark.usefixtures("isa")
 def test_patches_that_the_norm_makes_zeros_of_are_like_none():
     case = Choosing(63, 40, prefix=2)
     parts = make_parts(case.block)
