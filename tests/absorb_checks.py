@@ -71,6 +71,13 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return x, q, kv, 1 + 0.3 * random(case.width), 0.3 * random(case.width), size
 
 
+def without_variance(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Such inputs where the norm makes zeros of four tokens."""
+    x, q, kv, weight, bias, size = inputs(case, dtype)
+    x[:, 5:9] = 1
+    return x, q, kv, weight, 0 * bias, size
+
+
 def formulas(case: Case, x, q, kv, weight, bias, size) -> tuple[Tensor, Tensor]:
     """Importances, and all cosines, in float32 or wider after the norm."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -177,6 +184,16 @@ def merged(x: Tensor, importance: Tensor, index: Tensor, into: Tensor, of: Sever
     place = torch.arange(m, device=x.device).expand(batch, -1)
     choice = Choice(index, into.long()[away].view(batch, -1), importance.clamp(min=1e-20))
     return absorb_tokens(Alive(x.transpose(0, 1), place, of.size, spread=of.spread), choice)
+
+
+def check_twins(kernels: ModuleType, batch: int, dtype: torch.dtype) -> None:
+    """The spread of tokens that are all alike is none, and rounding leaves it no less than that."""
+    x = Random()(batch, 1, 64, dtype=dtype).expand(-1, 4, -1).contiguous()
+    index = torch.tensor([[0, 1]], device=DEVICE).repeat(batch, 1)
+    into = torch.tensor([[0, 1, 1, 1]], device=DEVICE).int().repeat(batch, 1)
+    importance = Random(1)(batch, 4).abs()
+    *_, spread = merge(x, importance, index, into, Several(), kernels=kernels)
+    assert ((spread >= 0) & (spread < 1e-6)).all()
 
 
 def alone(index: Tensor, into: Tensor) -> Tensor:

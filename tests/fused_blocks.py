@@ -5,17 +5,10 @@ from typing import NamedTuple
 
 import torch
 from kernel_checks import DEVICE, Random
-from references import randomise
-from timm.layers import QuickGELU
+from references import ACTIVATIONS, randomise
 from torch import Tensor, nn
 
 from slimvit.ops import BlockParts, FoldedBlock, FusedBlock
-
-ACTIVATIONS = {
-    "gelu": nn.GELU,
-    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
-    "quick_gelu": QuickGELU,
-}
 
 
 class Case(NamedTuple):

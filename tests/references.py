@@ -11,13 +11,18 @@ from collections.abc import Callable
 
 import timm
 import torch
-from timm.layers import Attention, RmsNorm
+from timm.layers import Attention, QuickGELU, RmsNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from slimvit.masks import Masks
 from slimvit.models import spec
 
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
 
 
@@ -86,6 +91,16 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         else:  # queries and keys large enough for attention to choose
             value = 1.5 * noise / math.sqrt(parameter[0].numel())
         parameter.copy_(value)
+    return model
+
+
+@torch.no_grad()
+def sharpened(name: str, sharpness: float) -> nn.Module:
+    """A model of MODELS whose queries are that much longer, and softmaxes sharper."""
+    model = build(name)
+    for block in model.blocks:
+        weight = block.attn.qkv.weight
+        weight[: len(weight) // 3] *= sharpness
     return model
 
 

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from instruction_sets import DTYPES, isa  # noqa: F401
-from references import off, randomise
-from timm.layers import QuickGELU
+from references import ACTIVATIONS, off, randomise
 from torch import Tensor, nn
 
 from slimvit.errors import SlimvitError
@@ -17,11 +16,6 @@ from slimvit.ops import BlockParts, ExtraKey, FoldedBlock, pack_block, slim_bloc
 
 # PyTorch's error is zero by luck now and then: this much is rounding.
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
-ACTIVATIONS = {
-    "gelu": nn.GELU,
-    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
-    "quick_gelu": QuickGELU,
-}
 
 
 class Case(NamedTuple):

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from instruction_sets import DTYPES, isa  # noqa: F401
-from references import off, randomise
+from predictors import check_predictors, predictor_of
+from references import off
 from test_cpu_block import FLOOR, Case, cast, make_parts
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimvit.ops import (
     AbsorbParts,
@@ -70,14 +71,6 @@ CASES = [
     Choosing(63, 40, 3, level=30.0),
 ]
 CASES += [CASES[i]._replace(scores="predictor") for i in (0, 1, 3, 5, 6, 8)]
-
-
-@functools.cache
-def predictor_of(width: int) -> PredictorParts:
-    hidden = max(16, width // 4 // 16 * 16)
-    layers = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, hidden), nn.Linear(hidden, 1)
-    norm, down, out = (randomise(layer, seed).double() for seed, layer in enumerate(layers))
-    return PredictorParts(norm, down, nn.GELU(), out)
 
 
 def chooser_of(case: Choosing) -> ChooserParts:
@@ -231,6 +224,26 @@ class TestAnswers:
         )
         slack = 2 * 2 * (rounded.cosine - seen.cosine).abs().max() + 1e-6
         assert (seen.between(pruned, index.gather(1, into)) >= best - slack).all()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_spread_of_twins_is_none(dtype):
+    """And rounding leaves it no less than that."""
+    case = Choosing(9, 4, 32, sizes=False)
+    x, _, _ = input_of(case, dtype)
+    *_, size, spread = call(case, dtype, x=torch.cat([x[:2], x[1:2].expand(7, -1, -1)]))
+    assert (size > 1).any(1).all()
+    assert ((spread >= 0) & (spread < 1e-5)).all()
+
+
+@pytest.mark.usefixtures("isa")
+def test_predictors_of_any_activation_and_eps():
+    def keep(parts: PredictorParts, x: Tensor, n: int) -> Tensor:
+        case = Choosing(*x.shape[:1], n, width=x.shape[2], sizes=False)
+        return call(case, torch.float32, x=x, chooser=pack_chooser(parts, case.width))[1]
+
+    check_predictors(keep)
 
 
 @pytest.mark.usefixtures("isa")

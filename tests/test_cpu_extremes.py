@@ -1,5 +1,6 @@
 """The C++ block where activations and softmax meet their ends, and how its files are linked."""
 
+import functools
 import math
 import shutil
 import subprocess
@@ -9,13 +10,14 @@ import builds
 import pytest
 import torch
 from instruction_sets import DTYPES, isa  # noqa: F401
-from references import build, off, random_images
-from test_cpu_block import ACTIVATIONS, FLOOR, Case, cast, make_parts
+from references import ACTIVATIONS, build, off, random_images, sharpened
+from test_cpu_block import FLOOR, Case, cast, make_parts
+from test_cpu_choice import Choosing, call, input_of
 from test_cpu_vit import PRECISIONS
 from torch import Tensor
 
 from slimvit import DPS, Absorb, Masks, SPViT
-from slimvit.ops import BlockParts, FoldedBlock, pack_block, slim_block
+from slimvit.ops import Alive, BlockParts, FoldedBlock, dynamic_block, pack_block, slim_block
 from slimvit.runtime import accelerate, apply_masks
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -107,16 +109,43 @@ def test_rows_of_hardly_any_variance(plan):
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("sharpness", [100, 300, 1000])
 def test_patches_that_nothing_reads_go_by_position(sharpness):
-    model = build("deit")
-    for block in model.blocks:
-        block.attn.qkv.weight.data[:48] *= sharpness  # queries
-    images = random_images(model, 8)
+    model, images = sharpened("deit", sharpness), random_images(build("deit"), 8)
     plan = Absorb(counts=[12, 7, 1])
     got, wanted = (
         accelerate(model, plan, backend=backend, precision="float32").kept_sets(images)
         for backend in ("cpu", "torch")
     )
     assert all(map(torch.equal, got, wanted))
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_twins_that_do_not_matter_go_by_position(dtype):
+    """Cosines of some are above one and their scores -0, which is no less than 0."""
+    case = Choosing(63, 40, prefix=2, sizes=False)
+    parts = make_parts(case.block)
+    for parameter in parts.qkv.parameters():
+        parameter.chunk(3)[2].zero_()  # values
+    x, _, _ = input_of(case, dtype)
+    x[3:32:2] = x[2:32:2]
+    _, index, *_ = call(case, dtype, x=x, pack=pack_block(FoldedBlock(parts), None, dtype))
+    assert torch.equal(index, torch.arange(40).expand(3, -1))
+
+
+@pytest.mark.usefixtures("isa")
+def test_patches_that_the_norm_makes_zeros_of_are_like_none():
+    case = Choosing(63, 40, prefix=2)
+    parts = make_parts(case.block)
+    parts.norm1.bias.data.zero_()
+    x, size, spread = input_of(case, torch.float32)
+    x[32:] = 1
+    _, index, *_ = call(case, torch.float32, x=x, pack=pack_block(FoldedBlock(parts)))
+    alive = Alive(x.double(), torch.arange(63).expand(3, -1), size, spread=spread)
+    choose = functools.partial(Absorb(counts=[1]).choose, 0)
+    with torch.no_grad():
+        exact = dynamic_block(alive, cast(parts, torch.float64), case.n, choose, prefix=2)
+    assert torch.equal(index, exact.place)
 
 
 @pytest.mark.usefixtures("isa")

@@ -135,11 +135,15 @@ class TestNetworks:
         assert len(lengths) > 2
         assert tuple(places.shape[1] for places in kept) == tuple(map(max, zip(*lengths)))
 
-    @pytest.mark.parametrize("favoured", [-300, 300])
+    @pytest.mark.parametrize("favoured", [-300, 0, 300])
     def test_every_selector_keeps_and_prunes_one_at_least(self, favoured):
+        """Of patches that it favours neither to keep nor to prune it keeps the first."""
         plan = PLANS["thrice_argmax"]().bind(spec(model_of("deep")))
         with torch.no_grad():
             for selector in plan.selectors.values():
+                if not favoured:
+                    selector.judge3.weight.zero_()
+                    selector.judge3.bias.zero_()
                 selector.judge3.bias[..., 0] += favoured
         fast = accelerate(model_of("deep"), plan, backend="cpu", precision="float32")
         slim, images = (
@@ -150,7 +154,7 @@ class TestNetworks:
             assert off(fast(images), slim(images)) < FLOAT32
         wanted = [places[:, (places >= 0).any(0)] for places in slim.kept_sets(images)]
         assert all(map(torch.equal, fast.kept_sets(images), wanted))
-        patches = [3, 2, 1] if favoured < 0 else [15, 14, 13]
+        patches = [15, 14, 13] if favoured > 0 else [3, 2, 1]
         counts = [1 + n + package for package, n in enumerate(patches, 1) for _ in range(2)]
         assert [places.shape[1] for places in wanted] == [*counts[:-1], 1]
 

@@ -114,6 +114,17 @@ def test_weights_of_any_strides():
     assert torch.equal(fast(images), make("deit")(images))
 
 
+@pytest.mark.parametrize(("name", "norm"), [("deit", "norm"), ("clip_quickgelu", "norm_pre")])
+def test_norms_of_any_eps(name, norm):
+    model, masks, images = build(name), masks_of(name, "drop"), images_of(name, 3)
+    getattr(model, norm).eps = 0.1
+    got = accelerate(model, masks, backend="cpu", precision="float32")(images)
+    model.double()
+    with torch.no_grad():
+        wanted = model.forward_head(reference_features(model, images.double(), masks))
+    assert off(got, wanted) < FLOAT32
+
+
 def test_every_other_model_is_refused():
     """Those of MODELS that are neither above nor twins of one above."""
     twins = {"augreg", "clip", "dynamic_img_size", "distilled_no_classes", "no_pos_embed"}
@@ -211,6 +222,8 @@ def test_memory_of_earlier_calls_does_not_matter(dtype):
     """Memory is lent to one call after another: a larger model first fills it with NaN."""
     kinds = [("dinov2", "zero"), ("oblong", "drop"), ("no_final_norm", "idle")]
     models = [(make(*kind, dtype), images_of(kind[0], 5)) for kind in kinds]
+    odd = make_dense(dtype, 35, 7, depth=1, embed_dim=48, num_heads=3)  # 147 numbers a patch
+    models.append((odd, torch.randn(5, 3, 35, 35)))
     large, nan = make_large(dtype), torch.full((9, 3, 96, 96), math.nan)
     for count in (1, 3):
         torch.set_num_threads(count)
@@ -223,9 +236,13 @@ def test_memory_of_earlier_calls_does_not_matter(dtype):
 
 def make_large(dtype: torch.dtype) -> AcceleratedViT:
     """A dense network that needs more memory than the others, of every kind."""
+    return make_dense(dtype, 96, 16, depth=2, embed_dim=96, num_heads=6, num_classes=40)
+
+
+def make_dense(dtype: torch.dtype, size: int, patch: int, **options: int) -> AcceleratedViT:
     with torch.random.fork_rng(devices=[]):
-        model = VisionTransformer(96, 16, depth=2, embed_dim=96, num_heads=6, num_classes=40)
-    masks = Masks.dense(2, (6, 6), 1)
+        model = VisionTransformer(size, patch, **options)
+    masks = Masks.dense(options["depth"], (size // patch,) * 2, 1)
     return accelerate(model.eval(), masks, backend="cpu", precision=PRECISIONS[dtype])
 
 

@@ -14,9 +14,11 @@ from absorb_checks import (
     alone,
     check_merged,
     check_scored,
+    check_twins,
     given,
     inputs,
     several,
+    without_variance,
 )
 from choice_checks import CHOICES, check_select, chosen, hard_scores
 from cuda_checks import all_devices, devices, kernels, use
@@ -106,6 +108,12 @@ class TestScores:
         importance, score, _ = scored(case, x, q, kv, *rest)
         assert (importance[:, 3] > importance[:, 8]).all()
         assert (score[:, 8:].abs() < 1e-5 * importance[:, 8:].sqrt()).all()
+
+    @devices
+    def test_tokens_that_the_norm_makes_zeros_of(self, device):
+        case = Case(17, 64, 2, 32, 1)
+        given = without_variance(case, use(device))
+        check_scored(case, given, scored(case, *given))
 
     @devices
     def test_nan_stays_in_its_image(self, device):
@@ -254,6 +262,11 @@ class TestMerge:
         torch.testing.assert_close(out[:, 1], x[:, 0])
         before = of.spread[0, 1:].mean().item() if again else 0.0
         assert spread[0, 1].item() == pytest.approx(8 / 3 + before, rel=1e-5)
+
+
+@devices
+def test_the_spread_of_twins_is_none(device):
+    check_twins(kernels, 64, use(device))
 
 
 def test_sizes_that_are_refused():

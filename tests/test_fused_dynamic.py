@@ -6,11 +6,13 @@ import pytest
 import torch
 from fused_blocks import Case, make, make_parts
 from kernel_checks import DEVICE, DTYPES, FLOOR, Random, check_stats, distance, kernels
-from torch import Tensor
+from predictors import check_predictors
+from torch import Tensor, nn
 
 from slimvit.dynamic import Absorb
 from slimvit.errors import SlimvitError
-from slimvit.ops import Alive, View, candidates, dynamic_block
+from slimvit.ops import Alive, PredictorParts, View, candidates, dynamic_block
+from slimvit.ops.fused_dynamic import _Predicting
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -176,6 +178,23 @@ class TestAbsorbBlock:
         for changes, message in wrong:
             with pytest.raises(SlimvitError, match=message):
                 absorb(case, alive, 1, 1, **changes)
+
+
+class NoBlock(nn.Module):
+    """In the place of a block: the tokens as they come."""
+
+    tf32, backend = False, "triton"
+
+    def forward(self, x: Tensor, index: Tensor, stats: Tensor | None) -> tuple:
+        return x, stats
+
+
+def test_predictors_of_any_activation_and_eps():
+    def keep(parts: PredictorParts, x: Tensor, n: int) -> Tensor:
+        predicting = _Predicting(parts, NoBlock(), torch.float32).to(DEVICE)
+        return predicting(x.transpose(0, 1).to(DEVICE), None, [], n, 1)[3]
+
+    check_predictors(keep)
 
 
 @pytest.mark.parametrize("call", ["refused", "empty", "opcheck"])

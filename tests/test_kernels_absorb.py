@@ -12,10 +12,12 @@ from absorb_checks import (
     alone,
     check_merged,
     check_scored,
+    check_twins,
     given,
     inputs,
     merge,
     several,
+    without_variance,
 )
 from kernel_checks import (
     DEVICE,
@@ -85,6 +87,12 @@ class TestScores:
         importance, score, _ = scored(case, x, q, kv, *rest)
         assert (importance[:, 3] > importance[:, 8]).all()
         assert (score[:, 8:] < 1e-3 * importance[:, 8:].sqrt()).all()
+
+    @dtypes
+    def test_tokens_that_the_norm_makes_zeros_of(self, dtype):
+        case = Case(17, 64, 2, 32, 1)
+        given = without_variance(case, dtype)
+        check_scored(case, given, scored(case, *given))
 
     @dtypes
     def test_nan_stays_in_its_image(self, dtype):
@@ -171,7 +179,7 @@ class TestMerge:
 
 @dtypes
 def test_the_spread_is_that_of_all_members(dtype):
-    """Also where they come one after the other; that of twins is none."""
+    """Also where they come one after the other."""
     x = Random()(1, 5, 64, dtype=dtype)
     weight = torch.tensor([[1.0, 1.0, 2.0, 0.5, 0.25]], device=DEVICE)
     one_by_one = [
@@ -200,5 +208,8 @@ def test_the_spread_is_that_of_all_members(dtype):
     for stages in (at_once, one_by_one):
         near = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 0}
         torch.testing.assert_close(result(x, stages), wanted, **near)
-        twins = x[:, 1:2].expand(-1, 5, -1).contiguous()
-        assert 0 <= result(twins, stages) < 1e-6
+
+
+@dtypes
+def test_the_spread_of_twins_is_none(dtype):
+    check_twins(kernels, 8, dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from instruction_sets import DTYPES, isa  # noqa: F401
-from references import build, off, random_images
+from references import build, off, random_images, sharpened
 from test_absorb import by_loops, made_view
 from test_cpu_spvit import check_batches
 from test_cpu_vit import PRECISIONS, mean_off, threads  # noqa: F401
@@ -280,6 +280,14 @@ class TestKernels:
         assert all(map(torch.equal, fast.kept_sets(images), kept))
         assert off(fast.forward_features(images), features) < FLOAT32
         assert off(fast(images), logits) < FLOAT32
+
+    def test_a_threshold_of_zero_keeps_what_nothing_reads(self):
+        """Scores of zero are not below it."""
+        model, images = sharpened("deit", 1000), random_images(build("deit"), 3)
+        plan = Absorb(counts=counts_of("deit"), thresholds=[0.0] * 3)
+        for backend in ("cpu", "torch"):
+            fast = accelerate(model, plan, backend=backend, precision="float32")
+            assert lengths(fast.kept_sets(images)) == [[17, 17, 1]] * 3
 
 
 @pytest.mark.usefixtures("isa", "threads")
