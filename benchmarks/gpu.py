@@ -170,7 +170,7 @@ class Session:
                 reasons[f"{backend} kernels in {precision} are not measured: {reason}"] = None
         for line in reasons:
             say(line)
-        jobs = self.args.jobs or (gpu_kernels.workers() if self.clock.cuda else 1)
+        jobs = self.args.jobs or gpu_kernels.workers(self.clock)
         self.checks, refused = gpu_kernels.check_all(tasks, jobs, say)
         self.refused |= refused
         say(f"kernels checked after {self.elapsed():.0f} s")

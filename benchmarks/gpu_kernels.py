@@ -280,12 +280,12 @@ def with_errors(rows: Iterable[dict[str, str]], found: Iterable[Check]) -> list[
     return result
 
 
-def workers() -> int:
-    """How many processes check side by side: each has a core and room on the GPU."""
-    count = min(12, (os.cpu_count() or 1) - 2)
-    if torch.cuda.is_available():
-        count = min(count, torch.cuda.mem_get_info()[0] // _MEMORY)
-    return max(1, count)
+def workers(clock: Clock) -> int:
+    """How many processes work side by side: each has a core and room on the GPU; on a CPU one."""
+    if not clock.cuda:
+        return 1
+    room = torch.cuda.mem_get_info(clock.device)[0] // _MEMORY
+    return max(1, min(12, (os.cpu_count() or 1) - 2, room))
 
 
 def first_line(error: Exception) -> str:

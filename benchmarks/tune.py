@@ -99,7 +99,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--minutes", type=float, default=8.0, help="then what was found is written")
     parser.add_argument("--most", type=int, default=24, help="candidates of a stage and size")
-    parser.add_argument("--jobs", type=int, default=workers(), help="processes that compile")
+    parser.add_argument("--jobs", type=int, help="processes that compile")
     parser.add_argument("--table", type=Path, help="another file than the kernels' own")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
     parser.add_argument("--device", default="cuda", help="cpu: in Triton's interpreter, to try it")
@@ -169,9 +169,10 @@ def tuned(
         for launch, _ in launches[: None if key.stage == "attention" else 1]  # a shape, a kernel
         for c in tried[key]
     ]
-    if args.jobs > 1 and clock.cuda:
+    processes = args.jobs or workers(clock)
+    if processes > 1 and clock.cuda:
         begin = time.perf_counter()
-        compile_all(jobs, args.jobs, seconds / 2)
+        compile_all(jobs, processes, seconds / 2)
         say(f"{len(jobs)} candidates compiled in {time.perf_counter() - begin:.0f} s")
     ceilings(clock, PRECISIONS[args.precision])  # so that the device's clocks have risen
     found: dict[Key, Choice] = {}
