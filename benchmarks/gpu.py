@@ -81,7 +81,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.15, help="of each turn of a row")
-    parser.add_argument("--jobs", type=int, help="processes that check kernels; default: CPUs - 2")
+    parser.add_argument("--jobs", type=int, help="processes that check; as CPUs and memory allow")
     parser.add_argument("--device", default="cuda", help="cpu: in Triton's interpreter, to try it")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the CSVs")
     # Steps as they are told: how a process that lost the device names them to the next.

@@ -223,9 +223,7 @@ def _times(
     def see(launch: Launch) -> None:
         key = launch.key()
         if key not in seen:
-            count = rotated(clock, launch.tensors(), CALLS)
-            sets = [launch, *(launch.copy() for _ in range(1, count))]
-            seen[key] = clock.median(sets, seconds)
+            seen[key] = clock.median(sets_of(launch, clock), seconds)
         launches, time = times.get(launch.name, (0, 0.0))
         times[launch.name] = (launches + 1, time + seen[key])
 
@@ -236,6 +234,12 @@ def _times(
     times["head"] = (1, clock.median(head, seconds))
     whole = clock.median([lambda i=i: fast(i) for i in images], 3 * seconds)
     return times | {"whole": (launches, whole)}
+
+
+def sets_of(launch: Launch, clock: Clock) -> list[Launch]:
+    """The launch on as many sets of inputs as the cache does not hold."""
+    count = rotated(clock, launch.tensors(), CALLS)
+    return [launch, *(launch.copy() for _ in range(1, count))]
 
 
 def with_floors(

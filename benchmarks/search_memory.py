@@ -35,9 +35,11 @@ def main() -> None:
     parser.add_argument("--cache-mb", type=int, default=64, help="memory for features, in 10^6 B")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
-    # A child's peak is never below its parent's, which loads torch only to write.
-    for record in [searched(args, samples) for samples in args.samples]:
-        print(record)
+    records = []
+    for samples in args.samples:
+        records.append(searched(args, samples))
+        print(records[-1], flush=True)
+    for record in records:  # a child's peak is never below its parent's: now it may load torch
         write(args.output, record)
 
 

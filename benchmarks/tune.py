@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from gpu_calls import Launch, judge, watched
-from gpu_clock import CALLS, Clock, ceilings, rotated
-from gpu_kernels import first_line, workers
+from gpu_clock import Clock, ceilings
+from gpu_kernels import first_line, sets_of, workers
 from gpu_networks import FORMS, Network, quiet, random_images
 from tune_compile import compile_all, job
 from tune_table import (
@@ -99,7 +99,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--minutes", type=float, default=8.0, help="then what was found is written")
     parser.add_argument("--most", type=int, default=24, help="candidates of a stage and size")
-    parser.add_argument("--jobs", type=int, help="processes that compile")
+    parser.add_argument("--jobs", type=int, help="processes that compile; as CPUs and memory allow")
     parser.add_argument("--table", type=Path, help="another file than the kernels' own")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
     parser.add_argument("--device", default="cuda", help="cpu: in Triton's interpreter, to try it")
@@ -199,8 +199,7 @@ def seconds_of(launch: Launch, config: Any, clock: Clock) -> float | None:
     try:
         if not judge(launch, config=config).passes:
             return None
-        count = rotated(clock, launch.tensors(), CALLS)
-        sets = [launch, *(launch.copy() for _ in range(1, count))]
+        sets = sets_of(launch, clock)
         return clock.median([partial(each, config=config) for each in sets], 0.01)
     except Exception as error:  # compilers and launches may fail in any way
         if "CUDA error" in str(error):

@@ -269,9 +269,10 @@ def test_every_launch_of_cuda_is_checked_once(bench):
     kernels, dtype = bench("gpu_kernels"), use(V100)
     network = kernels.Network("test_vit", 48, "71x5,1", "cpu")  # 101 tokens at its own 160 pixels
     precision = str(dtype).removeprefix("torch.")
-    found = kernels.check(kernels.Task("cuda", network, precision, (2,)))
+    found = kernels.check(kernels.Task("cuda", network, precision, (3,)))
     slim = [check.kernel for check in found if check.form == "slim"]
     assert slim.count("embedding") == 1
     assert slim.count("last_u") == 1
     assert {"qkv", "attention", "proj", "last_q", "last_attention", "last_v"} <= set(slim)
+    assert {check.batch for check in found if check.form == "index"} == {2, 3}
     assert all(check.verdict.passes for check in found), found
